@@ -1,0 +1,260 @@
+"""From a turn to what the network reads: token ids, roles, positions, candidates; and from turns to batches.
+
+A turn becomes one row, ``[context | candidate 1 | … | candidate n]``. The candidates share their context: in a causal
+model its states do not depend on what follows, so it is stored, and computed, once. Every candidate's positions
+go on from the context's end, and the network lets a candidate see the context and itself, nothing of its siblings.
+This file knows nothing about the network or the training loop.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils import SPECIAL_TOKENS, Split
+
+IGNORED = -100  # a label the losses skip, as everywhere in transformers
+NO_CANDIDATE = -1  # in mc_token_ids: this turn has fewer candidates than its neighbours
+
+
+class Specials(NamedTuple):
+    """Ids of the control tokens."""
+
+    bos: int
+    eos: int
+    speaker1: int  # the bot
+    speaker2: int  # the other person
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer) -> "Specials":
+        return cls(*tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
+
+
+class Segment(NamedTuple):
+    """A stretch of the sequence: token ids and, for each, the id of the speaker it belongs to."""
+
+    ids: list[int]
+    types: list[int]
+
+
+def build_context(persona: Sequence[Sequence[int]], history: Sequence[Sequence[int]], special: Specials) -> Segment:
+    """``<bos> persona… <speaker2> user <speaker1> bot … <speaker2> user``: what comes before a reply.
+
+    Roles are counted back from the reply, which is the bot's, and the same role gives an utterance its ``<speakerN>``
+    token and its token types. (The 2019 code counted the types from the front, so that on histories of even length
+    the two disagreed.) The persona is the bot's own.
+    """
+    ids = [special.bos, *chain.from_iterable(persona)]
+    types = [special.speaker1] * len(ids)
+    for turns_back, utterance in zip(range(len(history), 0, -1), history, strict=True):
+        role = special.speaker2 if turns_back % 2 else special.speaker1
+        ids += [role, *utterance]
+        types += [role] * (1 + len(utterance))
+    return Segment(ids, types)
+
+
+def build_reply(reply: Sequence[int], special: Specials, with_eos: bool = True) -> Segment:
+    """``<speaker1> reply <eos>``: one candidate, or with ``with_eos=False`` the beginning of one."""
+    ids = [special.speaker1, *reply] + [special.eos] * with_eos
+    return Segment(ids, [special.speaker1] * len(ids))
+
+
+def fit_context(persona: list, history: list, room: int) -> tuple[list, list]:
+    """Leave out the oldest of the context until `build_context` gives at most ``room`` tokens.
+
+    Whole utterances go first, the oldest first and never the last one; then persona sentences from the end; then the
+    beginning of the last utterance.
+    """
+    persona, history = list(persona), list(history)
+
+    def excess() -> int:
+        return 1 + sum(map(len, persona)) + sum(1 + len(utterance) for utterance in history) - room
+
+    while excess() > 0 and len(history) > 1:
+        del history[0]
+    while excess() > 0 and persona:
+        del persona[-1]
+    if excess() > 0 and history:
+        history[0] = history[0][min(excess(), len(history[0])):]
+    return persona, history
+
+
+def build_input_from_segments(persona, history, reply, tokenizer, lm_labels=False, with_eos=True) -> dict:
+    """One candidate as one sequence, under the names of 2019.
+
+    ``persona``, ``history``: lists of token-id lists; ``reply``: a list of token ids. Returns ``input_ids``,
+    ``token_type_ids`` and ``lm_labels`` of one length, and ``mc_token_ids``, the index of the last token. Labels are
+    -100 but for the reply and its ``<eos>``, and there only with ``lm_labels``; the model shifts them.
+    """
+    special = Specials.of(tokenizer)
+    context, candidate = build_context(persona, history, special), build_reply(reply, special, with_eos)
+    target = candidate.ids[1:] if lm_labels else [IGNORED] * (len(candidate.ids) - 1)
+    return {
+        "input_ids": context.ids + candidate.ids,
+        "token_type_ids": context.types + candidate.types,
+        "mc_token_ids": len(context.ids) + len(candidate.ids) - 1,
+        "lm_labels": [IGNORED] * (len(context.ids) + 1) + target,
+    }
+
+
+class Row(NamedTuple):
+    """A packed turn. All lists but ``mc_token_ids`` have one element a token."""
+
+    input_ids: list[int]
+    token_type_ids: list[int]
+    position_ids: list[int]
+    segment_ids: list[int]  # 0: context, k: candidate k, counted from 1
+    labels: list[int]  # the gold candidate's tokens at their own places, elsewhere -100
+    mc_token_ids: list[int]  # (candidates,): index of each candidate's last token
+
+
+def pack_turn(persona, history, candidates, special: Specials, max_positions: int) -> Row:
+    """Pack a turn, gold candidate last, into one row whose positions stay below ``max_positions``.
+
+    A turn that is too long loses its oldest context (`fit_context`); a candidate that is too long even without
+    context loses its end.
+    """
+    candidates = [build_reply(reply[:max_positions - 4], special) for reply in candidates]
+    room = max_positions - max(len(candidate.ids) for candidate in candidates)
+    context = build_context(*fit_context(persona, history, room), special)
+    start = len(context.ids)
+    row = Row(context.ids, context.types, list(range(start)), [0] * start, [IGNORED] * start, [])
+    for number, candidate in enumerate(candidates, start=1):
+        length = len(candidate.ids)
+        row.input_ids.extend(candidate.ids)
+        row.token_type_ids.extend(candidate.types)
+        row.position_ids.extend(range(start, start + length))
+        row.segment_ids.extend([number] * length)
+        row.labels.extend([IGNORED] + candidate.ids[1:] if number == len(candidates) else [IGNORED] * length)
+        row.mc_token_ids.append(len(row.input_ids) - 1)
+    return row
+
+
+def collate(rows: Sequence[Row], pad: int) -> dict[str, torch.Tensor]:
+    """Rows → a batch padded to its longest row.
+
+    ``input_ids``, ``token_type_ids``, ``position_ids``, ``segment_ids`` (-1: padding) and ``labels`` are
+    (batch, positions); ``mc_token_ids`` (-1: no candidate) is (batch, candidates); ``mc_labels``, the gold candidate's
+    number, is (batch,). All int64.
+    """
+
+    def padded(field: str, fill: int) -> torch.Tensor:
+        values = [getattr(row, field) for row in rows]
+        out = np.full((len(rows), max(map(len, values))), fill, np.int64)
+        for index, value in enumerate(values):
+            out[index, :len(value)] = value
+        return torch.from_numpy(out)
+
+    return {
+        "input_ids": padded("input_ids", pad),
+        "token_type_ids": padded("token_type_ids", pad),
+        "position_ids": padded("position_ids", 0),
+        "segment_ids": padded("segment_ids", -1),
+        "labels": padded("labels", IGNORED),
+        "mc_token_ids": padded("mc_token_ids", NO_CANDIDATE),
+        "mc_labels": torch.tensor([len(row.mc_token_ids) - 1 for row in rows]),
+    }
+
+
+class TurnDataset(Dataset):
+    """The turns of a split as packed rows, built when asked for.
+
+    ``num_candidates``: how many, from the end of the list; 0: all. ``max_history``: exchanges kept, that is
+    ``2 * max_history + 1`` utterances. ``permutations``: each turn that many times, the persona rotated by one
+    sentence each time. ``max_positions``: the model's.
+    """
+
+    def __init__(self, split: Split, tokenizer, max_positions: int, num_candidates: int = 0, max_history: int = 2,
+                 permutations: int = 1):
+        self.split, self.special, self.max_positions = split, Specials.of(tokenizer), max_positions
+        self.num_candidates, self.num_utterances = num_candidates, 2 * max_history + 1
+        self.permutations = permutations
+
+    def __len__(self) -> int:
+        return self.split.num_turns * self.permutations
+
+    def context(self, turn: int, rotation: int = 0) -> tuple[list, list]:
+        """Persona and history of a turn as lists of token-id lists."""
+        persona = self.split.token_ids("persona", self.split.turn_dialog[turn])
+        cut = len(persona) - rotation % len(persona) if persona else 0
+        return persona[cut:] + persona[:cut], self.split.token_ids("history", turn)[-self.num_utterances:]
+
+    def __getitem__(self, index: int) -> Row:
+        rotation, turn = divmod(index, self.split.num_turns)
+        candidates = self.split.token_ids("candidates", turn)[-self.num_candidates:]
+        return pack_turn(*self.context(turn, rotation), candidates, self.special, self.max_positions)
+
+    def lengths(self) -> tuple[np.ndarray, int]:
+        """Tokens in each row, (len(self),) int64, and how many turns are too long for the model's positions.
+
+        From the table's offsets alone: no row is built.
+        """
+        sizes = np.diff(self.split.table.array("token_offsets"))
+
+        def ragged(field: str, keep: int, extra: int) -> tuple[np.ndarray, np.ndarray]:
+            """Sum and largest, over the last ``keep`` strings of each row (0: all), of tokens + ``extra``."""
+            name = f"{self.split.name}.{field}"
+            offsets = self.split.table.array(f"{name}_offsets")
+            start = np.maximum(offsets[:-1], offsets[1:] - keep) if keep else offsets[:-1]
+            values = np.append(sizes[self.split.table.array(name)] + extra, 0)
+            total = np.append(0, np.cumsum(values))
+            largest = np.maximum.reduceat(values, np.stack([start, offsets[1:]], 1).ravel())[::2]
+            return total[offsets[1:]] - total[start], largest
+
+        context = 1 + ragged("persona", 0, 0)[0][self.split.turn_dialog]
+        context += ragged("history", self.num_utterances, 1)[0]
+        candidates, longest = ragged("candidates", self.num_candidates, 2)
+        too_long = int((context + longest > self.max_positions).sum())
+        return np.tile(context + candidates, self.permutations), too_long
+
+
+class LengthBatches(Sampler):
+    """Batches of turns of like length, so that little is padding; every turn once an epoch.
+
+    With a ``seed`` the order is drawn anew each epoch (`set_epoch`): turns are shuffled, sorted by length within
+    stretches of ``STRETCH`` batches, cut into batches, and the batches shuffled. Without one, all is sorted, longest
+    first, so that a batch too large for the memory fails at once.
+    """
+
+    STRETCH = 50
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int | None = None):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.seed is None:
+            order = np.argsort(-self.lengths, kind="stable")
+            return iter(np.split(order, range(self.batch_size, len(order), self.batch_size)))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
+        batches = []
+        for start in range(0, len(order), self.STRETCH * self.batch_size):
+            stretch = order[start:start + self.STRETCH * self.batch_size]
+            stretch = stretch[np.argsort(self.lengths[stretch], kind="stable")]
+            batches += np.split(stretch, range(self.batch_size, len(stretch), self.batch_size))
+        return iter([batches[index] for index in rng.permutation(len(batches))])
+
+
+def get_loader(dataset: TurnDataset, lengths: np.ndarray, batch_size: int, seed: int | None = None,
+               num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
+    """A loader of `collate`'s batches in the order of `LengthBatches`."""
+    return DataLoader(
+        dataset,
+        batch_sampler=LengthBatches(lengths, batch_size, seed),
+        collate_fn=partial(collate, pad=dataset.special.pad),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )
+

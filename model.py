@@ -1,0 +1,236 @@
+"""The double-heads network over packed turns: language modelling and next-utterance choice; loading and saving it.
+
+Knows token ids, positions and segments; knows nothing about text or files of dialogs.
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationConfig, GPT2DoubleHeadsModel, OpenAIGPTConfig
+from transformers.activations import NewGELUActivation
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.utils import ModelOutput
+
+from corpora import InputError
+from inputs import IGNORED, NO_CANDIDATE
+from utils import ATTR_TO_SPECIAL_TOKEN, quiet_transformers, read_config, resolve_checkpoint, write_tensors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DoubleHeadsOutput(ModelOutput):
+    """What the two heads say of a batch of packed turns.
+
+    ``lm_loss``: negative log-likelihood a gold token, mean over the batch, in nats; ``mc_loss``: cross-entropy of the
+    gold candidate, mean over the turns; ``nll`` and ``tokens``, both (batch,): a turn's gold negative log-likelihood
+    and how many tokens it is the sum of; ``mc_logits`` (batch, candidates), -inf where a turn has no such candidate;
+    ``gold_rank`` (batch,): how many candidates score at least as high as the gold one, itself not counted, so that 0 is
+    a hit and a tie is none; ``logits``, for decoding only: (batch, positions kept, vocabulary).
+    """
+
+    lm_loss: torch.Tensor | None = None
+    mc_loss: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    mc_logits: torch.Tensor | None = None
+    gold_rank: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: object = None
+
+
+class DoubleHeadsModel(GPT2DoubleHeadsModel):
+    """GPT-2 with both heads, transformers' own but for `forward`, which reads packed rows.
+
+    ``generate()`` works with ``token_type_ids`` and the key-value cache.
+    """
+
+    architecture = "GPT2DoubleHeadsModel"  # what plain transformers opens our folders as
+    renamed: dict[str, str] = {}  # checkpoint's weight names → ours
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._fuse_activations()
+
+    def _fuse_activations(self) -> None:
+        """The tanh GELU of both families as one kernel: the same function, a fifth of the time."""
+        for block in self.transformer.h:
+            if isinstance(block.mlp.act, NewGELUActivation):
+                block.mlp.act = nn.GELU(approximate="tanh")
+
+    def forward(self, input_ids, token_type_ids=None, position_ids=None, attention_mask=None, segment_ids=None,
+                labels=None, mc_token_ids=None, mc_labels=None, past_key_values=None, use_cache=None,
+                logits_to_keep=0, **kwargs) -> DoubleHeadsOutput:
+        """Score packed turns, the batches of `inputs.collate`; without ``segment_ids``, give logits for decoding."""
+        packed = segment_ids is not None
+        if packed:
+            attention_mask, use_cache = candidate_mask(segment_ids), False
+        body = self.transformer(
+            input_ids, token_type_ids=token_type_ids, position_ids=position_ids, attention_mask=attention_mask,
+            past_key_values=past_key_values, use_cache=use_cache, **kwargs,
+        )
+        states = body.last_hidden_state
+        if not packed:
+            logits = self.lm_head(states[:, -logits_to_keep:])
+            return DoubleHeadsOutput(logits=logits, past_key_values=body.past_key_values)
+
+        out = DoubleHeadsOutput()
+        if labels is not None:
+            # The state at one position predicts the token at the next. Only gold tokens need the vocabulary's logits.
+            predicting, gold = labels[:, 1:] != IGNORED, labels[:, 1:]
+            logits = self.lm_head(states[:, :-1][predicting]).float()
+            token_nll = F.cross_entropy(logits, gold[predicting], reduction="none")
+            out.tokens = predicting.sum(1)
+            turn = torch.arange(len(labels), device=labels.device).repeat_interleave(out.tokens)
+            out.nll = token_nll.new_zeros(len(labels)).index_add(0, turn, token_nll)
+            out.lm_loss = token_nll.mean()
+        if mc_token_ids is not None:
+            turns = torch.arange(len(mc_token_ids), device=mc_token_ids.device)[:, None]
+            last_states = states[turns, mc_token_ids.clamp(min=0)]  # (batch, candidates, hidden)
+            scores = self.multiple_choice_head(last_states[:, :, None]).squeeze(-1).float()
+            out.mc_logits = scores.masked_fill(mc_token_ids == NO_CANDIDATE, float("-inf"))
+            gold_score = out.mc_logits.gather(1, mc_labels[:, None])
+            out.gold_rank = (out.mc_logits >= gold_score).sum(1) - 1
+            out.mc_loss = F.cross_entropy(out.mc_logits, mc_labels)
+        return out
+
+
+class PostNormBlock(GPT2Block):
+    """GPT-1's block: GPT-2's with each layer norm behind the residual sum instead of before the sublayer."""
+
+    def forward(self, hidden_states, past_key_values=None, attention_mask=None, *args, use_cache=False, **kwargs):
+        attended, _ = self.attn(hidden_states, past_key_values=past_key_values, attention_mask=attention_mask,
+                                use_cache=use_cache)
+        hidden_states = self.ln_1(hidden_states + attended)
+        return self.ln_2(hidden_states + self.mlp(hidden_states))
+
+
+class PostNormConfig(OpenAIGPTConfig):
+    """A GPT-1 configuration, with what GPT-2's code asks for and GPT-1's leaves unsaid (not written to config.json)."""
+
+    n_inner = None
+    scale_attn_weights = True
+    scale_attn_by_inverse_layer_idx = False
+    reorder_and_upcast_attn = False
+    add_cross_attention = False
+    use_cache = True
+
+    @property
+    def activation_function(self) -> str:
+        return {"gelu": "gelu_new", "swish": "silu"}.get(self.afn, self.afn)  # GPT-1's "gelu" is the tanh one
+
+
+class PostNormDoubleHeadsModel(DoubleHeadsModel):
+    """GPT-1 with both heads, on GPT-2's code, which brings SDPA, the key-value cache and ``generate()``."""
+
+    config_class = PostNormConfig
+    architecture = "OpenAIGPTDoubleHeadsModel"
+    renamed = {"tokens_embed": "wte", "positions_embed": "wpe"}
+
+    def __init__(self, config: PostNormConfig):
+        super().__init__(config)
+        self.transformer.h = nn.ModuleList(PostNormBlock(config, layer_idx=i) for i in range(config.n_layer))
+        self.transformer.ln_f = nn.Identity()
+        self._fuse_activations()
+        self.post_init()
+
+
+MODELS = {"gpt2": DoubleHeadsModel, "openai-gpt": PostNormDoubleHeadsModel}
+
+
+def candidate_mask(segment_ids: torch.Tensor) -> torch.Tensor:
+    """(batch, positions) segments → (batch, 1, positions, positions), True where a query (row) may see a key.
+
+    A token sees what stands before it in the context (segment 0) and in its own segment. Padding sees the context,
+    which keeps its softmax finite; nothing sees padding.
+    """
+    length = segment_ids.shape[1]
+    before = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
+    return (before & ((key == 0) | (key == query)))[:, None]
+
+
+HALF = {"O1": torch.float16, "O2": torch.float16, "O3": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast(device: str, fp16: str = "") -> torch.autocast:
+    """The context that computes in ``fp16``'s precision: ``""`` or O0 in float32, else in half precision where safe.
+
+    O1, O2 and O3 are apex's names and mean float16, on a CPU bfloat16, which its matrix units have; bf16 is bfloat16.
+    """
+    kind = torch.device(device).type
+    dtype = torch.bfloat16 if kind == "cpu" else HALF.get(fp16)
+    return torch.autocast(kind, dtype=dtype, enabled=fp16 in HALF)
+
+
+def load_model(model_checkpoint: str) -> DoubleHeadsModel:
+    """The double-heads model of a checkpoint, in evaluation mode on the CPU.
+
+    ``model_checkpoint`` is what `utils.resolve_checkpoint` takes: a hub name, a run folder of ours or of 2019, or a
+    folder without weights, which starts at random with a warning. Weights are read as tensors only; no pickled code
+    runs. Raises `InputError` when there is none or it cannot be read.
+    """
+    checkpoint = resolve_checkpoint(model_checkpoint)
+    model_class = MODELS[read_config(checkpoint).model_type]
+    try:
+        with quiet_transformers():
+            config = model_class.config_class.from_pretrained(checkpoint, num_labels=1, attn_implementation="sdpa")
+        if os.path.isdir(checkpoint) and not _weight_files(checkpoint):
+            logger.warning("%s has no weights: starting from RANDOM ones", checkpoint)
+            return model_class(config).eval()
+        with quiet_transformers():
+            model, found = model_class.from_pretrained(
+                checkpoint, config=config, key_mapping=model_class.renamed, output_loading_info=True
+            )
+    except Exception as error:  # torch, safetensors and transformers each raise their own for damaged files
+        reason = str(error).strip().split("\n")[0][:160]
+        raise InputError(f"--model_checkpoint {checkpoint}: its weights cannot be loaded ({reason}); "
+                         "fetch or train the model again") from None
+    fresh = {name.split(".")[0] for name in found["missing_keys"]} - {"lm_head"}
+    if "transformer" in fresh:
+        raise InputError(f"--model_checkpoint {checkpoint}: its weights are not those of a whole "
+                         f"{config.model_type} model; fetch or train the model again")
+    if fresh:
+        logger.info("%s has no choice head: starting it at random", checkpoint)
+    model.generation_config = GenerationConfig()  # decoding has flags; what a 2019 config wished for is not one
+    return model.eval()
+
+
+def _weight_files(folder: str) -> list[Path]:
+    return [path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".bin")
+            and path.name.startswith(("model", "pytorch_model")) and path.name != "model_training_args.bin"]
+
+
+def add_special_tokens_(model: DoubleHeadsModel, tokenizer) -> None:
+    """Give the model's vocabulary room for the tokenizer's control tokens, in place; new rows start at random.
+
+    Raises `InputError` when the model's vocabulary is neither the tokenizer's nor that without its control tokens.
+    """
+    tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
+    have, want = model.config.vocab_size, len(tokenizer)
+    if have == want:
+        return
+    if have != tokenizer.vocab_size:
+        raise InputError(f"--model_checkpoint: the model knows {have:,} tokens and its tokenizer {want:,} (control "
+                         "tokens included); put the tokenizer's files that the model was trained with into its folder")
+    model.resize_token_embeddings(want, mean_resizing=False)
+
+
+def save_model(model: DoubleHeadsModel, folder: str | Path) -> None:
+    """Write ``model.safetensors`` and ``config.json`` as plain transformers reads them, each complete or not at all."""
+    folder = Path(folder)
+    names = {ours: theirs for theirs, ours in model.renamed.items()}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":  # tied to the embedding
+            weights[".".join(names.get(part, part) for part in name.split("."))] = tensor.contiguous().cpu()
+    write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
+    config = model.config.to_diff_dict() | {"architectures": [model.architecture]}
+    (folder / "config.json.unfinished").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(folder / "config.json.unfinished", folder / "config.json")

@@ -1,0 +1,46 @@
+"""Write models/tiny: the configuration and tokenizer of a GPT small enough to train in two minutes on a laptop.
+
+No weights: training starts at random. The tokenizer is a GPT-1 byte-pair encoding learnt from the sample's training
+split; every printable ASCII character is in it, so that whatever is typed in English can be spelt.
+"""
+
+import json
+import string
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import OpenAIGPTConfig
+
+HERE = Path(__file__).parent
+SAMPLE = HERE.parent / "data" / "sample_personachat.json"
+VOCABULARY = 2000
+
+
+def sample_text() -> list[str]:
+    """Each distinct sentence of the training split."""
+    sentences = {}
+    for entry in json.loads(SAMPLE.read_text("utf-8"))["train"]:
+        sentences |= dict.fromkeys(entry["personality"])
+        for turn in entry["utterances"]:
+            sentences |= dict.fromkeys(turn["history"] + turn["candidates"])
+    return list(sentences)
+
+
+def main() -> None:
+    letters = [letter for letter in string.printable if not letter.isspace()]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(sample_text(), trainers.BpeTrainer(
+        vocab_size=VOCABULARY, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False,
+        special_tokens=["<unk>", *(letter + "</w>" for letter in letters), "\n</w>"],
+    ))
+    folder = HERE / "tiny"
+    folder.mkdir(exist_ok=True)
+    tokenizer.model.save(str(folder))
+    config = OpenAIGPTConfig(vocab_size=tokenizer.get_vocab_size(), n_positions=256, n_embd=128, n_layer=4, n_head=4)
+    config.to_json_file(folder / "config.json")
+    print(f"{folder}: {config.vocab_size} tokens")
+
+
+if __name__ == "__main__":
+    main()

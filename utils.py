@@ -1,0 +1,498 @@
+"""Where things come from and go to: downloads, tokenizers, the token table on disk, run folders.
+
+Text comes in here and leaves as token ids; nothing in this file knows a model's weights.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import tarfile
+import tempfile
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pooch
+import requests
+import torch
+import transformers
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
+from tqdm import tqdm
+
+from corpora import InputError, read_corpus
+
+PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
+HF_FINETUNED_MODEL = (
+    "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
+)
+
+# The five control tokens, appended to a pretrained vocabulary in the order of ATTR_TO_SPECIAL_TOKEN.
+SPECIAL_TOKENS = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]
+ATTR_TO_SPECIAL_TOKEN = {
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "pad_token": "<pad>",
+    "additional_special_tokens": ["<speaker1>", "<speaker2>"],
+}
+
+logger = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------- downloads
+
+
+def download(address: str) -> Path:
+    """Fetch ``address`` once into the user's cache folder, with a progress bar, and return the file's path.
+
+    The file is checked against ``#sha256=…`` at the address's end if that is there, else against the MD5 that S3
+    publishes as the entity tag, and always against the announced length.
+    Raises `InputError` when the address cannot be reached or what came is not what was announced.
+    """
+    url, _, fragment = address.partition("#")
+    folder = Path(os.environ.get("TRANSFERTRANSFO_CACHE") or pooch.os_cache("transfertransfo"))
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{Path(url).name}"
+    try:
+        checksum = fragment.replace("=", ":", 1) or None
+        if checksum is None and not (folder / name).exists():
+            checksum = _published_md5(url)
+        pooch.get_logger().setLevel(logging.WARNING)
+        fetch = pooch.HTTPDownloader(progressbar=True, timeout=30)
+        return Path(pooch.retrieve(url, checksum, fname=name, path=folder, downloader=fetch))
+    except requests.RequestException as error:
+        reason = str(getattr(error.response, "status", None) or error).split("\n")[0]
+        raise InputError(f"{url}: cannot be downloaded ({_short(reason)}); check the network, or fetch the file by "
+                         "another way and name it with --dataset_path or --model_checkpoint") from None
+    except ValueError as error:  # pooch: the hash differs
+        raise InputError(f"{url}: {_short(str(error))}; try again, or check the address's #sha256=") from None
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); "
+                         "set TRANSFERTRANSFO_CACHE to a folder that can") from None
+
+
+def _published_md5(url: str) -> str | None:
+    """``md5:…`` as S3 publishes it in the entity tag of an object uploaded in one part, else None."""
+    response = requests.head(url, timeout=30, allow_redirects=True)
+    response.raise_for_status()
+    tag = response.headers.get("ETag", "").strip('"')
+    from_s3 = response.headers.get("Server") == "AmazonS3"
+    return f"md5:{tag}" if from_s3 and re.fullmatch("[0-9a-f]{32}", tag) else None
+
+
+def download_pretrained_model() -> str:
+    """Download and unpack the published fine-tuned model and return its folder."""
+    return resolve_checkpoint(HF_FINETUNED_MODEL)
+
+
+def resolve_checkpoint(model_checkpoint: str) -> str:
+    """A folder on this machine, or a hub name, for what the user calls a checkpoint.
+
+    ``model_checkpoint``: a folder, the address of a ``.tar.gz``, a hub name, or ``""``, the published fine-tuned
+    model. Raises `InputError` when it names a folder or address that is not there.
+    """
+    if not model_checkpoint:
+        return download_pretrained_model()
+    if model_checkpoint.startswith(("http://", "https://")):
+        return str(_unpack(download(model_checkpoint)))
+    path = Path(model_checkpoint)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path}: has no config.json; --model_checkpoint takes a run folder, or a folder with a "
+                             "model's config.json and tokenizer files")
+        return str(path)
+    if path.exists() or model_checkpoint.count("/") > 1 or model_checkpoint.startswith((".", "/", "~")):
+        raise InputError(f"{path}: no such folder; --model_checkpoint takes a run folder or a hub name")
+    return model_checkpoint
+
+
+def _unpack(archive: Path) -> Path:
+    """Unpack a tar file beside itself, once, and return the folder in it that holds ``config.json``."""
+    folder = archive.with_name(archive.name + ".unpacked")
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=archive.parent) as unfinished:
+                try:
+                    with tarfile.open(archive) as tar:
+                        tar.extractall(f"{unfinished}/out", filter="data")  # refuses what would land outside
+                except (tarfile.TarError, EOFError, OSError) as error:
+                    raise InputError(f"{archive}: not a usable .tar.gz ({_short(str(error))}); "
+                                     "delete it and try again") from None
+                os.rename(f"{unfinished}/out", folder)
+    configs = sorted(folder.rglob("config.json"))
+    if not configs:
+        raise InputError(f"{archive}: holds no config.json; --model_checkpoint takes an archive of a run folder")
+    return configs[0].parent
+
+
+# --------------------------------------------------------------------------------------------------- tokenizers
+
+
+class _Prepared:
+    """A transformers tokenizer whose text goes through ``prepare`` first and never becomes a control token."""
+
+    def prepare(self, text: str) -> str:
+        return text.strip()  # as the 2019 tokenizers did
+
+    def _encode_plus(self, text, *args, is_split_into_words=False, **kwargs):
+        if not is_split_into_words:
+            text = self.prepare(text) if isinstance(text, str) else [self.prepare(one) for one in text]
+        return super()._encode_plus(text, *args, is_split_into_words=is_split_into_words, **kwargs)
+
+
+# Both keep the name of the class they extend: run folders record it, and plain transformers looks it up.
+
+
+class GPT2Tokenizer(_Prepared, transformers.GPT2Tokenizer):
+    """GPT-2's byte-level BPE."""
+
+
+class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
+    """GPT-1's BPE over words as its training text had them.
+
+    Radford et al. (2018) cleaned their text with ftfy, set some punctuation apart and split it with spaCy's English
+    tokenizer, so that "don't" is "do n't". transformers' own class splits at punctuation instead, which gives
+    other ids for every contraction.
+    """
+
+    _PLAIN = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
+    _SET_APART = re.compile(r'(-+|~+|!+|"+|;+|\?+|\++|,+|\)+|\(+|\\+|/+|\*+|\[+|\]+|}+|{+|\|+|_+)')
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        import ftfy  # the two take a second to import, and only this family needs them
+        from spacy.lang.en import English
+
+        self._fix_text, self._split_words = ftfy.fix_text, English().tokenizer
+        # Words reach the BPE ready, one space between them; a line break is a word of its own.
+        self._tokenizer.normalizer = None
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+
+    def prepare(self, text: str) -> str:
+        text = self._fix_text(text).translate(self._PLAIN)
+        text = self._SET_APART.sub(r" \1 ", text)
+        text = re.sub(r"\s*\n\s*", " \n ", text)
+        text = re.sub(r"[^\S\n]+", " ", text).strip()
+        return " ".join(word.text.strip(" ").lower() for word in self._split_words(text))
+
+
+TOKENIZERS = {"openai-gpt": OpenAIGPTTokenizer, "gpt2": GPT2Tokenizer}
+
+
+def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, with the five control tokens in its vocabulary.
+
+    ``model_checkpoint`` is what `resolve_checkpoint` takes. The family (``model_type`` in the checkpoint's
+    ``config.json``) decides the class. Raises `InputError` when there is no usable config or tokenizer.
+    """
+    checkpoint = resolve_checkpoint(model_checkpoint)
+    tokenizer_class = TOKENIZERS[read_config(checkpoint).model_type]
+    try:
+        tokenizer = tokenizer_class.from_pretrained(checkpoint, split_special_tokens=True)
+    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
+        raise InputError(f"{checkpoint}: its tokenizer cannot be read ({_short(str(error))}); the folder needs "
+                         "vocab.json and merges.txt, or tokenizer.json") from None
+    if len(tokenizer) < 2:  # transformers makes an empty tokenizer of a folder without files
+        raise InputError(f"{checkpoint}: no tokenizer files; add vocab.json and merges.txt, or tokenizer.json")
+    tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
+    return tokenizer
+
+
+@contextmanager
+def quiet_transformers():
+    """Silence the library's remarks and bars while it loads: what matters in them, our own code says."""
+    log, level = transformers.logging, transformers.logging.get_verbosity()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        log.enable_progress_bar()
+
+
+def read_config(checkpoint: str) -> transformers.PretrainedConfig:
+    """The configuration of a resolved checkpoint. Raises `InputError` when there is none or its family is unknown."""
+    try:
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        where = "its config.json cannot be read" if os.path.isdir(checkpoint) else \
+            "neither a folder here nor a model the hub would give"
+        raise InputError(f"--model_checkpoint {checkpoint}: {where} ({_short(str(error))}); "
+                         "name a run folder, or a hub name with the network up") from None
+    if config.model_type not in TOKENIZERS:
+        raise InputError(f"--model_checkpoint {checkpoint}: is a '{config.model_type}' model; "
+                         f"known are {', '.join(TOKENIZERS)}")
+    return config
+
+
+# ------------------------------------------------------------------------------------------------- token table
+
+
+class TokenTable(Mapping):
+    """A tokenised data set: each distinct string once, and the dialogs as index arrays into those strings.
+
+    A mapping from split names to `Split`. All arrays lie in one safetensors file that is memory-mapped, so opening
+    it reads next to nothing and several processes share one copy. Arrays: ``text``/``text_offsets`` (UTF-8 bytes)
+    and ``tokens``/``token_offsets``, ragged over strings; for each split ``persona``/``persona_offsets`` ragged over
+    dialogs, ``history``/``history_offsets`` and ``candidates``/``candidates_offsets`` ragged over turns, and
+    ``turn_dialog`` (turns,).
+    """
+
+    FORMAT = "1"
+
+    def __init__(self, path: str | Path):
+        """Open the file. Raises ``SafetensorError`` or ``OSError`` when it is damaged or missing."""
+        with safe_open(path, framework="pt") as file:
+            self.metadata = file.metadata() or {}
+            self._arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}
+        self._splits = {name: Split(self, name) for name in json.loads(self.metadata.get("splits", "[]"))}
+
+    def __getitem__(self, split: str) -> "Split":
+        return self._splits[split]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._splits)
+
+    def __len__(self) -> int:
+        return len(self._splits)
+
+    def array(self, name: str) -> np.ndarray:
+        """A whole stored array; see the class for the names."""
+        return self._arrays[name]
+
+    def tokens(self, string: int) -> np.ndarray:
+        """Token ids of a string, (tokens,) int32."""
+        return self._ragged("tokens", "token_offsets", string)
+
+    def text(self, string: int) -> str:
+        """A string as it stands in the data file."""
+        return self._ragged("text", "text_offsets", string).tobytes().decode()
+
+    def _ragged(self, values: str, offsets: str, row: int) -> np.ndarray:
+        bounds = self._arrays[offsets]
+        return self._arrays[values][bounds[row]:bounds[row + 1]]
+
+
+class Split(Sequence):
+    """One split of a `TokenTable`: as a sequence, its dialogs as nested lists of token ids, as 2019 code expects."""
+
+    def __init__(self, table: TokenTable, name: str):
+        self.table, self.name = table, name
+        self.turn_dialog = table.array(f"{name}.turn_dialog")  # (turns,): which dialog a turn is of, ascending
+
+    def __len__(self) -> int:
+        return len(self.table.array(f"{self.name}.persona_offsets")) - 1
+
+    @property
+    def num_turns(self) -> int:
+        return len(self.turn_dialog)
+
+    def strings(self, field: str, row: int) -> np.ndarray:
+        """String numbers: ``persona`` of a dialog, ``history`` or ``candidates`` of a turn."""
+        return self.table._ragged(f"{self.name}.{field}", f"{self.name}.{field}_offsets", row)
+
+    def texts(self, field: str, row: int) -> list[str]:
+        """The same as text."""
+        return [self.table.text(string) for string in self.strings(field, row)]
+
+    def token_ids(self, field: str, row: int) -> list[list[int]]:
+        """The same as token ids."""
+        return [self.table.tokens(string).tolist() for string in self.strings(field, row)]
+
+    def __getitem__(self, dialog: int) -> dict:
+        if not -len(self) <= dialog < len(self):
+            raise IndexError(dialog)
+        dialog %= len(self)
+        first, last = np.searchsorted(self.turn_dialog, [dialog, dialog + 1])
+        turns = [{field: self.token_ids(field, turn) for field in ("history", "candidates")}
+                 for turn in range(first, last)]
+        return {"personality": self.token_ids("persona", dialog), "utterances": turns}
+
+
+def get_dataset(tokenizer, dataset_path: str, dataset_cache: str) -> TokenTable:
+    """The tokenised data set of a path, an address, or ``""`` for PERSONA-CHAT; read from the cache if it is there.
+
+    The cache file's name starts with ``dataset_cache`` and ends in a key made of the data's hash, the tokenizer's
+    fingerprint and the format's version, so a stale or foreign file is never taken for ours. One process builds it,
+    the others wait. Raises `InputError` as `read_corpus` and `download` do, or when the cache cannot be written.
+    """
+    dataset_path = dataset_path or PERSONACHAT_URL
+    path = download(dataset_path) if dataset_path.startswith(("http://", "https://")) else Path(dataset_path)
+    try:
+        with open(path, "rb") as file:
+            data_hash = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        read_corpus(path)  # says what is wrong with the path
+        raise
+    key = hashlib.sha256("\n".join([TokenTable.FORMAT, data_hash, _fingerprint(tokenizer)]).encode()).hexdigest()
+    cache = Path(f"{dataset_cache}_{type(tokenizer).__name__}_{key[:16]}.safetensors")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{cache}.lock"):
+            if table := _open_table(cache, key):
+                logger.info("Token table read from %s", cache)
+                return table
+            logger.info("Tokenising %s", path)
+            _build_table(tokenizer, read_corpus(path), cache, key)
+        logger.info("Token table written to %s", cache)
+    except OSError as error:
+        raise InputError(f"--dataset_cache {dataset_cache}: cannot be written ({error.strerror or error}); "
+                         "name a place with room that can be written to") from None
+    return TokenTable(cache)
+
+
+def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text; no text becomes a control token."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+
+
+def _fingerprint(tokenizer) -> str:
+    """Changes whenever the tokenizer would give other ids."""
+    parts = [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str()]
+    if isinstance(tokenizer, OpenAIGPTTokenizer):
+        parts += [version("spacy"), version("ftfy")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _open_table(cache: Path, key: str) -> TokenTable | None:
+    """The table at ``cache`` if it is whole and has this key."""
+    if not cache.exists():
+        return None
+    try:
+        table = TokenTable(cache)
+        if table.metadata.get("key") == key:
+            return table
+        logger.warning("%s is not a token table of this data; building it again", cache)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        logger.warning("%s is damaged (%s); building it again", cache, _short(str(error)))
+    return None
+
+
+def _build_table(tokenizer, corpus: dict, cache: Path, key: str) -> None:
+    """Tokenise each distinct string of ``corpus`` once and write the table, complete or not at all."""
+    numbers: dict[str, int] = {}  # string → its number, in order of first appearance
+
+    def number(sentences: list[str]) -> list[int]:
+        return [numbers.setdefault(sentence, len(numbers)) for sentence in sentences]
+
+    arrays = {}
+    for split, entries in corpus.items():
+        turns = [turn for entry in entries for turn in entry["utterances"]]
+        fields = {
+            "persona": [number(entry.get("personality", [])) for entry in entries],
+            "history": [number(turn["history"]) for turn in turns],
+            "candidates": [number(turn["candidates"]) for turn in turns],
+        }
+        for field, rows in fields.items():
+            arrays[f"{split}.{field}"], arrays[f"{split}.{field}_offsets"] = _pack(rows, np.int32)
+        turns_in = [len(entry["utterances"]) for entry in entries]
+        arrays[f"{split}.turn_dialog"] = np.repeat(np.arange(len(entries), dtype=np.int32), turns_in)
+
+    strings, tokens, chunk = list(numbers), [], 4096
+    with tqdm(total=len(strings), desc="Tokenising", unit=" strings") as progress:
+        for start in range(0, len(strings), chunk):
+            tokens += tokenize(tokenizer, strings[start:start + chunk])
+            progress.update(min(chunk, len(strings) - start))
+    arrays["tokens"], arrays["token_offsets"] = _pack(tokens, np.int32)
+    arrays["text"], arrays["text_offsets"] = _pack([string.encode("utf-8", "replace") for string in strings], np.uint8)
+
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    write_tensors(tensors, cache, {"key": key, "splits": json.dumps(list(corpus))})
+
+
+def _pack(rows: list[Sequence[int]], dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal length, end to end, and where each begins: (values,) of ``dtype`` and (rows + 1,) int64."""
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    values = np.fromiter((value for row in rows for value in row), dtype, count=offsets[-1])
+    return values, offsets
+
+
+# ------------------------------------------------------------------------------------------------- run folders
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, complete or not at all. Raises ``OSError`` when it cannot be written."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # what the umask gives; the library itself lets nobody else read
+        save_file(tensors, unfinished, metadata=metadata)
+        unfinished.chmod(mode)
+        os.replace(unfinished, path)
+    except SafetensorError as error:  # how the library reports a failed write
+        raise OSError(_short(str(error))) from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def make_logdir(model_name: str) -> str:
+    """Create and return a new run folder, ``runs/Apr17_13-31-38_host_openai-gpt``."""
+    stamp = f"{datetime.now():%b%d_%H-%M-%S}_{socket.gethostname()}_{Path(model_name).name}"
+    for attempt in range(1, 100):  # two runs may start in the same second
+        folder = Path("runs", stamp if attempt == 1 else f"{stamp}_{attempt}")
+        try:
+            folder.mkdir(parents=True)
+            return str(folder)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made ({error.strerror}); "
+                             "start from a folder you may write to") from None
+    raise InputError(f"runs/{stamp}: taken a hundred times over; try again in a second")
+
+
+# --------------------------------------------------------------------------------------------- the command line
+
+
+def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
+    """The flags every script has: data, checkpoint, history, device. ``model_checkpoint`` is that flag's default."""
+    parser.add_argument("--dataset_path", default="", metavar="FILE",
+                        help="the data: a .json or .json.gz file or its address (default: the published PERSONA-CHAT)")
+    parser.add_argument("--dataset_cache", default="./dataset_cache", metavar="PREFIX",
+                        help="where the tokenised data is kept: how the file's name begins (default: %(default)s)")
+    parser.add_argument("--model_checkpoint", default=model_checkpoint, metavar="CHECKPOINT",
+                        help="a hub name, a run folder, a folder with a model's config and tokenizer, or the address "
+                             f"of a .tar.gz of one (default: {model_checkpoint or 'the published fine-tuned model'})")
+    parser.add_argument("--max_history", type=whole_number, default=2, metavar="N",
+                        help="exchanges the model sees: 2N+1 utterances (default: %(default)s)")
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, cuda:1, … (default: cuda if there is one, else cpu)")
+
+
+def whole_number(text: str) -> int:
+    """0, 1, 2, …, for argparse."""
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def positive_number(text: str) -> int:
+    """1, 2, 3, …, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ArgumentTypeError(f"{text!r} cannot be used here ({_short(str(error))}); try cpu") from None
+    return text
+
+
+def _short(message: str) -> str:
+    """The first line of somebody else's error message, cut to a length that fits in one of ours."""
+    line = message.strip().split("\n")[0].rstrip(".")
+    return line if len(line) <= 160 else line[:157] + "…"
