@@ -117,21 +117,23 @@ def pack_turn(persona, history, candidates, special: Specials, max_positions: in
     """Pack a turn, gold candidate last, into one row whose positions stay below ``max_positions``.
 
     A turn that is too long loses its oldest context (`fit_context`); a candidate that is too long even without
-    context loses its end.
+    context loses its end. Candidates of the same tokens share one segment, so that a tie is one to the last bit.
     """
-    candidates = [build_reply(reply[:max_positions - 4], special) for reply in candidates]
-    room = max_positions - max(len(candidate.ids) for candidate in candidates)
+    candidates = [tuple(reply[:max_positions - 4]) for reply in candidates]
+    room = max_positions - 2 - max(map(len, candidates))
     context = build_context(*fit_context(persona, history, room), special)
     start = len(context.ids)
     row = Row(context.ids, context.types, list(range(start)), [0] * start, [IGNORED] * start, [])
-    for number, candidate in enumerate(candidates, start=1):
-        length = len(candidate.ids)
-        row.input_ids.extend(candidate.ids)
-        row.token_type_ids.extend(candidate.types)
-        row.position_ids.extend(range(start, start + length))
-        row.segment_ids.extend([number] * length)
-        row.labels.extend([IGNORED] + candidate.ids[1:] if number == len(candidates) else [IGNORED] * length)
-        row.mc_token_ids.append(len(row.input_ids) - 1)
+    last_token = {}  # candidate → where it ends in the row
+    for candidate in dict.fromkeys(candidates):
+        ids, types = build_reply(candidate, special)
+        row.input_ids.extend(ids)
+        row.token_type_ids.extend(types)
+        row.position_ids.extend(range(start, start + len(ids)))
+        row.segment_ids.extend([len(last_token) + 1] * len(ids))
+        row.labels.extend([IGNORED] + ids[1:] if candidate == candidates[-1] else [IGNORED] * len(ids))
+        last_token[candidate] = len(row.input_ids) - 1
+    row.mc_token_ids.extend(last_token[candidate] for candidate in candidates)
     return row
 
 
@@ -190,7 +192,7 @@ class TurnDataset(Dataset):
         return pack_turn(*self.context(turn, rotation), candidates, self.special, self.max_positions)
 
     def lengths(self) -> tuple[np.ndarray, int]:
-        """Tokens in each row, (len(self),) int64, and how many turns are too long for the model's positions.
+        """Tokens in each row (at most), (len(self),) int64, and how many turns exceed the model's positions.
 
         From the table's offsets alone: no row is built.
         """

@@ -94,6 +94,9 @@ class DoubleHeadsModel(GPT2DoubleHeadsModel):
             turns = torch.arange(len(mc_token_ids), device=mc_token_ids.device)[:, None]
             last_states = states[turns, mc_token_ids.clamp(min=0)]  # (batch, candidates, hidden)
             scores = self.multiple_choice_head(last_states[:, :, None]).squeeze(-1).float()
+            # Candidates that end at one place are one: the same score to the last bit, whatever the kernel does.
+            first = (mc_token_ids[:, :, None] == mc_token_ids[:, None, :]).int().argmax(-1)
+            scores = scores.gather(1, first)
             out.mc_logits = scores.masked_fill(mc_token_ids == NO_CANDIDATE, float("-inf"))
             gold_score = out.mc_logits.gather(1, mc_labels[:, None])
             out.gold_rank = (out.mc_logits >= gold_score).sum(1) - 1

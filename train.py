@@ -82,7 +82,7 @@ def training(args: Namespace) -> Path | None:
     curves = TensorboardLogger(log_dir=run)  # writes through tensorboardX
     curves.attach_output_handler(trainer, Events.ITERATION_COMPLETED, tag="training", output_transform=lambda out: out)
     curves.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, optimizer, param_name="lr")
-    curves.attach_output_handler(evaluator, Events.COMPLETED, tag="validation", metric_names="all",
+    curves.attach_output_handler(evaluator, Events.COMPLETED, tag="validation", metric_names=["hits@1", "nll", "ppl"],
                                  global_step_transform=global_step_from_engine(trainer))
     with curves:
         trainer.run(train_loader, max_epochs=args.n_epochs)
@@ -157,13 +157,13 @@ def create_evaluator(model: DoubleHeadsModel, args: Namespace) -> Engine:
         metric.attach(evaluator, name)
     ProgressBar(desc="Validation", bar_format=BAR).attach(evaluator)
     evaluator.add_event_handler(Events.COMPLETED, lambda: logger.info(
-        "Validation: " + ", ".join(f"{name} {float(evaluator.state.metrics[name]):.4f}" for name in metrics)))
+        "Validation: " + ", ".join(f"{name} {evaluator.state.metrics[name]:.4f}" for name in metrics)))
     return evaluator
 
 
 def mean_over_turns(of: Callable[[DoubleHeadsOutput], torch.Tensor]) -> Metric:
     """The mean over all turns of ``of(output)``, which is (batch,)."""
-    return Average(lambda out: of(out)[:, None].double())
+    return MetricsLambda(float, Average(lambda out: of(out)[:, None].double()))
 
 
 def parse_args() -> Namespace:
@@ -192,5 +192,6 @@ def parse_args() -> Namespace:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    logging.getLogger("ignite").setLevel(logging.WARNING)
+    for library in ("ignite", "tensorboardX"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     command(lambda: training(parse_args()) and None)

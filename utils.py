@@ -142,9 +142,12 @@ class _Prepared:
     def prepare(self, text: str) -> str:
         return text.strip()  # as the 2019 tokenizers did
 
+    def _clean(self, text: str) -> str:
+        return self.prepare(text.encode("utf-8", "replace").decode())  # without lone surrogates, which JSON can spell
+
     def _encode_plus(self, text, *args, is_split_into_words=False, **kwargs):
         if not is_split_into_words:
-            text = self.prepare(text) if isinstance(text, str) else [self.prepare(one) for one in text]
+            text = self._clean(text) if isinstance(text, str) else [self._clean(one) for one in text]
         return super()._encode_plus(text, *args, is_split_into_words=is_split_into_words, **kwargs)
 
 
@@ -175,6 +178,9 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
         # Words reach the BPE ready, one space between them; a line break is a word of its own.
         self._tokenizer.normalizer = None
         self._tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+        # decode(clean_up_tokenization_spaces=True) joins "do n't" again. The library thinks that this harms every BPE;
+        # here it undoes what `prepare` did.
+        self.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
 
     def prepare(self, text: str) -> str:
         text = self._fix_text(text).translate(self._PLAIN)
@@ -200,7 +206,7 @@ def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         raise InputError(f"{checkpoint}: its tokenizer cannot be read ({_short(str(error))}); the folder needs "
                          "vocab.json and merges.txt, or tokenizer.json") from None
-    if len(tokenizer) < 2:  # transformers makes an empty tokenizer of a folder without files
+    if len(tokenizer) < 50:  # transformers makes an empty tokenizer of a folder without files
         raise InputError(f"{checkpoint}: no tokenizer files; add vocab.json and merges.txt, or tokenizer.json")
     tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
     return tokenizer

@@ -500,8 +500,8 @@ HELLO = ["hi !", "hello !", "hey there !"]                                  # be
 REACTIONS = ["nice !", "cool .", "oh wow .", "that is great .", "i see ."]   # before a later question
 RETURN = ["what about you ?", "how about you ?", "and you ?"]
 
-N_TRAIN, N_VALID = 290, 50
-CANDIDATES = {"train": 6, "valid": 20}
+N_TRAIN, N_VALID = 465, 50
+CANDIDATES = {"train": 2, "valid": 20}
 MAX_BYTES = 1_000_000   # the repository takes no larger file
 
 

@@ -37,7 +37,8 @@ def main() -> None:
     folder = HERE / "tiny"
     folder.mkdir(exist_ok=True)
     tokenizer.model.save(str(folder))
-    config = OpenAIGPTConfig(vocab_size=tokenizer.get_vocab_size(), n_positions=256, n_embd=128, n_layer=4, n_head=4)
+    config = OpenAIGPTConfig(vocab_size=tokenizer.get_vocab_size(), n_positions=256, n_embd=128, n_layer=2, n_head=4,
+                             initializer_range=0.08)  # 0.02 is for large models: at this size it learns too slowly
     config.to_json_file(folder / "config.json")
     print(f"{folder}: {config.vocab_size} tokens")
 

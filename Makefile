@@ -1,0 +1,34 @@
+# make demo    from a fresh clone to a trained, evaluated bot, on embedded defaults and without a hub
+# make test    the whole test suite
+# make install the set-up alone: .venv
+# make lint    style
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test install lint clean
+
+demo: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" ./runs/demo.sh
+
+test: $(VENV)/test-installed
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/test-installed
+	$(BIN)/ruff check .
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/test-installed: $(VENV)/installed requirements-test.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# From nothing to a bot in two minutes on a laptop: a tiny model, trained on the embedded sample, evaluated, talked to.
+# The sample is small talk of our own, made so that a model this small can learn it; see data/make_sample.py.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+data=data/sample_personachat.json
+python train.py --model_checkpoint models/tiny --dataset_path $data --max_history 0 \
+    --n_epochs 16 --lr 2e-3 --lm_coef 2.0 --train_batch_size 12 --gradient_accumulation_steps 1 --valid_batch_size 24
+run=$(ls -td runs/*_tiny* | head -n 1)
+
+for metric in hits@1 ppl f1; do
+    python convai_evaluation.py --eval_type $metric --model_checkpoint "$run" --dataset_path $data --max_history 0
+done
+
+printf '%s\n' "hi ! what do you do for a living ?" "do you have any pets ?" "cool . what do you like to eat ?" |
+    python interact.py --model_checkpoint "$run" --max_history 0 --seed 42 --personality "i work as a baker .
+i have two dogs .
+i could eat green salad every day ."
+
+echo "Talk to it yourself: python interact.py --model_checkpoint $run --dataset_path $data --max_history 0"

@@ -1,0 +1,95 @@
+"""What several tests need: the material beside the repository, runs of our scripts, small checkpoints."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True)  # no timed assertions
+hypothesis.settings.load_profile("project")
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+FAMILIES = ["openai-gpt", "gpt2"]
+SAMPLE = ROOT / "data" / "sample_personachat.json"
+TINY = ROOT / "models" / "tiny"
+
+
+def shared(path: str) -> Path:
+    """A path of the shared material; the test is skipped on machines without it."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"needs {path} of ../shared, which is not on this machine")
+    return SHARED / path
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def golden(family) -> dict:
+    """What the 2019 stack recorded for one family."""
+    return json.loads(shared(f"golden/{family}.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="session")
+def run_2019(family) -> Path:
+    """A run folder as the 2019 script left it."""
+    return shared(f"golden/run-2019-{family}")
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory) -> Path:
+    """Twelve training and four validation dialogs of the sample."""
+    corpus = json.loads(SAMPLE.read_text("utf-8"))
+    path = tmp_path_factory.mktemp("corpus") / "small.json"
+    path.write_text(json.dumps({"train": corpus["train"][:12], "valid": corpus["valid"][:4]}))
+    return path
+
+
+def make_checkpoint(folder: Path, **config) -> Path:
+    """models/tiny with a changed configuration, still without weights."""
+    shutil.copytree(TINY, folder, dirs_exist_ok=True)
+    settings = json.loads((TINY / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, small_corpus) -> Path:
+    """A run folder of train.py: two layers, two epochs over the small corpus."""
+    work = tmp_path_factory.mktemp("trained")
+    checkpoint = make_checkpoint(work / "two-layers", n_layer=2, n_embd=64)
+    script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 2,
+           "--lr", 1e-3, "--gradient_accumulation_steps", 1, cwd=work)
+    return next((work / "runs").iterdir())
+
+
+def script(name: str, *args, cwd: Path, stdin: str | bytes = "", status: int = 0, env: dict | None = None) -> str:
+    """Run one of our scripts as a user would, offline, and return standard output.
+
+    Fails unless it exits with ``status`` and without a traceback; ``script.stderr`` keeps standard error.
+    """
+    done = subprocess.run(
+        [sys.executable, ROOT / name, *map(str, args)], cwd=cwd, capture_output=True, timeout=300,
+        input=stdin if isinstance(stdin, bytes) else stdin.encode(),
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", **(env or {})},
+    )
+    script.stderr = done.stderr.decode()
+    assert done.returncode == status, script.stderr
+    assert "Traceback" not in script.stderr, script.stderr
+    return done.stdout.decode()
+
+
+def error_line(name: str, *args, cwd: Path, **kwargs) -> str:
+    """Run one of our scripts that must refuse with exit status 2, and return its one line of complaint."""
+    script(name, *args, cwd=cwd, status=2, **kwargs)
+    lines = [line for line in script.stderr.splitlines() if ": error: " in line]
+    assert len(lines) == 1, script.stderr
+    return lines[0]

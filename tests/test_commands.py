@@ -1,0 +1,435 @@
+"""The scripts as a user runs them: train, evaluate, chat; and what they say to wrong input."""
+
+import json
+import math
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, SAMPLE, TINY, error_line, make_checkpoint, script, shared
+from safetensors.torch import load_file
+from tensorboardX.proto import event_pb2
+from torch.nn import functional as F
+
+from train import build_input_from_segments
+from utils import get_tokenizer
+
+
+def final(output: str) -> float:
+    lines = [line for line in output.splitlines() if line.startswith("FINAL ")]
+    assert len(lines) == 1, output
+    return float(lines[0].split(": ")[1])
+
+
+def evaluate(kind: str, run: Path, data: Path, cwd: Path, *more) -> tuple[float, list[dict]]:
+    out = script("convai_evaluation.py", "--eval_type", kind, "--model_checkpoint", run, "--dataset_path", data,
+                 "--predictions", "predictions.jsonl", *more, cwd=cwd)
+    return final(out), [json.loads(line) for line in (cwd / "predictions.jsonl").read_text().splitlines()]
+
+
+def turns_of(data: Path) -> list[tuple[list[str], list[str], list[str]]]:
+    """(persona, history, candidates) of each validation turn, as text."""
+    return [(entry["personality"], turn["history"], turn["candidates"])
+            for entry in json.loads(data.read_text())["valid"] for turn in entry["utterances"]]
+
+
+# ------------------------------------------------------------------------------------------------------ train.py
+
+
+def test_training_learns_and_leaves_a_run_that_plain_transformers_opens(trained, small_corpus):
+    assert (trained / "training_args.json").exists() and not list(trained.glob("*.unfinished"))
+    own, report = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(trained, output_loading_info=True)
+    assert not any(report.values())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
+    assert len(tokenizer) == own.config.vocab_size == 2005
+    assert tokenizer.convert_ids_to_tokens([2000, 2001, 2002, 2003, 2004]) == [
+        "<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"]
+    start = math.log(2005)  # what guessing costs a token
+    assert scalars(trained)["training/lm_loss"][-1] < 0.85 * start
+
+
+def scalars(run: Path) -> dict[str, list[float]]:
+    """The curves of a run's TensorBoard file: its records are length, checksum, event, checksum."""
+    data, place, curves = next(run.glob("events.out.tfevents.*")).read_bytes(), 0, {}
+    while place < len(data):
+        length = int.from_bytes(data[place:place + 8], "little")
+        event = event_pb2.Event.FromString(data[place + 12:place + 12 + length])
+        for value in event.summary.value:
+            curves.setdefault(value.tag, []).append(value.simple_value)
+        place += 16 + length
+    return curves
+
+
+def test_the_curves_hold_what_happened(trained):
+    curves = scalars(trained)
+    iterations = len(curves["training/loss"])
+    assert iterations % 2 == 0 and len(curves["validation/ppl"]) == 2
+    rates = curves["lr/group_0"]
+    expected = [1e-3 * (1 - step / iterations) for step in range(iterations)]
+    assert rates == pytest.approx(expected, abs=1e-7)  # linear, to 0 over all iterations
+    for loss, lm, mc in zip(curves["training/loss"], curves["training/lm_loss"], curves["training/mc_loss"], strict=True):
+        assert loss == pytest.approx(lm + mc, rel=1e-5)
+
+
+def test_the_scores_are_those_of_plain_transformers(trained, small_corpus, tmp_path):
+    """hits@1 and perplexity of the script against transformers' own model, one padded candidate after the other."""
+    hits, scored = evaluate("hits@1", trained, small_corpus, tmp_path)
+    ppl, likelihoods = evaluate("ppl", trained, small_corpus, tmp_path)
+    own = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(trained).eval()
+    tokenizer = get_tokenizer(str(trained))
+    nll = tokens = right = 0
+    for turn, (persona, history, candidates) in enumerate(turns_of(small_corpus)):
+        scores = []
+        for reply in candidates:
+            built = build_input_from_segments(
+                [tokenizer.encode(one) for one in persona], [tokenizer.encode(one) for one in history[-5:]],
+                tokenizer.encode(reply), tokenizer, lm_labels=True)
+            with torch.no_grad():
+                out = own(torch.tensor([[built["input_ids"]]]), token_type_ids=torch.tensor([[built["token_type_ids"]]]),
+                          mc_token_ids=torch.tensor([[built["mc_token_ids"]]]))
+            scores.append(out.mc_logits.item())
+        labels = torch.tensor(built["lm_labels"])
+        gold = F.cross_entropy(out.logits[0, 0, :-1], labels[1:], reduction="sum").item()
+        assert scored[turn]["scores"] == pytest.approx(scores, abs=1e-5)
+        assert likelihoods[turn] == {"nll": pytest.approx(gold, abs=1e-3), "tokens": int((labels != -100).sum())}
+        nll, tokens = nll + gold, tokens + int((labels != -100).sum())
+        right += scores[-1] > max(scores[:-1])
+    assert hits == pytest.approx(right / len(scored), rel=1e-3)
+    assert ppl == pytest.approx(math.exp(nll / tokens), rel=1e-3)
+
+
+def test_validation_while_training_agrees_with_the_evaluation_script(trained, small_corpus, tmp_path):
+    curves = scalars(trained)
+    assert evaluate("hits@1", trained, small_corpus, tmp_path)[0] == pytest.approx(
+        curves["validation/hits_1"][-1], rel=1e-3)
+    assert evaluate("ppl", trained, small_corpus, tmp_path)[0] == pytest.approx(curves["validation/ppl"][-1], rel=1e-3)
+
+
+def test_evaluating_only_and_the_same_seed_twice(tmp_path, small_corpus):
+    checkpoint = make_checkpoint(tmp_path / "one-layer", n_layer=1, n_embd=32)
+    common = ["--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--lr", 1e-3, "--seed", 7]
+    script("train.py", *common, "--n_epochs", 0, cwd=tmp_path)
+    assert "Validation: hits@1" in script.stderr and not (tmp_path / "runs").exists()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        script("train.py", *common, "--n_epochs", 1, "--gradient_accumulation_steps", 4, "--personality_permutations", 2,
+               "--eval_before_start", cwd=tmp_path / folder)
+        assert script.stderr.count("Validation: hits@1") == 2
+    one, two = (load_file(next((tmp_path / folder / "runs").iterdir()) / "model.safetensors") for folder in ("a", "b"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_accumulation_is_one_step_of_the_mean_gradient(tmp_path):
+    """Two batches of one turn under accumulation 2 move the weights as their mean gradient, clipped once, does."""
+    corpus = json.loads(SAMPLE.read_text())
+    turns = corpus["train"][0]["utterances"][:2]
+    entry = {"personality": corpus["train"][0]["personality"], "utterances": turns}
+    (tmp_path / "two.json").write_text(json.dumps({"train": [entry], "valid": [entry]}))
+    checkpoint = make_checkpoint(tmp_path / "still", n_layer=1, n_embd=32, resid_pdrop=0.0, embd_pdrop=0.0,
+                                 attn_pdrop=0.0, summary_first_dropout=0.0)
+    # A run of no learning gives the starting weights; the real run then starts from them.
+    script("train.py", "--dataset_path", "two.json", "--model_checkpoint", checkpoint, "--n_epochs", 1, "--lr", 0,
+           cwd=tmp_path)
+    start = next((tmp_path / "runs").iterdir())
+    (tmp_path / "step").mkdir()
+    script("train.py", "--dataset_path", "../two.json", "--model_checkpoint", start.resolve(), "--n_epochs", 1,
+           "--lr", 0.01, "--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--max_norm", 0.5, "--mc_coef", 3,
+           cwd=tmp_path / "step")
+    moved = load_file(next((tmp_path / "step" / "runs").iterdir()) / "model.safetensors")
+
+    own = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(start)
+    tokenizer = get_tokenizer(str(start))
+    for turn in turns:
+        rows = [build_input_from_segments(
+            [tokenizer.encode(one) for one in entry["personality"]], [tokenizer.encode(one) for one in turn["history"]],
+            tokenizer.encode(reply), tokenizer, lm_labels=reply == turn["candidates"][-1])
+            for reply in turn["candidates"][-2:]]
+        width = max(len(row["input_ids"]) for row in rows)
+
+        def padded(name, fill, rows=rows, width=width):
+            return torch.tensor([[row[name] + [fill] * (width - len(row[name])) for row in rows]])
+
+        out = own(padded("input_ids", 0), token_type_ids=padded("token_type_ids", 0),
+                  mc_token_ids=torch.tensor([[row["mc_token_ids"] for row in rows]]), mc_labels=torch.tensor([1]),
+                  labels=padded("lm_labels", -100))
+        ((out.loss + 3 * out.mc_loss) / 2).backward()
+    torch.nn.utils.clip_grad_norm_(own.parameters(), 0.5)
+    # The rate has fallen to half its start when the second and last batch is done: 0.01 * (1 - 1/2).
+    torch.optim.AdamW(own.parameters(), lr=0.005, eps=1e-6, weight_decay=0.0).step()
+    compared = 0
+    for name, weight in own.named_parameters():
+        # Adam's first step has the gradient's sign alone: where the gradient is rounding noise, so is the step.
+        clear = weight.grad.abs() > 1e-4
+        torch.testing.assert_close(moved[name][clear], weight[clear], atol=2e-5, rtol=1e-4, msg=name)
+        compared += int(clear.sum())
+    assert compared > 3000
+
+
+def test_train_stays_a_page():
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 250
+
+
+# ------------------------------------------------------------------------------------- run folders of elsewhere
+
+
+def test_a_2019_run_folder_evaluates_and_trains_on(run_2019, small_corpus, tmp_path):
+    hits, scored = evaluate("hits@1", run_2019, small_corpus, tmp_path)
+    assert 0 <= hits <= 1 and len(scored) == len(turns_of(small_corpus))
+    script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", run_2019, "--n_epochs", 1, cwd=tmp_path)
+    run = next((tmp_path / "runs").iterdir())
+    assert "RANDOM" not in script.stderr
+    assert json.loads((run / "config.json").read_text())["model_type"] in run_2019.name
+
+
+def test_a_folder_without_weights_starts_at_random_and_says_so(tmp_path, small_corpus):
+    script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", TINY, "--n_epochs", 0, cwd=tmp_path)
+    assert "has no weights: starting from RANDOM ones" in script.stderr
+
+
+def test_the_family_is_what_the_config_says(tmp_path, small_corpus):
+    """A GPT-2 in a folder called openai-gpt is a GPT-2, whatever --model hints."""
+    source, folder = shared("golden/run-2019-gpt2"), tmp_path / "openai-gpt"
+    folder.symlink_to(source, target_is_directory=True)
+    out = script("interact.py", "--model_checkpoint", folder, "--model", "openai-gpt", "--personality", "i am .",
+                 "--no_sample", stdin="hi\n", cwd=tmp_path)
+    plain = script("interact.py", "--model_checkpoint", source, "--personality", "i am .", "--no_sample", stdin="hi\n",
+                   cwd=tmp_path)
+    assert out == plain
+
+
+# --------------------------------------------------------------------------------------------- convai_evaluation
+
+
+def test_f1_is_the_mean_over_the_replies_it_wrote_down(trained, small_corpus, tmp_path):
+    f1, written = evaluate("f1", trained, small_corpus, tmp_path, "--seed", 3)
+    again, same = evaluate("f1", trained, small_corpus, tmp_path, "--seed", 3)
+    assert (f1, written) == (again, same)
+
+    def bag(text):
+        drop = {"a", "an", "the"}
+        words = "".join(letter for letter in text.lower() if letter.isalnum() or letter == " ").split()
+        return [word for word in words if word not in drop]
+
+    total = 0.0
+    for record, (_, _, candidates) in zip(written, turns_of(small_corpus), strict=True):
+        reply, gold = bag(record["reply"]), bag(candidates[-1])
+        common, left = 0, list(gold)
+        for word in reply:
+            if word in left:
+                left.remove(word)
+                common += 1
+        total += 2 * common / (len(reply) + len(gold)) if common else 0
+    assert f1 == pytest.approx(total / len(written), rel=1e-3, abs=1e-4)
+
+
+def test_a_batch_of_replies_is_each_reply_alone(trained, small_corpus, tmp_path):
+    _, together = evaluate("f1", trained, small_corpus, tmp_path, "--no_sample", "--batch_size", 16)
+    _, alone = evaluate("f1", trained, small_corpus, tmp_path, "--no_sample", "--batch_size", 1)
+    assert together == alone
+
+
+def test_half_precision_evaluates_to_nearly_the_same(trained, small_corpus, tmp_path):
+    full, _ = evaluate("ppl", trained, small_corpus, tmp_path)
+    half, _ = evaluate("ppl", trained, small_corpus, tmp_path, "--fp16", "bf16")
+    assert half == pytest.approx(full, rel=0.02) and half != full
+
+
+# ------------------------------------------------------------------------------------------------- interact.py
+
+
+def test_a_chat_through_a_pipe(trained, tmp_path):
+    common = ["--model_checkpoint", trained, "--personality", "i have two dogs .\n\n  i am a baker .  "]
+    out = script("interact.py", *common, "--seed", 5, stdin="hello !\n\nwhat do you do ?\nAbort!\nnot read\n",
+                 cwd=tmp_path).splitlines()
+    assert out[:3] == ["Personality:", "  i have two dogs .", "  i am a baker ."]
+    assert len(out) == 6 and out[4] == "Please say something: the line is empty."
+    assert out[3] and out[5] and ">>>" not in "".join(out)
+    again = script("interact.py", *common, "--seed", 5, stdin="hello !\n\nwhat do you do ?\n", cwd=tmp_path)
+    assert again.splitlines()[:6] == out
+    other = script("interact.py", *common, "--seed", 6, stdin="hello !\n\nwhat do you do ?\n", cwd=tmp_path)
+    assert other.splitlines()[3:] != out[3:]
+
+
+def test_a_personality_from_a_file_or_the_data_or_none(trained, small_corpus, tmp_path):
+    (tmp_path / "me.txt").write_text("i fly kites .\ni am nine .\n")
+    common = ["interact.py", "--model_checkpoint", trained, "--no_sample"]
+    out = script(*common, "--personality", "me.txt", "--end_command", "stop", stdin="hi\nstop\nhi\n", cwd=tmp_path)
+    assert out.startswith("Personality:\n  i fly kites .\n  i am nine .\n") and len(out.splitlines()) == 4
+    out = script(*common, "--personality", "", stdin="hi\n", cwd=tmp_path)
+    assert out.startswith("Personality:\n  (none)\n")
+    personas = [entry["personality"] for split in json.loads(small_corpus.read_text()).values() for entry in split]
+    chosen = set()
+    for seed in (1, 2, 3):
+        out = script(*common, "--dataset_path", small_corpus, "--seed", seed, stdin="", cwd=tmp_path)
+        sentences = [line.strip() for line in out.splitlines()[1:] if line.strip()]
+        assert sentences in personas
+        chosen.add(tuple(sentences))
+    assert len(chosen) > 1
+
+
+def test_lengths_bound_the_reply(trained, tmp_path):
+    tokenizer = get_tokenizer(str(trained))
+    for low, high in ((9, 9), (1, 4), (12, 3)):
+        out = script("interact.py", "--model_checkpoint", trained, "--personality", "i am .", "--min_length", low,
+                     "--max_length", high, "--seed", 1, stdin="hello\n", cwd=tmp_path)
+        reply = out.splitlines()[2]
+        assert min(low, high) <= len(tokenizer.encode(reply)) <= high
+
+
+def test_what_a_model_says_after_a_long_chat_depends_on_the_last_exchanges_only(trained, tmp_path):
+    """--max_history 0 keeps one utterance: its reply is that of a chat just begun."""
+    common = ["interact.py", "--model_checkpoint", trained, "--personality", "i am .", "--no_sample", "--max_history", 0]
+    long = script(*common, stdin="hi\nhow are you ?\ntell me more\nwhat do you do ?\n", cwd=tmp_path).splitlines()
+    short = script(*common, stdin="what do you do ?\n", cwd=tmp_path).splitlines()
+    assert long[5] == short[2]
+
+
+def test_a_terminal_session_with_prompt_and_quiet_endings(trained, tmp_path):
+    for ending in (b"\x04", b"\x03"):
+        screen, status = in_a_terminal(
+            ["interact.py", "--model_checkpoint", trained, "--personality", "i am a baker .", "--seed", "2"],
+            [(b">>> ", b"hello\r"), (b">>> ", b"  \r"), (b"line is empty", b""), (b">>> ", ending)], tmp_path)
+        assert status == 0, screen
+        assert "Traceback" not in screen and "i am a baker ." in screen and "Ctrl-D" in screen
+
+
+def test_ctrl_c_while_a_reply_is_written_ends_quietly(trained, tmp_path):
+    screen, status = in_a_terminal(
+        ["interact.py", "--model_checkpoint", trained, "--personality", "i am .", "--seed", "2",
+         "--min_length", "200", "--max_length", "200"],
+        [(b">>> ", b"hello\r"), (b"hello\r\n", None), (b" ", b"\x03")], tmp_path)
+    assert status == 0 and "Traceback" not in screen, screen
+
+
+def in_a_terminal(arguments, dialog, cwd):
+    """Run a script on a pseudo-terminal: wait for each text, then type the answer. Returns screen and exit status."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, ROOT / arguments[0], *map(str, arguments[1:])], cwd=cwd,
+                               stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                               env={**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"},
+                               preexec_fn=lambda: __import__("fcntl").ioctl(theirs, __import__("termios").TIOCSCTTY, 0))
+    os.close(theirs)
+    screen, seen = b"", 0
+
+    def read(seconds: float) -> bool:
+        nonlocal screen
+        if not select.select([ours], [], [], seconds)[0]:
+            return False
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            return False
+        screen += piece
+        return bool(piece)
+
+    try:
+        for text, answer in dialog:
+            deadline = time.monotonic() + 60
+            while text not in screen[seen:]:
+                assert time.monotonic() < deadline and (read(1) or process.poll() is None), screen.decode()
+            seen = screen.index(text, seen) + len(text)
+            if answer:
+                time.sleep(0.5)  # nobody types within a millisecond of the prompt, and CPython would miss that Ctrl-C
+                os.write(ours, answer)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            read(0.2)
+        while read(0.2):
+            pass
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        os.close(ours)
+    return screen.decode(errors="replace"), process.wait()
+
+
+# ------------------------------------------------------------------------------------------------- wrong input
+
+
+def damaged(folder: Path, trained: Path, **files: bytes | None) -> Path:
+    """A copy of a run with some files replaced or removed."""
+    folder.mkdir()
+    for file in trained.iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+    for name, content in files.items():
+        path = folder / name.replace("__", ".")
+        path.unlink() if content is None else path.write_bytes(content)
+    return folder
+
+
+def test_unusable_checkpoints_are_named(trained, tmp_path):
+    whole = (trained / "model.safetensors").read_bytes()
+    cases = {
+        tmp_path / "nothing-here": "no such folder",
+        damaged(tmp_path / "a", trained, config__json=None): "has no config.json",
+        damaged(tmp_path / "b", trained, config__json=b"{"): "config.json cannot be read",
+        damaged(tmp_path / "c", trained, config__json=b'{"model_type": "bert"}'): "is a 'bert' model",
+        damaged(tmp_path / "d", trained, tokenizer__json=None): "no tokenizer files",
+        damaged(tmp_path / "e", trained, tokenizer__json=b"{}"): "its tokenizer cannot be read",
+        damaged(tmp_path / "f", trained, model__safetensors=whole[:len(whole) // 2]): "weights cannot be loaded",
+        damaged(tmp_path / "g", trained, model__safetensors=b""): "weights cannot be loaded",
+    }
+    for folder, complaint in cases.items():
+        line = error_line("interact.py", "--model_checkpoint", folder, "--personality", "i am .", cwd=tmp_path)
+        assert complaint in line and str(folder) in line, line
+    foreign = damaged(tmp_path / "i", trained, tokenizer__json=None)
+    for name in ("vocab.json", "merges.txt"):
+        (foreign / name).write_bytes((shared("tokenizers/gpt2") / name).read_bytes())
+    line = error_line("interact.py", "--model_checkpoint", foreign, "--personality", "i am .", cwd=tmp_path)
+    assert "the model knows 2,005 tokens and its tokenizer 50,262" in line
+    shape = json.loads((trained / "config.json").read_text())
+    wider = damaged(tmp_path / "h", trained, config__json=json.dumps(shape | {"n_embd": 128}).encode())
+    assert "weights cannot be loaded" in error_line("interact.py", "--model_checkpoint", wider, "--personality", "", cwd=tmp_path)
+
+
+def test_an_unreachable_hub_names_the_flag(tmp_path):
+    line = error_line("train.py", "--dataset_path", SAMPLE, "--model_checkpoint", "openai-gpt", cwd=tmp_path)
+    assert "--model_checkpoint openai-gpt: neither a folder here nor a model the hub would give" in line
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["interact.py", "--temperature", "0"], "--temperature: '0' is not a number above 0"),
+    (["interact.py", "--max_length", "0"], "--max_length: '0' is not a whole number of 1 or more"),
+    (["interact.py", "--max_history", "-1"], "--max_history: '-1' is not a whole number of 0 or more"),
+    (["train.py", "--train_batch_size", "x"], "--train_batch_size: 'x' is not a whole number"),
+    (["train.py", "--device", "cuda:77"], "--device: 'cuda:77' cannot be used here"),
+    (["train.py", "--device", "toaster"], "--device: 'toaster' cannot be used here"),
+    (["train.py", "--fp16", "O7"], "--fp16: invalid choice"),
+    (["convai_evaluation.py", "--eval_type", "bleu"], "--eval_type: invalid choice"),
+])
+def test_wrong_flags_are_refused_by_name(tmp_path, arguments, complaint):
+    assert complaint in error_line(*arguments, cwd=tmp_path)
+
+
+def test_a_reply_longer_than_the_model_is_refused(trained, tmp_path):
+    line = error_line("interact.py", "--model_checkpoint", trained, "--personality", "", "--max_length", 300, stdin="hi\n",
+                      cwd=tmp_path)
+    assert "--max_length 300: the model has 256 positions" in line
+
+
+def test_a_huge_message_is_answered(trained, tmp_path):
+    out = script("interact.py", "--model_checkpoint", trained, "--personality", "i am .", stdin="word " * 20_000 + "\n",
+                 cwd=tmp_path)
+    assert out.splitlines()[2]
+
+
+def test_predictions_that_cannot_be_written_are_named(trained, small_corpus, tmp_path):
+    line = error_line("convai_evaluation.py", "--model_checkpoint", trained, "--dataset_path", small_corpus,
+                      "--predictions", tmp_path / "no" / "where.jsonl", cwd=tmp_path)
+    assert "--predictions" in line and "cannot be written" in line
+
+
+def test_an_unwritable_cache_place_is_named(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = error_line("convai_evaluation.py", "--model_checkpoint", trained, "--dataset_path", SAMPLE,
+                      "--dataset_cache", tmp_path / "file" / "cache", cwd=tmp_path)
+    assert "--dataset_cache" in line and "cannot be written" in line

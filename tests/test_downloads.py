@@ -1,0 +1,129 @@
+"""Downloads from a real server on this machine: fetched once, checked, unpacked inside their folder."""
+
+import gzip
+import hashlib
+import io
+import socket
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import SAMPLE, TINY, error_line, script
+
+import utils
+from corpora import InputError
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server; ``server.files`` maps paths to (body, headers); ``server.asked`` lists the requests."""
+    monkeypatch.setenv("TRANSFERTRANSFO_CACHE", str(tmp_path / "downloads"))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked.append(f"{self.command} {self.path}")
+            body, headers = server.files.get(self.path, (None, {}))
+            if body is None:
+                return self.send_error(404)
+            self.send_response_only(200)
+            for name, value in ({"Content-Length": len(body)} | headers).items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.asked = {}, []
+    server.address = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_file_is_fetched_once(server):
+    server.files["/data.json"] = (b"[1]", {})
+    first = utils.download(f"{server.address}/data.json")
+    assert first.read_bytes() == b"[1]" and first.name.endswith("data.json")
+    asked = list(server.asked)
+    assert utils.download(f"{server.address}/data.json") == first
+    assert server.asked == asked
+
+
+def test_two_addresses_of_one_name_do_not_mix(server):
+    server.files |= {"/a/data.json": (b"a", {}), "/b/data.json": (b"b", {})}
+    assert utils.download(f"{server.address}/a/data.json").read_bytes() == b"a"
+    assert utils.download(f"{server.address}/b/data.json").read_bytes() == b"b"
+
+
+def test_the_checksum_in_the_address_is_kept(server):
+    body = b"something"
+    server.files["/x"] = (body, {})
+    right = hashlib.sha256(body).hexdigest()
+    assert utils.download(f"{server.address}/x#sha256={right}").read_bytes() == body
+    server.files["/y"] = (body, {})
+    with pytest.raises(InputError, match="hash"):
+        utils.download(f"{server.address}/y#sha256={'0' * 64}")
+
+
+def test_the_checksum_s3_publishes_is_kept(server):
+    body, s3 = b"something", {"Server": "AmazonS3"}
+    server.files["/right"] = (body, s3 | {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
+    server.files["/wrong"] = (body, s3 | {"ETag": f'"{"0" * 32}"'})
+    assert utils.download(f"{server.address}/right").read_bytes() == body
+    with pytest.raises(InputError, match="hash"):
+        utils.download(f"{server.address}/wrong")
+
+
+def test_a_download_cut_short_is_refused_and_not_kept(server):
+    server.files["/cut"] = (b"half", {"Content-Length": 8})
+    for _ in range(2):
+        with pytest.raises(InputError, match="cannot be downloaded"):
+            utils.download(f"{server.address}/cut")
+
+
+def test_unreachable_addresses_are_named(server, tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/data.json"
+    for address in (nobody, f"{server.address}/missing.json"):
+        line = error_line("train.py", "--model_checkpoint", TINY, "--dataset_path", address, cwd=tmp_path)
+        assert address in line and "cannot be downloaded" in line and "--dataset_path" in line
+        line = error_line("interact.py", "--model_checkpoint", address, "--personality", "", cwd=tmp_path)
+        assert address in line and "--model_checkpoint" in line
+
+
+def archive(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def test_data_and_a_model_from_addresses(server, trained, tmp_path):
+    server.files["/data.json.gz"] = (gzip.compress(SAMPLE.read_bytes()), {})
+    server.files["/model.tar.gz"] = (archive(**{
+        f"some/folder/{file.name}": file.read_bytes() for file in trained.iterdir() if file.is_file()}), {})
+    out = script("convai_evaluation.py", "--dataset_path", f"{server.address}/data.json.gz",
+                 "--model_checkpoint", f"{server.address}/model.tar.gz", cwd=tmp_path)
+    assert "FINAL Hits@1: 0." in out
+    assert "MB/s" in script.stderr or "kB/s" in script.stderr or "B/s" in script.stderr  # the progress bar
+
+
+def test_hostile_and_damaged_archives_are_refused(server, tmp_path):
+    server.files["/escape.tar.gz"] = (archive(**{"../../escaped": b"x", "config.json": b"{}"}), {})
+    server.files["/cut.tar.gz"] = (archive(**{"config.json": b"{}" * 9999})[:60], {})
+    server.files["/empty.tar.gz"] = (archive(**{"readme": b"no model"}), {})
+    for name, complaint in (("escape", "not a usable .tar.gz"), ("cut", "not a usable .tar.gz"),
+                            ("empty", "holds no config.json")):
+        with pytest.raises(InputError, match=complaint):
+            utils.resolve_checkpoint(f"{server.address}/{name}.tar.gz")
+    assert not list(tmp_path.rglob("escaped"))

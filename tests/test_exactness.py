@@ -1,0 +1,198 @@
+"""The packed computation against the textbook path: transformers' own double-heads model on padded tensors."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import SAMPLE, TINY
+from torch.nn import functional as F
+
+import utils
+from inputs import Specials, TurnDataset, build_input_from_segments, collate, get_loader, pack_turn
+from model import add_special_tokens_, candidate_mask, load_model, save_model
+from train import parse_args
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return utils.get_dataset(utils.get_tokenizer(str(TINY)), str(SAMPLE), str(tmp_path_factory.mktemp("cache") / "c"))
+
+
+@pytest.fixture(scope="module", params=["openai-gpt", "gpt2"])
+def pair(request, tmp_path_factory):
+    """Our model with weights far from zero, and transformers' own opened from its run folder."""
+    family, folder = request.param, tmp_path_factory.mktemp(request.param)
+    if family == "openai-gpt":
+        config = transformers.OpenAIGPTConfig(vocab_size=2005, n_positions=256, n_embd=48, n_layer=3, n_head=4,
+                                              initializer_range=0.15)
+    else:
+        config = transformers.GPT2Config(vocab_size=2005, n_positions=256, n_embd=48, n_layer=3, n_head=4,
+                                         initializer_range=0.15)
+    config.save_pretrained(folder)
+    torch.manual_seed(5)
+    ours = load_model(str(folder))
+    for parameter in ours.parameters():  # biases and norms too: at their initial 0 and 1, mistakes would not show
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    save_model(ours, folder)
+    own = {"openai-gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}[family]
+    return ours, own.from_pretrained(folder).eval()
+
+
+def textbook(model, tokenizer, turns, pad):
+    """Both losses and the scores as the textbook has them: every candidate a full row, padded, all logits."""
+    rows = [[build_input_from_segments(persona, history, reply, tokenizer, lm_labels=number == len(candidates) - 1)
+             for number, reply in enumerate(candidates)] for persona, history, candidates in turns]
+    width = max(len(row["input_ids"]) for turn in rows for row in turn)
+
+    def padded(name, fill):
+        return torch.tensor([[row[name] + [fill] * (width - len(row[name])) for row in turn] for turn in rows])
+
+    last = torch.tensor([[row["mc_token_ids"] for row in turn] for turn in rows])
+    out = model(padded("input_ids", pad), token_type_ids=padded("token_type_ids", pad), mc_token_ids=last)
+    labels = padded("lm_labels", -100)
+    lm_loss = F.cross_entropy(out.logits[..., :-1, :].flatten(0, -2), labels[..., 1:].flatten())
+    gold = torch.full((len(turns),), last.shape[1] - 1)
+    return lm_loss, F.cross_entropy(out.mc_logits, gold), out.mc_logits
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 20])
+def test_losses_scores_and_every_gradient(pair, table, candidates):
+    ours, own = pair
+    tokenizer = utils.get_tokenizer(str(TINY))
+    dataset = TurnDataset(table["valid"], tokenizer, 256, num_candidates=candidates, max_history=2)
+    picked = [0, 3, 57, 100, 229]
+    batch = collate([dataset[turn] for turn in picked], dataset.special.pad)
+    turns = [(*dataset.context(turn), table["valid"].token_ids("candidates", turn)[-candidates:]) for turn in picked]
+
+    ours.zero_grad()
+    out = ours(**batch)
+    (2 * out.lm_loss + out.mc_loss).backward()
+    own.zero_grad()
+    lm_loss, mc_loss, scores = textbook(own, tokenizer, turns, dataset.special.pad)
+    (2 * lm_loss + mc_loss).backward()
+
+    assert out.lm_loss.item() == pytest.approx(lm_loss.item(), abs=1e-5)
+    assert out.mc_loss.item() == pytest.approx(mc_loss.item(), abs=1e-5)
+    torch.testing.assert_close(out.mc_logits, scores, atol=1e-5, rtol=0)
+    renamed = {"wte": "tokens_embed", "wpe": "positions_embed"} if ours.renamed else {}
+    gradients = {".".join(renamed.get(part, part) for part in name.split(".")): parameter.grad
+                 for name, parameter in ours.named_parameters()}
+    checked = 0
+    for name, parameter in own.named_parameters():
+        if parameter.grad is None:  # with one candidate there is nothing to choose
+            assert gradients[name] is None or not gradients[name].any()
+            continue
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+        checked += 1
+    assert checked == len(gradients)
+
+
+def test_totals_are_sums_over_turns(pair, table):
+    """nll and tokens a turn add up to the batch's loss; a turn scores the same alone as in company."""
+    model, _ = pair
+    dataset = TurnDataset(table["valid"], utils.get_tokenizer(str(TINY)), 256)
+    rows = [dataset[turn] for turn in (1, 8, 90)]
+    with torch.no_grad():
+        together = model(**collate(rows, dataset.special.pad))
+        alone = [model(**collate([row], dataset.special.pad)) for row in rows]
+    assert together.lm_loss.item() == pytest.approx((together.nll.sum() / together.tokens.sum()).item(), abs=1e-6)
+    for index, out in enumerate(alone):
+        assert out.nll.item() == pytest.approx(together.nll[index].item(), abs=2e-4)
+        torch.testing.assert_close(out.mc_logits[0], together.mc_logits[index], atol=1e-5, rtol=0)
+
+
+def test_unequal_numbers_of_candidates(pair):
+    """A turn with fewer candidates than its neighbour keeps its own scores and its own gold."""
+    model, _ = pair
+    special = Specials(2000, 2001, 2003, 2004, 2002)
+    few = pack_turn([[5, 6]], [[7, 8]], [[9], [10, 11]], special, 256)
+    many = pack_turn([[5]], [[12]], [[9], [13], [14], [15]], special, 256)
+    with torch.no_grad():
+        both, alone = model(**collate([few, many], special.pad)), model(**collate([few], special.pad))
+    torch.testing.assert_close(both.mc_logits[0, :2], alone.mc_logits[0], atol=1e-5, rtol=0)
+    assert both.mc_logits[0, 2:].eq(-math.inf).all()
+    assert both.gold_rank[0] == alone.gold_rank[0]
+
+
+def test_a_tie_is_no_hit(pair):
+    model, _ = pair
+    special = Specials(2000, 2001, 2003, 2004, 2002)
+    row = pack_turn([[5, 6]], [[7, 8]], [[9, 10], [9, 10]], special, 256)  # the distractor is the gold reply
+    with torch.no_grad():
+        out = model(**collate([row], special.pad))
+    assert out.gold_rank.tolist() == [1]
+
+
+def test_candidate_mask_by_hand():
+    """Context of two, candidates of one and two tokens, one padding."""
+    mask = candidate_mask(torch.tensor([[0, 0, 1, 2, 2, -1]]))[0, 0].int().tolist()
+    assert mask == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0],
+        [1, 1, 0, 1, 1, 0],
+        [1, 1, 0, 0, 0, 1],  # padding sees what it likes, and nothing else sees padding
+    ]
+
+
+def test_a_batch_holds_every_turn_once_and_little_padding(table):
+    dataset = TurnDataset(table["train"], utils.get_tokenizer(str(TINY)), 256, num_candidates=2, permutations=2)
+    lengths, too_long = dataset.lengths()
+    assert too_long == 0
+    assert [len(dataset[index].input_ids) for index in range(0, len(dataset), 37)] == lengths[::37].tolist()
+    loader = get_loader(dataset, lengths, batch_size=7, seed=3)
+    epochs = []
+    for epoch in (1, 2, 1):
+        loader.batch_sampler.set_epoch(epoch)
+        epochs.append([batch.tolist() for batch in loader.batch_sampler])
+        assert sorted(sum(epochs[-1], [])) == list(range(len(dataset)))
+    assert epochs[0] == epochs[2] != epochs[1]
+    filled = sum(lengths) / sum(len(batch) * max(lengths[batch]) for batch in epochs[0])
+    assert filled > 0.9
+
+
+def test_rotations_and_candidates_kept(table):
+    tokenizer = utils.get_tokenizer(str(TINY))
+    dataset = TurnDataset(table["train"], tokenizer, 256, num_candidates=2, max_history=1, permutations=3)
+    turn, turns = 4, table["train"].num_turns
+    persona, history = dataset.context(turn)
+    assert dataset.context(turn, rotation=1)[0] == persona[-1:] + persona[:-1]
+    assert dataset.context(turn, rotation=2)[0] == persona[-2:] + persona[:-2]
+    assert len(history) == min(3, len(table["train"].texts("history", turn)))
+    row = dataset[turn + turns]
+    candidates = table["train"].token_ids("candidates", turn)[-2:]
+    assert row == pack_turn(persona[-1:] + persona[:-1], history, candidates, dataset.special, 256)
+
+
+@pytest.mark.parametrize("positions", [40, 60, 90])
+def test_a_long_turn_loses_its_oldest_context_never_the_reply(table, positions):
+    tokenizer = utils.get_tokenizer(str(TINY))
+    whole = TurnDataset(table["valid"], tokenizer, 256, max_history=5)
+    short = TurnDataset(table["valid"], tokenizer, positions, max_history=5)
+    cut = 0
+    for turn in range(len(short)):
+        row, full = short[turn], whole[turn]
+        assert max(row.position_ids) < positions
+        assert [token for token in row.labels if token != -100] == [token for token in full.labels if token != -100]
+        context, full_context = row.segment_ids.count(0), full.segment_ids.count(0)
+        assert row.input_ids[context:] == full.input_ids[full_context:]  # all candidates whole
+        cut += context < full_context
+    assert cut == short.lengths()[1] > 0
+
+
+def test_vocabulary_of_another_tokenizer_is_refused(tmp_path):
+    transformers.OpenAIGPTConfig(vocab_size=777, n_embd=16, n_layer=1, n_head=1).save_pretrained(tmp_path)
+    with pytest.raises(utils.InputError, match="777 tokens and its tokenizer 2,005"):
+        add_special_tokens_(load_model(str(tmp_path)), utils.get_tokenizer(str(TINY)))
+
+
+def test_defaults_are_those_of_2019(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    args = parse_args()
+    published = dict(dataset_path="", dataset_cache="./dataset_cache", model_checkpoint="openai-gpt", num_candidates=2,
+                     max_history=2, train_batch_size=4, valid_batch_size=4, gradient_accumulation_steps=8, lr=6.25e-5,
+                     lm_coef=1.0, mc_coef=1.0, max_norm=1.0, n_epochs=3, personality_permutations=1,
+                     eval_before_start=False, fp16="", local_rank=-1)
+    assert {name: getattr(args, name) for name in published} == published
