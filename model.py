@@ -93,7 +93,9 @@ class DoubleHeadsModel(GPT2DoubleHeadsModel):
         if mc_token_ids is not None:
             turns = torch.arange(len(mc_token_ids), device=mc_token_ids.device)[:, None]
             last_states = states[turns, mc_token_ids.clamp(min=0)]  # (batch, candidates, hidden)
-            scores = self.multiple_choice_head(last_states[:, :, None]).squeeze(-1).float()
+            with torch.autocast(last_states.device.type, enabled=False):  # half precision would make ties of near scores
+                head = self.multiple_choice_head
+                scores = head(last_states.to(head.summary.weight.dtype)[:, :, None]).squeeze(-1).float()
             # Candidates that end at one place are one: the same score to the last bit, whatever the kernel does.
             first = (mc_token_ids[:, :, None] == mc_token_ids[:, None, :]).int().argmax(-1)
             scores = scores.gather(1, first)

@@ -385,7 +385,7 @@ def test_unusable_checkpoints_are_named(trained, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (foreign / name).write_bytes((shared("tokenizers/gpt2") / name).read_bytes())
     line = error_line("interact.py", "--model_checkpoint", foreign, "--personality", "i am .", cwd=tmp_path)
-    assert "the model knows 2,005 tokens and its tokenizer 50,262" in line
+    assert "the model knows 2,005 tokens and its tokenizer 50,263" in line
     shape = json.loads((trained / "config.json").read_text())
     wider = damaged(tmp_path / "h", trained, config__json=json.dumps(shape | {"n_embd": 128}).encode())
     assert "weights cannot be loaded" in error_line("interact.py", "--model_checkpoint", wider, "--personality", "", cwd=tmp_path)
