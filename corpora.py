@@ -12,6 +12,7 @@ This file knows nothing about tokens, models or where the file came from.
 
 import gzip
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +24,20 @@ class InputError(Exception):
 
 
 def command(main: Callable[[], int | None]) -> None:
-    """Run a script's ``main``: an `InputError` becomes one line on standard error and exit status 2."""
+    """Run a script's ``main``: an `InputError` becomes one line on standard error and exit status 2.
+
+    Ctrl-C ends quietly with 130, a closed output pipe with 141, as the shell's own commands do.
+    """
     try:
         sys.exit(main())
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
         sys.exit(141)
 
 

@@ -93,7 +93,7 @@ class DoubleHeadsModel(GPT2DoubleHeadsModel):
         if mc_token_ids is not None:
             turns = torch.arange(len(mc_token_ids), device=mc_token_ids.device)[:, None]
             last_states = states[turns, mc_token_ids.clamp(min=0)]  # (batch, candidates, hidden)
-            with torch.autocast(last_states.device.type, enabled=False):  # half precision would make ties of near scores
+            with torch.autocast(states.device.type, enabled=False):  # half precision would make ties of near scores
                 head = self.multiple_choice_head
                 scores = head(last_states.to(head.summary.weight.dtype)[:, :, None]).squeeze(-1).float()
             # Candidates that end at one place are one: the same score to the last bit, whatever the kernel does.
@@ -233,7 +233,7 @@ def save_model(model: DoubleHeadsModel, folder: str | Path) -> None:
     names = {ours: theirs for theirs, ours in model.renamed.items()}
     weights = {}
     for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight":  # tied to the embedding
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
             weights[".".join(names.get(part, part) for part in name.split("."))] = tensor.contiguous().cpu()
     write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
     config = model.config.to_diff_dict() | {"architectures": [model.architecture]}

@@ -116,7 +116,8 @@ def get_dataflow(args: Namespace, tokenizer, max_positions: int) -> tuple[DataLo
 def create_trainer(model: DoubleHeadsModel, optimizer: torch.optim.Optimizer, args: Namespace) -> Engine:
     """An engine whose iteration is one batch; every ``--gradient_accumulation_steps`` of them make one step."""
     every = args.gradient_accumulation_steps
-    scaler = torch.amp.GradScaler(args.device, enabled=args.fp16 in ("O1", "O2"))
+    kind = torch.device(args.device).type
+    scaler = torch.amp.GradScaler(kind, enabled=args.fp16 in ("O1", "O2") and kind != "cpu")  # there, half is bfloat16
 
     def update(engine: Engine, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         model.train()

@@ -75,7 +75,8 @@ def test_the_curves_hold_what_happened(trained):
     rates = curves["lr/group_0"]
     expected = [1e-3 * (1 - step / iterations) for step in range(iterations)]
     assert rates == pytest.approx(expected, abs=1e-7)  # linear, to 0 over all iterations
-    for loss, lm, mc in zip(curves["training/loss"], curves["training/lm_loss"], curves["training/mc_loss"], strict=True):
+    losses = [curves[f"training/{name}"] for name in ("loss", "lm_loss", "mc_loss")]
+    for loss, lm, mc in zip(*losses, strict=True):
         assert loss == pytest.approx(lm + mc, rel=1e-5)
 
 
@@ -93,8 +94,8 @@ def test_the_scores_are_those_of_plain_transformers(trained, small_corpus, tmp_p
                 [tokenizer.encode(one) for one in persona], [tokenizer.encode(one) for one in history[-5:]],
                 tokenizer.encode(reply), tokenizer, lm_labels=True)
             with torch.no_grad():
-                out = own(torch.tensor([[built["input_ids"]]]), token_type_ids=torch.tensor([[built["token_type_ids"]]]),
-                          mc_token_ids=torch.tensor([[built["mc_token_ids"]]]))
+                out = own(torch.tensor([[built["input_ids"]]]), mc_token_ids=torch.tensor([[built["mc_token_ids"]]]),
+                          token_type_ids=torch.tensor([[built["token_type_ids"]]]))
             scores.append(out.mc_logits.item())
         labels = torch.tensor(built["lm_labels"])
         gold = F.cross_entropy(out.logits[0, 0, :-1], labels[1:], reduction="sum").item()
@@ -120,8 +121,8 @@ def test_evaluating_only_and_the_same_seed_twice(tmp_path, small_corpus):
     assert "Validation: hits@1" in script.stderr and not (tmp_path / "runs").exists()
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        script("train.py", *common, "--n_epochs", 1, "--gradient_accumulation_steps", 4, "--personality_permutations", 2,
-               "--eval_before_start", cwd=tmp_path / folder)
+        script("train.py", *common, "--n_epochs", 1, "--gradient_accumulation_steps", 4, "--eval_before_start",
+               "--personality_permutations", 2, cwd=tmp_path / folder)
         assert script.stderr.count("Validation: hits@1") == 2
     one, two = (load_file(next((tmp_path / folder / "runs").iterdir()) / "model.safetensors") for folder in ("a", "b"))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -187,6 +188,37 @@ def test_a_2019_run_folder_evaluates_and_trains_on(run_2019, small_corpus, tmp_p
     run = next((tmp_path / "runs").iterdir())
     assert "RANDOM" not in script.stderr
     assert json.loads((run / "config.json").read_text())["model_type"] in run_2019.name
+
+
+@pytest.mark.parametrize("family", ["openai-gpt", "gpt2"])
+def test_a_pretrained_language_model_is_taken_up(family, tmp_path, small_corpus):
+    """What the hub's openai-gpt and gpt2 are: no control tokens, no choice head. Every weight they have is kept."""
+    folder = tmp_path / "pretrained"
+    if family == "openai-gpt":
+        make_checkpoint(folder)
+        config = transformers.OpenAIGPTConfig(vocab_size=2000, n_positions=256, n_embd=32, n_layer=1, n_head=2)
+        pretrained = transformers.OpenAIGPTLMHeadModel(config)
+        table = "transformer.tokens_embed.weight"
+    else:
+        folder.mkdir()
+        for name in ("vocab.json", "merges.txt"):
+            (folder / name).write_bytes((shared("tokenizers/gpt2") / name).read_bytes())
+        pretrained = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2))
+        table = "transformer.wte.weight"
+    pretrained.save_pretrained(folder)
+    script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", folder, "--n_epochs", 1, "--lr", 0,
+           cwd=tmp_path)
+    assert "no choice head: starting it at random" in script.stderr and "RANDOM" not in script.stderr
+    run = next((tmp_path / "runs").iterdir())
+    kept, given = load_file(run / "model.safetensors"), pretrained.state_dict()
+    vocabulary = len(given[table])
+    assert len(kept[table]) == vocabulary + 5
+    kept[table] = kept[table][:vocabulary]
+    for name, weight in given.items():
+        assert name == "lm_head.weight" or torch.equal(kept[name], weight), name
+    assert {name for name in kept if name not in given} == {
+        "multiple_choice_head.summary.weight", "multiple_choice_head.summary.bias"}
+    assert evaluate("ppl", run, small_corpus, tmp_path)[0] > 1
 
 
 def test_a_folder_without_weights_starts_at_random_and_says_so(tmp_path, small_corpus):
@@ -286,7 +318,8 @@ def test_lengths_bound_the_reply(trained, tmp_path):
 
 def test_what_a_model_says_after_a_long_chat_depends_on_the_last_exchanges_only(trained, tmp_path):
     """--max_history 0 keeps one utterance: its reply is that of a chat just begun."""
-    common = ["interact.py", "--model_checkpoint", trained, "--personality", "i am .", "--no_sample", "--max_history", 0]
+    common = ["interact.py", "--model_checkpoint", trained, "--personality", "i am .", "--no_sample"]
+    common += ["--max_history", 0]
     long = script(*common, stdin="hi\nhow are you ?\ntell me more\nwhat do you do ?\n", cwd=tmp_path).splitlines()
     short = script(*common, stdin="what do you do ?\n", cwd=tmp_path).splitlines()
     assert long[5] == short[2]
@@ -388,7 +421,8 @@ def test_unusable_checkpoints_are_named(trained, tmp_path):
     assert "the model knows 2,005 tokens and its tokenizer 50,263" in line
     shape = json.loads((trained / "config.json").read_text())
     wider = damaged(tmp_path / "h", trained, config__json=json.dumps(shape | {"n_embd": 128}).encode())
-    assert "weights cannot be loaded" in error_line("interact.py", "--model_checkpoint", wider, "--personality", "", cwd=tmp_path)
+    line = error_line("interact.py", "--model_checkpoint", wider, "--personality", "", cwd=tmp_path)
+    assert "weights cannot be loaded" in line
 
 
 def test_an_unreachable_hub_names_the_flag(tmp_path):
@@ -411,8 +445,8 @@ def test_wrong_flags_are_refused_by_name(tmp_path, arguments, complaint):
 
 
 def test_a_reply_longer_than_the_model_is_refused(trained, tmp_path):
-    line = error_line("interact.py", "--model_checkpoint", trained, "--personality", "", "--max_length", 300, stdin="hi\n",
-                      cwd=tmp_path)
+    line = error_line("interact.py", "--model_checkpoint", trained, "--personality", "", "--max_length", 300,
+                      stdin="hi\n", cwd=tmp_path)
     assert "--max_length 300: the model has 256 positions" in line
 
 

@@ -50,8 +50,8 @@ def test_forward(golden, tokenizer, model):
     special = Specials.of(tokenizer)
     assert len(golden["forward"]) == 6
     for case in golden["forward"]:
-        candidates = ids_of(tokenizer, case["candidates"])
-        row = pack_turn(ids_of(tokenizer, case["persona"]), ids_of(tokenizer, case["history"]), candidates, special, 512)
+        segments = [ids_of(tokenizer, case[name]) for name in ("persona", "history", "candidates")]
+        row = pack_turn(*segments, special, max_positions=512)
         with torch.no_grad():
             out = model(**collate([row], special.pad))
         assert out.mc_logits[0].tolist() == pytest.approx(case["mc_logits"], abs=1e-4)
@@ -65,7 +65,7 @@ def test_forward(golden, tokenizer, model):
 def test_greedy(golden, tokenizer, model):
     assert len(golden["greedy"]) == 6
     for case in golden["greedy"]:
-        args = Namespace(no_sample=True, max_length=case["max_length"], min_length=1, temperature=0.7, top_k=0, top_p=0.9)
+        args = Namespace(no_sample=True, max_length=case["max_length"], min_length=1, temperature=1, top_k=0, top_p=0)
         persona, history = ids_of(tokenizer, case["persona"]), ids_of(tokenizer, case["history"])
         assert sample_sequence(persona, history, tokenizer, model, args) == case["ids"]
         # … and when the first words are given.
