@@ -216,17 +216,23 @@ def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase
 def quiet_transformers():
     """Silence the library's remarks and bars while it loads: what matters in them, our own code says."""
     log, level = transformers.logging, transformers.logging.get_verbosity()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
     log.set_verbosity_error()
     log.disable_progress_bar()
+    hub.setLevel(logging.ERROR)  # it announces each of five tries to reach a hub that is not there
     try:
         yield
     finally:
         log.set_verbosity(level)
         log.enable_progress_bar()
+        hub.setLevel(hub_level)
 
 
 def read_config(checkpoint: str) -> transformers.PretrainedConfig:
     """The configuration of a resolved checkpoint. Raises `InputError` when there is none or its family is unknown."""
+    if not os.path.isdir(checkpoint):
+        logger.info("Asking the hub for %s", checkpoint)
     try:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(checkpoint)
