@@ -1,19 +1,24 @@
 # make demo    from a fresh clone to a trained, evaluated bot, on embedded defaults and without a hub
 # make test    the whole test suite
 # make install the set-up alone: .venv
+# make bench   measure speed against the textbook path, write benchmarks/RESULTS.md (needs real data: see --help there)
 # make lint    style
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test install lint clean
+.PHONY: demo test bench install lint clean
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./runs/demo.sh
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q
+
+bench: install
+	for claim in tokenising training choosing replying; do PYTHONPATH=. $(BIN)/python benchmarks/$$claim.py || exit; done
+	PYTHONPATH=. $(BIN)/python benchmarks/write_results.py
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .

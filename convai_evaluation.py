@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from corpora import InputError, command, require_split
-from inputs import TurnDataset, get_loader
+from inputs import LengthBatches, TurnDataset, get_loader
 from interact import add_decoding_flags, fitted_context, generate_replies, load_for_decoding
 from model import HALF, DoubleHeadsModel, autocast
 from utils import add_common_flags, get_dataset, positive_number
@@ -41,9 +41,8 @@ def gold_likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, args: Namesp
 
 def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, args: Namespace) -> Iterator[tuple[int, dict]]:
     """F1: for each turn its number and the generated ``reply``."""
-    lengths, _ = dataset.lengths()
     torch.manual_seed(args.seed)
-    for turns in get_loader(dataset, lengths, args.batch_size).batch_sampler:
+    for turns in LengthBatches(dataset.lengths()[0], args.batch_size):
         contexts = [fitted_context(model, *dataset.context(turn), dataset.special, args.max_length) for turn in turns]
         with autocast(args.device, args.fp16):
             batch = generate_replies(model, contexts, dataset.special, args)
@@ -54,10 +53,7 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, args: Name
 @torch.inference_mode()
 def _scored(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace) -> Iterator[tuple]:
     """Turn numbers and the model's output, batch by batch."""
-    lengths, too_long = dataset.lengths()
-    if too_long:
-        logger.warning("%s turns exceed the model's positions and lose their oldest context", f"{too_long:,}")
-    loader = get_loader(dataset, lengths, args.batch_size)
+    loader = get_loader(dataset, dataset.lengths()[0], args.batch_size)
     for turns, batch in zip(loader.batch_sampler, loader, strict=True):
         with autocast(args.device, args.fp16):
             yield turns.tolist(), model(**{name: tensor.to(args.device) for name, tensor in batch.items()})
@@ -81,9 +77,11 @@ def evaluate(args: Namespace) -> dict[str, float]:
     model, tokenizer = load_for_decoding(args)
     table = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
     split = require_split(table, "valid", args.dataset_path)
-    # Perplexity needs no distractors: a row of the context and the gold reply is one pass.
+    # Only the choice needs distractors: elsewhere a row is the context and the gold reply.
     dataset = TurnDataset(split, tokenizer, model.config.max_position_embeddings, max_history=args.max_history,
-                          num_candidates=1 if args.eval_type == "ppl" else 0)
+                          num_candidates=0 if args.eval_type == "hits@1" else 1)
+    if too_long := dataset.lengths()[1]:
+        logger.warning("%s turns exceed the model's positions and lose their oldest context", f"{too_long:,}")
     if args.eval_type == "f1":
         stream = replies(model, dataset, tokenizer, args)
     else:

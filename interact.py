@@ -169,14 +169,16 @@ def choose_personality(args: Namespace, tokenizer) -> list[str]:
         split, dialog = random.choice([(split, dialog) for split in table.values() for dialog in range(len(split))])
         return split.texts("persona", dialog)
     text, path = args.personality, Path(args.personality)
-    try:
-        if path.is_file():
+    if text and not any(map(str.isspace, text)) and ("/" in text or path.suffix):  # no sentence: a file's name
+        try:
             text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except OSError:  # a text too long for a file's name, or a file that may not be read
-        if path.suffix == ".txt":
-            raise InputError(f"--personality {path}: cannot be read; name a readable file") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"--personality {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        except OSError as error:
+            raise InputError(f"--personality {path}: cannot be read ({error.strerror}); "
+                             "name a file with a sentence a line, or write the sentences themselves") from None
+    elif text and len(text) < 256 and path.is_file():
+        text = path.read_text("utf-8-sig", errors="replace")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

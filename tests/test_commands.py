@@ -119,10 +119,10 @@ def test_evaluating_only_and_the_same_seed_twice(tmp_path, small_corpus):
     common = ["--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--lr", 1e-3, "--seed", 7]
     script("train.py", *common, "--n_epochs", 0, cwd=tmp_path)
     assert "Validation: hits@1" in script.stderr and not (tmp_path / "runs").exists()
-    for folder in ("a", "b"):
+    for folder, workers in (("a", 0), ("b", 2)):
         (tmp_path / folder).mkdir()
         script("train.py", *common, "--n_epochs", 1, "--gradient_accumulation_steps", 4, "--eval_before_start",
-               "--personality_permutations", 2, cwd=tmp_path / folder)
+               "--personality_permutations", 2, "--num_workers", workers, cwd=tmp_path / folder)
         assert script.stderr.count("Validation: hits@1") == 2
     one, two = (load_file(next((tmp_path / folder / "runs").iterdir()) / "model.safetensors") for folder in ("a", "b"))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -305,6 +305,27 @@ def test_a_personality_from_a_file_or_the_data_or_none(trained, small_corpus, tm
         assert sentences in personas
         chosen.add(tuple(sentences))
     assert len(chosen) > 1
+
+
+def test_a_personality_file_that_is_not_there_is_named(trained, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 is what i drink .")
+    for name, complaint in (("me.txt", "cannot be read (No such file"),
+                            ("latin.txt", "not UTF-8 at byte 3"),
+                            ("./me", "cannot be read")):
+        line = error_line("interact.py", "--model_checkpoint", trained, "--personality", name, cwd=tmp_path)
+        assert f"--personality {name.removeprefix('./')}: {complaint}" in line
+
+
+def test_turns_that_do_not_fit_are_counted(tmp_path, small_corpus):
+    short = make_checkpoint(tmp_path / "short", n_layer=1, n_embd=32, n_positions=64)
+    script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", short, "--n_epochs", 0, cwd=tmp_path)
+    assert script.stderr.count("exceed the model's 64 positions and lose their oldest context") == 2
+    counted = [line for line in script.stderr.splitlines() if "valid:" in line and "exceed" in line][0].split()[2]
+    script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", short, "--n_epochs", 1, "--lr", 0,
+           cwd=tmp_path)
+    run = next((tmp_path / "runs").iterdir())
+    script("convai_evaluation.py", "--dataset_path", small_corpus, "--model_checkpoint", run, cwd=tmp_path)
+    assert f"{counted} turns exceed the model's positions" in script.stderr
 
 
 def test_lengths_bound_the_reply(trained, tmp_path):

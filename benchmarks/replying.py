@@ -1,0 +1,71 @@
+"""Decoding 20 tokens: one chat reply, and a batch of replies as F1 needs them, ours against the textbook path."""
+
+import itertools
+from argparse import Namespace
+
+import torch
+from textbook import Bench, alternate, parse_args, report
+
+from inputs import build_context, build_reply
+from interact import generate_replies, top_filtering
+from model import autocast
+
+LENGTH = 20
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = parse_args(__doc__, turns=32)
+    bench = Bench(args)
+    bench.ours.eval(), bench.own.eval()
+    dataset = bench.dataset("valid", 1)
+    sampling = Namespace(no_sample=False, max_length=LENGTH, min_length=LENGTH, temperature=0.7, top_k=0, top_p=0.9)
+    greedy = Namespace(**{**vars(sampling), "no_sample": True})
+
+    def reference(turn: int, decoding: Namespace) -> list[int]:
+        """Everything computed again for each token, as in 2019."""
+        context, reply = build_context(*dataset.context(turn), bench.special), []
+        for _ in range(LENGTH):
+            begun = build_reply(reply, bench.special, with_eos=False)
+            logits = bench.own(torch.tensor([context.ids + begun.ids]),
+                               token_type_ids=torch.tensor([context.types + begun.types])).logits[0, -1]
+            logits[list(bench.special)] = -torch.inf
+            if decoding.no_sample:
+                reply.append(int(logits.argmax()))
+            else:
+                logits = top_filtering(logits / decoding.temperature, top_p=decoding.top_p)
+                reply.append(int(torch.multinomial(logits.softmax(-1), 1)))
+        return reply
+
+    def ours(turns: list[int], decoding: Namespace, half: str = "") -> list[list[int]]:
+        contexts = [build_context(*dataset.context(turn), bench.special) for turn in turns]
+        with autocast("cpu", half):
+            return generate_replies(bench.ours, contexts, bench.special, decoding)
+
+    checked = [7, 777, 2222]
+    if ours(checked, greedy) != [reference(turn, greedy) for turn in checked]:
+        raise SystemExit("greedy replies differ; nothing was timed")
+
+    turns = itertools.cycle(torch.randperm(len(dataset)).tolist())
+
+    def take(count: int) -> list[int]:
+        return list(itertools.islice(turns, count))
+
+    seconds = alternate({
+        "chat float32": lambda: ours(take(1), sampling), "chat bfloat16": lambda: ours(take(1), sampling, "bf16"),
+        "batch float32": lambda: ours(take(args.turns), sampling),
+        "batch bfloat16": lambda: ours(take(args.turns), sampling, "bf16"),
+        "reference": lambda: reference(take(1)[0], sampling),
+    }, args.repeats)
+    rows = []
+    works = (("chat", 1, "chat, one reply of 20 tokens"), ("batch", args.turns, "F1, sampling 20 tokens, batched"))
+    for name, count, work in works:
+        for half in ("float32", "bfloat16"):
+            each = seconds[f"{name} {half}"] / count
+            rows.append({"work": f"{work}, {half}", "unit": "replies/s", "ours": 1 / each,
+                         "reference": 1 / seconds["reference"], "ratio": seconds["reference"] / each})
+    report("replying", args, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The reference of every benchmark: transformers' own double-heads model, used as the 2019 scripts used theirs.
+
+float32; every candidate a full row of its own, padded to the longest row of the data set; logits of the whole
+vocabulary at every position; no key-value cache. Also what the benchmarks share: real turns, models of openai-gpt's
+size with the same random weights on both sides, and timing that alternates the two sides.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+import utils
+from inputs import Specials, TurnDataset, build_input_from_segments
+from model import PostNormDoubleHeadsModel, add_special_tokens_, load_model, save_model
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parse_args(description: str, **defaults: int) -> argparse.Namespace:
+    """Flags of every benchmark; ``defaults`` become integer flags of its own."""
+    parser = argparse.ArgumentParser(description=description)
+    shared = ROOT.parent / "shared"
+    parser.add_argument("--data", default=str(shared / "data/personachat/personachat_self_original.json"))
+    parser.add_argument("--tokenizer", default=str(shared / "tokenizers/openai-gpt"), help="vocab.json and merges.txt")
+    parser.add_argument("--repeats", type=int, default=5, help="timings a side; the median counts")
+    parser.add_argument("--seed", type=int, default=42)
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    return parser.parse_args()
+
+
+class Bench:
+    """Both sides over the same turns: ``ours`` and ``own`` (transformers'), the tokenizer, the token table."""
+
+    def __init__(self, args: argparse.Namespace):
+        torch.manual_seed(args.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("vocab.json", "merges.txt"):
+                (Path(folder) / name).symlink_to(Path(args.tokenizer, name).resolve())
+            transformers.OpenAIGPTConfig().save_pretrained(folder)  # openai-gpt's own shape
+            self.tokenizer = utils.get_tokenizer(folder)
+            self.ours: PostNormDoubleHeadsModel = load_model(folder)
+            add_special_tokens_(self.ours, self.tokenizer)
+            save_model(self.ours, folder)
+            self.own = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(folder)
+        self.special = Specials.of(self.tokenizer)
+        cache = Path(tempfile.gettempdir(), f"transfertransfo_bench_{os.getuid()}")
+        self.table = utils.get_dataset(self.tokenizer, args.data, str(cache))
+
+    def dataset(self, split: str, candidates: int) -> TurnDataset:
+        return TurnDataset(self.table[split], self.tokenizer, 512, num_candidates=candidates)
+
+    def longest(self, dataset: TurnDataset) -> int:
+        """Tokens in the longest row that the 2019 script would build: context and longest candidate."""
+        split, sizes, longest = dataset.split, self.table.array("token_offsets"), 0
+        sizes = sizes[1:] - sizes[:-1]
+        for turn in range(split.num_turns):
+            context = 1 + sizes[split.strings("persona", split.turn_dialog[turn])].sum()
+            context += (1 + sizes[split.strings("history", turn)[-dataset.num_utterances:]]).sum()
+            reply = sizes[split.strings("candidates", turn)[-dataset.num_candidates:]].max() + 2
+            longest = max(longest, int(context + reply))
+        return longest
+
+    def padded(self, dataset: TurnDataset, turns: list[int], width: int) -> dict[str, torch.Tensor]:
+        """A batch as in 2019: (turns, candidates, width) tensors."""
+        rows = []
+        for turn in turns:
+            persona, history = dataset.context(turn)
+            replies = dataset.split.token_ids("candidates", turn)[-dataset.num_candidates:]
+            rows.append([
+                build_input_from_segments(persona, history, reply, self.tokenizer, lm_labels=n == len(replies) - 1)
+                for n, reply in enumerate(replies)])
+
+        def tensor(name: str, fill: int) -> torch.Tensor:
+            return torch.tensor([[row[name] + [fill] * (width - len(row[name])) for row in turn] for turn in rows])
+
+        return {
+            "input_ids": tensor("input_ids", self.special.pad),
+            "token_type_ids": tensor("token_type_ids", self.special.pad),
+            "labels": tensor("lm_labels", -100),
+            "mc_token_ids": torch.tensor([[row["mc_token_ids"] for row in turn] for turn in rows]),
+            "mc_labels": torch.tensor([len(turn) - 1 for turn in rows]),
+        }
+
+
+def alternate(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each side, run in turns after one warm-up, so that a slow minute of the machine hits all."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, side in sides.items():
+            gc.collect()
+            start = time.perf_counter()
+            side()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def close(ours: float, reference: float, tolerance: float, what: str) -> None:
+    """Both sides must have computed the same before anybody times them."""
+    if abs(ours - reference) > tolerance:
+        raise SystemExit(f"{what} differs: ours {ours}, reference {reference}; nothing was timed")
+
+
+def report(name: str, args: argparse.Namespace, rows: list[dict]) -> None:
+    """Print a benchmark's rows and keep them, with machine and versions, for RESULTS.md."""
+    RESULTS.mkdir(exist_ok=True)
+    record = {
+        "arguments": {key: value for key, value in vars(args).items() if key not in ("data", "tokenizer")},
+        "machine": machine(), "rows": rows,
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    for row in rows:
+        print(", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                        for key, value in row.items()))
+
+
+def machine() -> dict[str, str]:
+    """What the figures depend on."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())
+    return {"cpu": f"{cpu}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
