@@ -186,6 +186,8 @@ def load_model(model_checkpoint: str) -> DoubleHeadsModel:
     try:
         with quiet_transformers():
             config = model_class.config_class.from_pretrained(checkpoint, num_labels=1, attn_implementation="sdpa")
+        if getattr(config, "n_special", 0):  # control tokens counted apart, as before 2019
+            config.vocab_size, config.n_special = config.vocab_size + config.n_special, 0
         if os.path.isdir(checkpoint) and not _weight_files(checkpoint):
             logger.warning("%s has no weights: starting from RANDOM ones", checkpoint)
             return model_class(config).eval()

@@ -69,8 +69,7 @@ def download(address: str) -> Path:
         fetch = pooch.HTTPDownloader(progressbar=True, timeout=30)
         return Path(pooch.retrieve(url, checksum, fname=name, path=folder, downloader=fetch))
     except requests.RequestException as error:
-        reason = str(getattr(error.response, "status", None) or error).split("\n")[0]
-        raise InputError(f"{url}: cannot be downloaded ({_short(reason)}); check the network, or fetch the file by "
+        raise InputError(f"{url}: cannot be downloaded ({_short(str(error))}); check the network, or fetch the file by "
                          "another way and name it with --dataset_path or --model_checkpoint") from None
     except ValueError as error:  # pooch: the hash differs
         raise InputError(f"{url}: {_short(str(error))}; try again, or check the address's #sha256=") from None
@@ -231,12 +230,19 @@ def quiet_transformers():
 
 def read_config(checkpoint: str) -> transformers.PretrainedConfig:
     """The configuration of a resolved checkpoint. Raises `InputError` when there is none or its family is unknown."""
-    if not os.path.isdir(checkpoint):
-        logger.info("Asking the hub for %s", checkpoint)
+    family = None
     try:
+        if not os.path.isdir(checkpoint):
+            logger.info("Asking the hub for %s", checkpoint)
+        elif "model_type" not in (settings := json.loads(Path(checkpoint, "config.json").read_text("utf-8"))):
+            # Written before there was such a field. Only GPT-1 ever called its activation function "afn".
+            family = "openai-gpt" if "afn" in settings else "gpt2"
         with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
+            if family:
+                config = transformers.CONFIG_MAPPING[family].from_pretrained(checkpoint, num_labels=1)
+            else:
+                config = transformers.AutoConfig.from_pretrained(checkpoint)
+    except Exception as error:  # a damaged file can make the library raise anything
         where = "its config.json cannot be read" if os.path.isdir(checkpoint) else \
             "neither a folder here nor a model the hub would give"
         raise InputError(f"--model_checkpoint {checkpoint}: {where} ({_short(str(error))}); "

@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,18 @@ def test_a_2019_run_folder_evaluates_and_trains_on(run_2019, small_corpus, tmp_p
     run = next((tmp_path / "runs").iterdir())
     assert "RANDOM" not in script.stderr
     assert json.loads((run / "config.json").read_text())["model_type"] in run_2019.name
+
+
+def test_a_run_folder_older_than_model_types_is_told_by_its_other_settings(run_2019, small_corpus, tmp_path):
+    """Configurations of early 2019 name no family, and count control tokens apart from the vocabulary."""
+    old = tmp_path / "a-run-of-gpt2-or-openai-gpt"
+    shutil.copytree(run_2019, old)
+    settings = json.loads((run_2019 / "config.json").read_text())
+    del settings["model_type"], settings["architectures"]
+    settings |= {"vocab_size": settings["vocab_size"] - 5, "n_special": 5}
+    (old / "config.json").chmod(0o644)
+    (old / "config.json").write_text(json.dumps(settings))
+    assert evaluate("hits@1", old, small_corpus, tmp_path) == evaluate("hits@1", run_2019, small_corpus, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["openai-gpt", "gpt2"])
