@@ -96,9 +96,9 @@ def get_dataflow(args: Namespace, tokenizer, max_positions: int) -> tuple[DataLo
     loaders = []
     for split in ("train", "valid"):
         require_split(table, split, args.dataset_path)
-        own = {"num_candidates": args.num_candidates, "permutations": args.personality_permutations}
+        training_only = {"num_candidates": args.num_candidates, "permutations": args.personality_permutations}
         dataset = TurnDataset(table[split], tokenizer, max_positions, max_history=args.max_history,
-                              **(own if split == "train" else {}))
+                              **(training_only if split == "train" else {}))
         lengths, too_long = dataset.lengths()
         logger.info("%s: %s turns, %.0f tokens each", split, f"{len(dataset):,}", lengths.mean())
         if too_long:
