@@ -44,10 +44,15 @@ def top_filtering(logits: torch.Tensor, top_k: float = 0.0, top_p: float = 0.9, 
         smallest_kept = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < smallest_kept, filter_value)
     if top_p > 0.0:
-        ordered, order = logits.sort(descending=True)
-        exceeds = F.softmax(ordered, dim=-1).cumsum(-1) > top_p
-        exceeds = F.pad(exceeds[..., :-1], (1, 0))  # the token that crosses the line stays, so the first always does
-        logits = logits.masked_fill(torch.zeros_like(exceeds).scatter(-1, order, exceeds), filter_value)
+        probabilities, vocabulary, size = F.softmax(logits, dim=-1), logits.shape[-1], 128
+        while True:  # the nucleus is mostly small: sorting the whole vocabulary for it would take longer than the model
+            largest, tokens = probabilities.topk(min(size, vocabulary))
+            exceeds = largest.cumsum(-1) > top_p
+            if size >= vocabulary or bool(exceeds[..., -1].all()):
+                break
+            size *= 8
+        kept = F.pad(~exceeds[..., :-1], (1, 0), value=True)  # the token that crosses the line stays: never none
+        logits = logits.masked_fill(~torch.zeros_like(logits, dtype=torch.bool).scatter(-1, tokens, kept), filter_value)
     return logits.masked_fill(logits < threshold, filter_value)
 
 

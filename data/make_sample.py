@@ -5,9 +5,10 @@ small enough that a tiny transformer, starting from random weights, learns it in
 rewards the model for the right thing, which is to read the persona.
 
 How it is made. The tables below hold fourteen topics (job, pets, food, ...) with ten values each (a baker, a nurse,
-...). A persona is four or five values from different topics. In a dialog the user (who speaks first) asks about those
-topics, and the bot answers with facts that belong to its value: a baker talks of bread and ovens. So the question
-alone tells only the topic; which of the ten possible answers is right can be seen in the persona alone.
+...), of which the sample takes seven and five. A persona is four or five values from different topics. In a dialog the
+user (who speaks first) asks about those topics, and the bot answers with facts that belong to its value: a baker talks
+of bread and ovens. So the question alone tells only the topic; which of the possible answers is right can be seen in
+the persona alone.
 
     {"train": [entry, ...], "valid": [entry, ...]}
     entry     = {"personality": [sentence, ...], "utterances": [turn, ...]}
@@ -617,8 +618,15 @@ def strings_of(data):
 def main():
     parser = argparse.ArgumentParser(description="Write the small PERSONA-CHAT-like sample data set.")
     parser.add_argument("--seed", type=int, default=42)
+    # All of the tables are more than a tiny model learns to tell apart in two minutes; a larger one may have them all.
+    parser.add_argument("--topics", type=int, default=7, help="how many of the 14 topics (default: %(default)s)")
+    parser.add_argument("--values", type=int, default=5, help="how many of their 10 values (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("sample_personachat.json"))
     args = parser.parse_args()
+    for topic in list(TOPICS)[args.topics:]:
+        del TOPICS[topic]
+    for table in TOPICS.values():
+        table["values"] = dict(list(table["values"].items())[:args.values])
 
     rng, seen, used = random.Random(args.seed), set(), Counter()
     data = {"train": make_split(rng, N_TRAIN, CANDIDATES["train"], seen, used),

@@ -13,9 +13,10 @@ for metric in hits@1 ppl f1; do
     python convai_evaluation.py --eval_type $metric --model_checkpoint "$run" --dataset_path $data --max_history 0
 done
 
-printf '%s\n' "hi ! what do you do for a living ?" "do you have any pets ?" "cool . what do you like to eat ?" |
+printf '%s\n' "hi ! what do you do for a living ?" "do you have any pets ?" "cool . what is your favorite food ?" |
     python interact.py --model_checkpoint "$run" --max_history 0 --seed 42 --personality "i work as a baker .
-i have two dogs .
-i could eat green salad every day ."
+i have two dogs at home .
+my favorite food is sushi .
+i listen to jazz a lot ."
 
 echo "Talk to it yourself: python interact.py --model_checkpoint $run --dataset_path $data --max_history 0"

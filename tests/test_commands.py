@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SAMPLE, TINY, error_line, make_checkpoint, script, shared
+from conftest import ROOT, SAMPLE, TINY, TINY_TOKENS, error_line, make_checkpoint, script, shared
 from safetensors.torch import load_file
 from tensorboardX.proto import event_pb2
 from torch.nn import functional as F
@@ -50,10 +50,10 @@ def test_training_learns_and_leaves_a_run_that_plain_transformers_opens(trained,
     own, report = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(trained, output_loading_info=True)
     assert not any(report.values())
     tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
-    assert len(tokenizer) == own.config.vocab_size == 2005
-    assert tokenizer.convert_ids_to_tokens([2000, 2001, 2002, 2003, 2004]) == [
+    assert len(tokenizer) == own.config.vocab_size == TINY_TOKENS + 5
+    assert tokenizer.convert_ids_to_tokens(list(range(TINY_TOKENS, TINY_TOKENS + 5))) == [
         "<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"]
-    start = math.log(2005)  # what guessing costs a token
+    start = math.log(TINY_TOKENS + 5)  # what guessing costs a token
     assert scalars(trained)["training/lm_loss"][-1] < 0.85 * start
 
 
@@ -209,7 +209,7 @@ def test_a_pretrained_language_model_is_taken_up(family, tmp_path, small_corpus)
     folder = tmp_path / "pretrained"
     if family == "openai-gpt":
         make_checkpoint(folder)
-        config = transformers.OpenAIGPTConfig(vocab_size=2000, n_positions=256, n_embd=32, n_layer=1, n_head=2)
+        config = transformers.OpenAIGPTConfig(vocab_size=TINY_TOKENS, n_positions=256, n_embd=32, n_layer=1, n_head=2)
         pretrained = transformers.OpenAIGPTLMHeadModel(config)
         table = "transformer.tokens_embed.weight"
     else:
@@ -452,7 +452,7 @@ def test_unusable_checkpoints_are_named(trained, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (foreign / name).write_bytes((shared("tokenizers/gpt2") / name).read_bytes())
     line = error_line("interact.py", "--model_checkpoint", foreign, "--personality", "i am .", cwd=tmp_path)
-    assert "the model knows 2,005 tokens and its tokenizer 50,263" in line
+    assert f"the model knows {TINY_TOKENS + 5:,} tokens and its tokenizer 50,263" in line
     shape = json.loads((trained / "config.json").read_text())
     wider = damaged(tmp_path / "h", trained, config__json=json.dumps(shape | {"n_embd": 128}).encode())
     line = error_line("interact.py", "--model_checkpoint", wider, "--personality", "", cwd=tmp_path)

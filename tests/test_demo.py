@@ -20,4 +20,4 @@ def test_the_demo_learns_to_choose_by_persona(tmp_path):
     assert float(figures["PPL"]) < 4
     assert float(figures["F1"]) > 0.2
     chat = done.stdout[done.stdout.index("Personality:"):].splitlines()
-    assert len([line for line in chat[4:7] if line.strip()]) == 3
+    assert len([line for line in chat[5:8] if line.strip()]) == 3

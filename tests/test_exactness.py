@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import SAMPLE, TINY
+from conftest import SAMPLE, TINY, TINY_TOKENS
 from torch.nn import functional as F
 
 import utils
 from inputs import Specials, TurnDataset, build_input_from_segments, collate, get_loader, pack_turn
+from interact import top_filtering
 from model import add_special_tokens_, candidate_mask, load_model, save_model
 from train import parse_args
 
@@ -102,6 +103,24 @@ def test_totals_are_sums_over_turns(pair, table):
         torch.testing.assert_close(out.mc_logits[0], together.mc_logits[index], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 20.0])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999, 1.0])
+def test_the_nucleus_of_a_large_vocabulary_by_its_definition(spread, top_p):
+    """The smallest set of likeliest tokens whose probability exceeds top_p, found one row and one token at a time."""
+    torch.manual_seed(int(10 * spread))
+    logits = (spread * torch.randn(3, 5000)).double()
+    filtered = top_filtering(logits, top_p=top_p)
+    for row, out in zip(logits, filtered, strict=True):
+        total, nucleus, probabilities = 0.0, set(), row.softmax(-1)
+        for token in row.argsort(descending=True).tolist():
+            if total > top_p:
+                break
+            nucleus.add(token)
+            total += probabilities[token].item()
+        assert set(out.isfinite().nonzero().flatten().tolist()) == nucleus
+        assert torch.equal(out[out.isfinite()], row[out.isfinite()])
+
+
 def test_unequal_numbers_of_candidates(pair):
     """A turn with fewer candidates than its neighbour keeps its own scores and its own gold."""
     model, _ = pair
@@ -184,7 +203,7 @@ def test_a_long_turn_loses_its_oldest_context_never_the_reply(table, positions):
 
 def test_vocabulary_of_another_tokenizer_is_refused(tmp_path):
     transformers.OpenAIGPTConfig(vocab_size=777, n_embd=16, n_layer=1, n_head=1).save_pretrained(tmp_path)
-    with pytest.raises(utils.InputError, match="777 tokens and its tokenizer 2,005"):
+    with pytest.raises(utils.InputError, match=f"777 tokens and its tokenizer {TINY_TOKENS + 5:,}"):
         add_special_tokens_(load_model(str(tmp_path)), utils.get_tokenizer(str(TINY)))
 
 
