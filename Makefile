@@ -17,7 +17,7 @@ test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q
 
 bench: install
-	for claim in tokenising training choosing replying; do PYTHONPATH=. $(BIN)/python benchmarks/$$claim.py || exit; done
+	for claim in tokenising training choosing replying; do PYTHONPATH=. $(BIN)/python benchmarks/$$claim.py $(BENCH_FLAGS) || exit; done
 	PYTHONPATH=. $(BIN)/python benchmarks/write_results.py
 
 lint: $(VENV)/test-installed
