@@ -59,7 +59,7 @@ class DoubleHeadsModel(GPT2DoubleHeadsModel):
         self._fuse_activations()
 
     def _fuse_activations(self) -> None:
-        """The tanh GELU of both families as one kernel: the same function, a fifth of the time."""
+        """The tanh GELU of both families as one kernel: the same function."""
         for block in self.transformer.h:
             if isinstance(block.mlp.act, NewGELUActivation):
                 block.mlp.act = nn.GELU(approximate="tanh")

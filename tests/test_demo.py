@@ -8,7 +8,7 @@ from pathlib import Path
 from conftest import ROOT
 
 
-def test_the_demo_learns_to_choose_by_persona(tmp_path):
+def test_the_demo_learns_to_choose(tmp_path):
     copy = tmp_path / "repository"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "Jan*", "*_tiny*", "dataset_cache*"))
     done = subprocess.run([copy / "runs" / "demo.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=900,
