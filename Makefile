@@ -16,8 +16,9 @@ demo: install
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q
 
-bench: install
-	for claim in tokenising training choosing replying; do PYTHONPATH=. $(BIN)/python benchmarks/$$claim.py $(BENCH_FLAGS) || exit; done
+bench: $(VENV)/bench-installed
+	for claim in tokenising training choosing word_perplexity replying memory full_recipe growth; do \
+		echo "== $$claim"; PYTHONPATH=. $(BIN)/python benchmarks/$$claim.py $(BENCH_FLAGS) || exit; done
 	PYTHONPATH=. $(BIN)/python benchmarks/write_results.py
 
 lint: $(VENV)/test-installed
@@ -33,6 +34,10 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/test-installed: $(VENV)/installed requirements-test.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+$(VENV)/bench-installed: $(VENV)/installed requirements-bench.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-bench.txt
 	touch $@
 
 clean:

@@ -7,15 +7,22 @@ import logging
 import random
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    TextStreamer,
+)
 
 from corpora import InputError, command
 from inputs import Segment, Specials, build_context, build_reply, fit_context
-from model import DoubleHeadsModel, add_special_tokens_, load_model
+from model import HALF, DoubleHeadsModel, add_special_tokens_, half_dtype, load_model
 from utils import (
     OpenAIGPTTokenizer,
     add_common_flags,
@@ -25,6 +32,7 @@ from utils import (
     whole_number,
 )
 
+LENGTH_PENALTY = 0.65  # ParlAI's
 logger = logging.getLogger("interact")
 
 
@@ -66,6 +74,16 @@ class Filtered(LogitsProcessor):
         return top_filtering(scores.float() / self.temperature, self.top_k, self.top_p)
 
 
+class WithinReply(LogitsProcessor):
+    """Shows another processor the reply alone, not the ``width`` tokens of prompt before it."""
+
+    def __init__(self, processor: LogitsProcessor, width: int):
+        self.processor, self.width = processor, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.processor(input_ids[:, self.width:], scores)
+
+
 @torch.inference_mode()
 def generate_replies(
     model: DoubleHeadsModel,
@@ -74,12 +92,16 @@ def generate_replies(
     args: Namespace,
     beginnings: list[list[int]] | None = None,
     streamer: TextStreamer | None = None,
+    samples: int = 1,
 ) -> list[list[int]]:
-    """Decode a reply to each context, all in one batch with the key-value cache.
+    """Decode replies to each context, all in one batch with the key-value cache.
 
-    ``args``: ``no_sample`` (greedy), ``temperature``, ``top_k``, ``top_p``, ``min_length``, ``max_length`` in tokens.
-    ``beginnings``: token ids each reply starts with. Returns the token ids after it, without control tokens; any
-    control token ends a reply, and none can come before ``min_length``. Draws from torch's global random state.
+    ``args``: what `add_decoding_flags` adds; of these ``num_beams``, ``length_penalty`` and ``no_repeat_ngram_size``
+    may be missing. ``beginnings``: token ids each reply starts with. ``samples``: replies a context, which is computed
+    once for all of them; with beams, the best ``samples`` (at most ``num_beams``) of the search.
+    Returns (contexts · samples) lists of the token ids after the beginning, a context's replies side by side, without
+    control tokens; any control token ends a reply, and none can come before ``min_length``. Draws from torch's global
+    random state.
     """
     prompts = [context.ids + build_reply(beginning, special, with_eos=False).ids
                for context, beginning in zip(contexts, beginnings or [[]] * len(contexts), strict=True)]
@@ -91,25 +113,65 @@ def generate_replies(
         types[row, width - len(prompt):width - len(prompt) + len(context.types)] = torch.tensor(context.types)
     lengths = torch.tensor([len(prompt) for prompt in prompts])[:, None]
     seen = torch.arange(width) >= width - lengths
-    output = model.generate(
-        ids.to(model.device),
-        token_type_ids=types.to(model.device),
-        attention_mask=seen.to(model.device, torch.long),
-        position_ids=(seen.long().cumsum(-1) - 1).clamp(min=0).to(model.device),
-        generation_config=GenerationConfig(
-            do_sample=not args.no_sample, top_k=None if args.no_sample else 0,  # the filter below does what there is
-            max_new_tokens=args.max_length, min_new_tokens=min(args.min_length, args.max_length),
-            eos_token_id=list(special), pad_token_id=special.pad,
-        ),
-        logits_processor=LogitsProcessorList(
-            [] if args.no_sample else [Filtered(args.temperature, args.top_k, args.top_p)]),
-        streamer=streamer,
-    )
-    replies = []
-    for row in output[:, width:].tolist():
-        end = next((place for place, token in enumerate(row) if token in special), len(row))
-        replies.append(row[:end])
+    inputs = {
+        "input_ids": ids,
+        "token_type_ids": types,
+        "attention_mask": seen.long(),
+        "position_ids": (seen.long().cumsum(-1) - 1).clamp(min=0),
+    }
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    beams, ngram = getattr(args, "num_beams", 1), getattr(args, "no_repeat_ngram_size", 0)
+    penalty = getattr(args, "length_penalty", LENGTH_PENALTY)
+    ending = {"max_new_tokens": args.max_length, "min_new_tokens": min(args.min_length, args.max_length),
+              "eos_token_id": list(special), "pad_token_id": special.pad}
+    processors = [WithinReply(NoRepeatNGramLogitsProcessor(ngram), width)] if ngram else []
+
+    if beams == 1:
+        if not args.no_sample:
+            processors.append(Filtered(args.temperature, args.top_k, args.top_p))
+        # top_k: the library's own filter is off, ours above does what there is to do
+        how = GenerationConfig(**ending, do_sample=not args.no_sample, top_k=None if args.no_sample else 0)
+        output = model.generate(
+            **(_computed_once(model, inputs, samples) if samples > 1 else inputs), generation_config=how,
+            logits_processor=LogitsProcessorList(processors), streamer=streamer)
+        return _replies(output[:, width:], special)
+
+    def search(width_of_beam: int) -> tuple[list[list[int]], list[float]]:
+        """Replies and their log-likelihoods over length to the power of the penalty."""
+        how = GenerationConfig(**ending, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        if width_of_beam > 1:  # stopping "never": not before the best is certain
+            how.update(num_beams=width_of_beam, num_return_sequences=samples, length_penalty=penalty,
+                       early_stopping="never")
+        output = model.generate(**_computed_once(model, inputs, 1, width_of_beam), generation_config=how,
+                                logits_processor=LogitsProcessorList(processors))
+        steps = model.compute_transition_scores(output.sequences, output.logits, output.get("beam_indices"), True)
+        ids = output.sequences[:, width:]
+        ended = torch.isin(ids, torch.tensor(special, device=ids.device))
+        length = torch.where(ended.any(1), ended.int().argmax(1) + 1, ids.shape[1])  # with what ended it
+        steps = steps.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= length[:, None], 0.0)
+        return _replies(ids, special), (steps.double().sum(1) / length ** penalty).tolist()
+
+    # A beam can lose the greedy reply on the way and end with a worse one; then the greedy one is the answer.
+    (replies, scores), (greedy, greedy_scores) = search(beams), search(1)
+    for context, (reply, score) in enumerate(zip(greedy, greedy_scores, strict=True)):
+        best = context * samples
+        if score > scores[best] and reply not in replies[best:best + samples]:
+            replies[best:best + samples] = [reply, *replies[best:best + samples - 1]]
     return replies
+
+
+def _computed_once(model: DoubleHeadsModel, inputs: dict[str, torch.Tensor], samples: int, beams: int = 1) -> dict:
+    """Inputs of ``generate`` for ``samples`` or ``beams`` of each row, with all but the rows' last token computed."""
+    prompt = {name: tensor[:, :-1] for name, tensor in inputs.items()}
+    cache = model(**prompt, use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_repeat_interleave(samples * beams)
+    repeated = {name: tensor.repeat_interleave(samples, 0) for name, tensor in inputs.items()}
+    return repeated | {"past_key_values": cache}  # generate() repeats the tensors for its beams itself
+
+
+def _replies(ids: torch.Tensor, special: Specials) -> list[list[int]]:
+    """Each row up to its first control token."""
+    return [list(takewhile(lambda token: token not in special, row)) for row in ids.tolist()]
 
 
 def sample_sequence(personality, history, tokenizer, model, args, current_output=None) -> list[int]:
@@ -140,13 +202,26 @@ class ReplyStreamer(TextStreamer):
     """Prints a reply's words as they are decided."""
 
     def __init__(self, tokenizer):
-        # GPT-1's tokens stand apart as its training text did ("do n't"): for a person's eyes they are joined again.
-        joined = isinstance(tokenizer, OpenAIGPTTokenizer)
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=joined)
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True,
+                         clean_up_tokenization_spaces=_joins(tokenizer))
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = "".join(letter if letter.isprintable() else " " for letter in text)  # no terminal escapes
-        super().on_finalized_text(text, stream_end)
+        super().on_finalized_text(_printable(text), stream_end)
+
+
+def readable(tokenizer, reply: list[int]) -> str:
+    """A whole reply for a person's eyes, as `ReplyStreamer` prints it."""
+    return _printable(tokenizer.decode(reply, clean_up_tokenization_spaces=_joins(tokenizer)))
+
+
+def _joins(tokenizer) -> bool:
+    """GPT-1's tokens stand apart as its training text did ("do n't"): for a person's eyes they are joined again."""
+    return isinstance(tokenizer, OpenAIGPTTokenizer)
+
+
+def _printable(text: str) -> str:
+    """No terminal escapes."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def chat(model: DoubleHeadsModel, tokenizer, personality: list[str], args: Namespace) -> None:
@@ -164,7 +239,11 @@ def chat(model: DoubleHeadsModel, tokenizer, personality: list[str], args: Names
             continue
         history = [*history, said][-(2 * args.max_history + 1):]
         context = fitted_context(model, persona, history, special, args.max_length)
-        history += generate_replies(model, [context], special, args, streamer=ReplyStreamer(tokenizer))
+        streamer = ReplyStreamer(tokenizer) if args.num_beams == 1 else None
+        reply = generate_replies(model, [context], special, args, streamer=streamer)[0]
+        if not streamer:
+            print(readable(tokenizer, reply))
+        history.append(reply)
 
 
 def choose_personality(args: Namespace, tokenizer) -> list[str]:
@@ -197,6 +276,14 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     add("--top_k", type=int, default=0, help="sample from the K likeliest tokens (default: 0, off)")
     add("--top_p", type=float, default=0.9, metavar="P",
         help="sample from the likeliest tokens of total probability P; 0 or less: off (default: %(default)s)")
+    add("--num_beams", type=positive_number, default=1, metavar="N",
+        help="beam search of that width, instead of sampling (default: 1, off)")
+    add("--length_penalty", type=float, default=LENGTH_PENALTY, metavar="A",
+        help="beams compete by log-likelihood / length^A; 0 favours short replies (default: %(default)s)")
+    add("--no_repeat_ngram_size", type=whole_number, default=0, metavar="N",
+        help="never the same N tokens twice in a reply (default: 0, off)")
+    add("--fp16", default="", choices=["", "O0", *HALF],
+        help="compute in half precision: bf16, or apex's names as in train.py (default: none)")
     add("--seed", type=whole_number, default=0, help="makes sampling repeatable (default: 0, not seeded)")
     add("--model", default="", help="openai-gpt or gpt2; not needed, the checkpoint's config.json decides")
 
@@ -210,7 +297,7 @@ def _above_zero(text: str) -> float:
     raise ArgumentTypeError(f"{text!r} is not a number above 0; for the likeliest token always, use --no_sample")
 
 
-def load_for_decoding(args: Namespace) -> tuple[DoubleHeadsModel, object]:
+def load_checkpoint(args: Namespace) -> tuple[DoubleHeadsModel, object]:
     """Model, on its device, and tokenizer of ``--model_checkpoint``."""
     tokenizer = get_tokenizer(args.model_checkpoint)
     model = load_model(args.model_checkpoint)
@@ -231,7 +318,8 @@ def main() -> None:
         torch.manual_seed(args.seed)
     sys.stdin.reconfigure(errors="replace")
     try:
-        model, tokenizer = load_for_decoding(args)
+        model, tokenizer = load_checkpoint(args)
+        model.to(half_dtype(args.device, args.fp16))  # each token reads all weights: half the bytes, half the time
         personality = choose_personality(args, tokenizer)
         print("Personality:", *(personality or ["(none)"]), sep="\n  ")
         if sys.stdin.isatty():

@@ -32,7 +32,8 @@ class DoubleHeadsOutput(ModelOutput):
     gold candidate, mean over the turns; ``nll`` and ``tokens``, both (batch,): a turn's gold negative log-likelihood
     and how many tokens it is the sum of; ``mc_logits`` (batch, candidates), -inf where a turn has no such candidate;
     ``gold_rank`` (batch,): how many candidates score at least as high as the gold one, itself not counted, so that 0 is
-    a hit and a tie is none; ``logits``, for decoding only: (batch, positions kept, vocabulary).
+    a hit and a tie is none; ``logits``: (tokens, vocabulary), what the gold tokens were predicted with, row by row;
+    or for decoding (batch, positions kept, vocabulary).
     """
 
     lm_loss: torch.Tensor | None = None
@@ -84,8 +85,8 @@ class DoubleHeadsModel(GPT2DoubleHeadsModel):
         if labels is not None:
             # The state at one position predicts the token at the next. Only gold tokens need the vocabulary's logits.
             predicting, gold = labels[:, 1:] != IGNORED, labels[:, 1:]
-            logits = self.lm_head(states[:, :-1][predicting]).float()
-            token_nll = F.cross_entropy(logits, gold[predicting], reduction="none")
+            out.logits = self.lm_head(states[:, :-1][predicting]).float()
+            token_nll = F.cross_entropy(out.logits, gold[predicting], reduction="none")
             out.tokens = predicting.sum(1)
             turn = torch.arange(len(labels), device=labels.device).repeat_interleave(out.tokens)
             out.nll = token_nll.new_zeros(len(labels)).index_add(0, turn, token_nll)
@@ -164,14 +165,18 @@ def candidate_mask(segment_ids: torch.Tensor) -> torch.Tensor:
 HALF = {"O1": torch.float16, "O2": torch.float16, "O3": torch.float16, "bf16": torch.bfloat16}
 
 
-def autocast(device: str, fp16: str = "") -> torch.autocast:
-    """The context that computes in ``fp16``'s precision: ``""`` or O0 in float32, else in half precision where safe.
+def half_dtype(device: str, fp16: str = "") -> torch.dtype | None:
+    """The type that ``fp16`` asks for on a device; None, for ``""`` and O0, is float32.
 
     O1, O2 and O3 are apex's names and mean float16, on a CPU bfloat16, which its matrix units have; bf16 is bfloat16.
     """
-    kind = torch.device(device).type
-    dtype = torch.bfloat16 if kind == "cpu" else HALF.get(fp16)
-    return torch.autocast(kind, dtype=dtype, enabled=fp16 in HALF)
+    return torch.bfloat16 if fp16 in HALF and torch.device(device).type == "cpu" else HALF.get(fp16)
+
+
+def autocast(device: str, fp16: str = "") -> torch.autocast:
+    """The context that computes in ``fp16``'s precision where that is safe, and adds up in float32."""
+    dtype = half_dtype(device, fp16)
+    return torch.autocast(torch.device(device).type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def load_model(model_checkpoint: str) -> DoubleHeadsModel:

@@ -6,6 +6,7 @@ Text comes in here and leaves as token ids; nothing in this file knows a model's
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import socket
@@ -141,6 +142,11 @@ class _Prepared:
     def prepare(self, text: str) -> str:
         return text.strip()  # as the 2019 tokenizers did
 
+    def first_piece(self, word: str, after_space: bool) -> int | None:
+        """Id of the first token of a word that stands alone or after a space; None where no token can spell it."""
+        ids = self.backend_tokenizer.encode(" " * after_space + word, add_special_tokens=False).ids
+        return ids[0] if ids and ids[0] != self.unk_token_id else None
+
     def _clean(self, text: str) -> str:
         return self.prepare(text.encode("utf-8", "replace").decode())  # without lone surrogates, which JSON can spell
 
@@ -187,6 +193,12 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
         text = re.sub(r"\s*\n\s*", " \n ", text)
         text = re.sub(r"[^\S\n]+", " ", text).strip()
         return " ".join(word.text.strip(" ").lower() for word in self._split_words(text))
+
+
+    def first_piece(self, word: str, after_space: bool) -> int | None:
+        # As the ConvAI2 code of 2019: of the word as a whole, which here is not split into "i" and "'m".
+        pieces = self._tokenizer.model.tokenize(word.lower())
+        return pieces[0].id if pieces and pieces[0].id != self.unk_token_id else None
 
 
 TOKENIZERS = {"openai-gpt": OpenAIGPTTokenizer, "gpt2": GPT2Tokenizer}
@@ -374,6 +386,31 @@ def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
 
 
+def _tokenize_in_parallel(tokenizer, texts: list[str], chunk: int = 4096) -> Iterator[list[list[int]]]:
+    """`tokenize` over chunks of ``texts``, in order; where they are many, in a process a core."""
+    chunks = (texts[start:start + chunk] for start in range(0, len(texts), chunk))
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+                  len(texts) // (4 * chunk))
+    if workers < 2:
+        yield from (tokenize(tokenizer, texts) for texts in chunks)
+        return
+    with multiprocessing.Pool(workers, _start_worker, (tokenizer,)) as pool:
+        yield from pool.imap(_tokenize_chunk, chunks)
+
+
+_tokenizer_of_worker = None
+
+
+def _start_worker(tokenizer) -> None:
+    global _tokenizer_of_worker
+    _tokenizer_of_worker = tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its own threads would not survive a fork, and the cores are busy
+
+
+def _tokenize_chunk(texts: list[str]) -> list[list[int]]:
+    return tokenize(_tokenizer_of_worker, texts)
+
+
 def _fingerprint(tokenizer) -> str:
     """Changes whenever the tokenizer would give other ids."""
     parts = [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str()]
@@ -416,11 +453,11 @@ def _build_table(tokenizer, corpus: dict, cache: Path, key: str) -> None:
         turns_in = [len(entry["utterances"]) for entry in entries]
         arrays[f"{split}.turn_dialog"] = np.repeat(np.arange(len(entries), dtype=np.int32), turns_in)
 
-    strings, tokens, chunk = list(numbers), [], 4096
+    strings, tokens = list(numbers), []
     with tqdm(total=len(strings), desc="Tokenising", unit=" strings") as progress:
-        for start in range(0, len(strings), chunk):
-            tokens += tokenize(tokenizer, strings[start:start + chunk])
-            progress.update(min(chunk, len(strings) - start))
+        for ids in _tokenize_in_parallel(tokenizer, strings):
+            tokens += ids
+            progress.update(len(ids))
     arrays["tokens"], arrays["token_offsets"] = _pack(tokens, np.int32)
     arrays["text"], arrays["text_offsets"] = _pack([string.encode("utf-8", "replace") for string in strings], np.uint8)
 

@@ -1,5 +1,6 @@
 """Decoding 20 tokens: one chat reply, and a batch of replies as F1 needs them, ours against the textbook path."""
 
+import copy
 import itertools
 from argparse import Namespace
 
@@ -8,14 +9,14 @@ from textbook import Bench, alternate, parse_args, report
 
 from inputs import build_context, build_reply
 from interact import generate_replies, top_filtering
-from model import autocast
+from model import half_dtype
 
 LENGTH = 20
 
 
 @torch.inference_mode()
 def main() -> None:
-    args = parse_args(__doc__, turns=32)
+    args = parse_args(__doc__, turns=32, samples=8)
     bench = Bench(args)
     bench.ours.eval(), bench.own.eval()
     dataset = bench.dataset("valid", 1)
@@ -37,11 +38,11 @@ def main() -> None:
                 reply.append(int(torch.multinomial(logits.softmax(-1), 1)))
         return reply
 
-    def ours(turns: list[int], decoding: Namespace, half: str = "") -> list[list[int]]:
+    def ours(turns: list[int], decoding: Namespace, model=bench.ours, samples: int = 1) -> list[list[int]]:
         contexts = [build_context(*dataset.context(turn), bench.special) for turn in turns]
-        with autocast("cpu", half):
-            return generate_replies(bench.ours, contexts, bench.special, decoding)
+        return generate_replies(model, contexts, bench.special, decoding, samples=samples)
 
+    half = copy.deepcopy(bench.ours).to(half_dtype("cpu", "bf16"))
     checked = [7, 777, 2222]
     if ours(checked, greedy) != [reference(turn, greedy) for turn in checked]:
         raise SystemExit("greedy replies differ; nothing was timed")
@@ -52,17 +53,20 @@ def main() -> None:
         return list(itertools.islice(turns, count))
 
     seconds = alternate({
-        "chat float32": lambda: ours(take(1), sampling), "chat bfloat16": lambda: ours(take(1), sampling, "bf16"),
+        "chat float32": lambda: ours(take(1), sampling), "chat bfloat16": lambda: ours(take(1), sampling, half),
         "batch float32": lambda: ours(take(args.turns), sampling),
-        "batch bfloat16": lambda: ours(take(args.turns), sampling, "bf16"),
+        "batch bfloat16": lambda: ours(take(args.turns), sampling, half),
+        "samples float32": lambda: ours(take(1), sampling, samples=args.samples),
+        "samples bfloat16": lambda: ours(take(1), sampling, half, samples=args.samples),
         "reference": lambda: reference(take(1)[0], sampling),
     }, args.repeats)
     rows = []
-    works = (("chat", 1, "chat, one reply of 20 tokens"), ("batch", args.turns, "F1, sampling 20 tokens, batched"))
+    works = (("chat", 1, "chat, one reply of 20 tokens"), ("batch", args.turns, "F1, sampling 20 tokens, batched"),
+             ("samples", args.samples, f"{args.samples} samples of 20 tokens of one context"))
     for name, count, work in works:
-        for half in ("float32", "bfloat16"):
-            each = seconds[f"{name} {half}"] / count
-            rows.append({"work": f"{work}, {half}", "unit": "replies/s", "ours": 1 / each,
+        for precision in ("float32", "bfloat16"):
+            each = seconds[f"{name} {precision}"] / count
+            rows.append({"work": f"{work}, {precision}", "unit": "replies/s", "ours": 1 / each,
                          "reference": 1 / seconds["reference"], "ratio": seconds["reference"] / each})
     report("replying", args, rows)
 

@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def parse_args(description: str, **defaults: int) -> argparse.Namespace:
-    """Flags of every benchmark; ``defaults`` become integer flags of its own."""
+def parse_args(description: str, **defaults: int | str) -> argparse.Namespace:
+    """Flags of every benchmark; ``defaults`` become flags of its own."""
     parser = argparse.ArgumentParser(description=description)
     shared = ROOT.parent / "shared"
     parser.add_argument("--data", default=str(shared / "data/personachat/personachat_self_original.json"))
@@ -36,7 +36,7 @@ def parse_args(description: str, **defaults: int) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="timings a side; the median counts")
     parser.add_argument("--seed", type=int, default=42)
     for name, value in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     return parser.parse_args()
 
 
@@ -117,7 +117,7 @@ def report(name: str, args: argparse.Namespace, rows: list[dict]) -> None:
     """Print a benchmark's rows and keep them, with machine and versions, for RESULTS.md."""
     RESULTS.mkdir(exist_ok=True)
     record = {
-        "arguments": {key: value for key, value in vars(args).items() if key not in ("data", "tokenizer")},
+        "arguments": {key: value for key, value in vars(args).items() if value and key not in ("data", "tokenizer")},
         "machine": machine(), "rows": rows,
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

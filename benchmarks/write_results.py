@@ -13,6 +13,16 @@ both sides compute the same before it times them, alternates them, and takes med
 
 """
 
+GROWTH = """
+## Growth
+
+![time against candidates, context length, batch size and turns](growth.png)
+
+A packed row's attention is over all its positions, and masks what a candidate may not see: its share grows with the
+square of candidates and of context length, while everything else grows in proportion. Small sizes cost more than their
+share because every weight is read whatever the size.
+"""
+
 
 def main() -> None:
     text, machines = HEAD, set()
@@ -25,8 +35,10 @@ def main() -> None:
             more = "; ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value:,}"
                              for key, value in row.items() if key not in known)
             arguments = ", ".join(f"{key} {value}" for key, value in record["arguments"].items())
-            text += (f"| {row['work']} | {row['ours']:.3g} | {row['reference']:.3g} | {row['unit']} | "
-                     f"**{row['ratio']:.1f}×** | {more}{'; ' if more else ''}{arguments} |\n")
+            reference, ratio = (f"{row['reference']:.3g}", f"**{row['ratio']:.1f}×**") if "ratio" in row else ("", "")
+            text += (f"| {row['work']} | {row['ours']:.3g} | {reference} | {row['unit']} | {ratio} | "
+                     f"{more}{'; ' if more else ''}{arguments} |\n")
+    text += GROWTH
     text += "\nMachine: " + "; ".join(sorted(machines)) + ".\n"
     (ROOT / "benchmarks" / "RESULTS.md").write_text(text)
 

@@ -24,16 +24,17 @@ from train import build_input_from_segments
 from utils import get_tokenizer
 
 
-def final(output: str) -> float:
-    lines = [line for line in output.splitlines() if line.startswith("FINAL ")]
-    assert len(lines) == 1, output
-    return float(lines[0].split(": ")[1])
+def figures(output: str) -> dict[str, float]:
+    """What convai_evaluation.py printed, by name, the headline first."""
+    lines = [line.removeprefix("FINAL ").split(": ") for line in output.splitlines() if line.startswith("FINAL ")]
+    return {name: float(value) for name, value in lines}
 
 
 def evaluate(kind: str, run: Path, data: Path, cwd: Path, *more) -> tuple[float, list[dict]]:
     out = script("convai_evaluation.py", "--eval_type", kind, "--model_checkpoint", run, "--dataset_path", data,
                  "--predictions", "predictions.jsonl", *more, cwd=cwd)
-    return final(out), [json.loads(line) for line in (cwd / "predictions.jsonl").read_text().splitlines()]
+    lines = (cwd / "predictions.jsonl").read_text().splitlines()
+    return next(iter(figures(out).values())), [json.loads(line) for line in lines]
 
 
 def turns_of(data: Path) -> list[tuple[list[str], list[str], list[str]]]:
@@ -101,7 +102,8 @@ def test_the_scores_are_those_of_plain_transformers(trained, small_corpus, tmp_p
         labels = torch.tensor(built["lm_labels"])
         gold = F.cross_entropy(out.logits[0, 0, :-1], labels[1:], reduction="sum").item()
         assert scored[turn]["scores"] == pytest.approx(scores, abs=1e-5)
-        assert likelihoods[turn] == {"nll": pytest.approx(gold, abs=1e-3), "tokens": int((labels != -100).sum())}
+        assert likelihoods[turn]["nll"] == pytest.approx(gold, abs=1e-3)
+        assert likelihoods[turn]["tokens"] == int((labels != -100).sum())
         nll, tokens = nll + gold, tokens + int((labels != -100).sum())
         right += scores[-1] > max(scores[:-1])
     assert hits == pytest.approx(right / len(scored), rel=1e-3)

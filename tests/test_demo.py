@@ -17,7 +17,7 @@ def test_the_demo_learns_to_choose(tmp_path):
                                "HOME": str(tmp_path)})
     figures = dict(line.removeprefix("FINAL ").split(": ") for line in done.stdout.splitlines() if "FINAL" in line)
     assert float(figures["Hits@1"]) >= 0.40  # of 20 candidates: chance is 0.05
-    assert float(figures["PPL"]) < 4
+    assert float(figures["Token PPL"]) < 4
     assert float(figures["F1"]) > 0.2
     chat = done.stdout[done.stdout.index("Personality:"):].splitlines()
     assert len([line for line in chat[5:8] if line.strip()]) == 3

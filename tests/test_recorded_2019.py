@@ -5,7 +5,8 @@ from argparse import Namespace
 import pytest
 import torch
 
-from inputs import Specials, collate, pack_turn
+from convai_evaluation import WordShares
+from inputs import Specials, build_context, build_reply, collate, pack_turn
 from interact import sample_sequence, top_filtering
 from model import add_special_tokens_, load_model
 from train import build_input_from_segments
@@ -71,6 +72,26 @@ def test_greedy(golden, tokenizer, model):
         # … and when the first words are given.
         assert sample_sequence(persona, history, tokenizer, model, Namespace(**{**vars(args), "max_length": 9}),
                                current_output=case["ids"][:3]) == case["ids"]
+
+
+def test_word_probability(golden, tokenizer, model):
+    """The gpt2 figures hold the lookup without leading space: `after_space=False`, as --legacy_gpt2_words has it."""
+    shares, special = WordShares(dict(golden["word_freq"]), tokenizer, after_space=False), Specials.of(tokenizer)
+    known = 0
+    assert len(golden["word_probability"]) == 16
+    for case in golden["word_probability"]:
+        context = build_context(ids_of(tokenizer, case["persona"]), ids_of(tokenizer, case["history"]), special)
+        reply = build_reply(tokenizer.encode(" ".join(case["so_far"])), special, with_eos=False)
+        with torch.no_grad():
+            logits = model(torch.tensor([context.ids + reply.ids]),
+                           token_type_ids=torch.tensor([context.types + reply.types])).logits[0, -1]
+        words = shares.probabilities(logits)
+        assert (case["word"] in words) == (case["probability"] is not None)
+        assert sum(words.values()) == pytest.approx(case["total_mass"], rel=1e-5)
+        if case["probability"] is not None:
+            known += 1
+            assert words[case["word"]] == pytest.approx(case["probability"], rel=1e-5)
+    assert known >= 10
 
 
 def test_top_filtering(golden):

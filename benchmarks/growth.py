@@ -1,0 +1,160 @@
+"""How time grows with candidates, context length, batch size and turns; each with its exponent, as plots.
+
+The exponent is the slope between the logarithms of size and time, once over all sizes and once over the largest
+three, where fixed costs no longer hide it.
+"""
+
+import gc
+import json
+import random
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot
+from textbook import ROOT, Bench, parse_args, report
+
+import utils
+from inputs import TurnDataset, collate, get_loader, pack_turn
+from model import autocast
+
+
+def median_seconds(work, repeats: int) -> float:
+    """Of ``work()``, after a warm-up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        gc.collect()
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+class Growth:
+    """Sizes → seconds, one method a question."""
+
+    def __init__(self, bench: Bench, args: Namespace):
+        self.bench, self.args = bench, args
+        self.dataset = bench.dataset("valid", 20)
+        self.rng = random.Random(args.seed)
+        split = self.dataset.split
+        self.replies = [split.token_ids("candidates", turn)[-1] for turn in range(split.num_turns)]
+
+    def score(self, rows: list) -> float:
+        """Seconds of a forward pass with both heads, bfloat16."""
+        batch = collate(rows, self.bench.special.pad)
+
+        @torch.inference_mode()
+        def forward() -> None:
+            with autocast("cpu", "bf16"):
+                self.bench.ours(**batch)
+
+        return median_seconds(forward, self.args.repeats)
+
+    def candidates(self, count: int) -> float:
+        """Two turns of median context with ``count`` candidates each."""
+        lengths = self.dataset.lengths()[0]
+        turns = np.argsort(lengths)[len(lengths) // 2:][:2].tolist()
+        return self.score([pack_turn(*self.dataset.context(turn), self.rng.choices(self.replies, k=count),
+                                     self.bench.special, 512) for turn in turns])
+
+    def context(self, tokens: int) -> float:
+        """Four turns of two candidates of 12 tokens behind ``tokens`` tokens of context."""
+        ids = [token for reply in self.replies for token in reply]
+        rows = []
+        for start in range(0, 4000, 1000):
+            history = [ids[start:start + tokens - 2]]
+            rows.append(pack_turn([], history, [ids[9000 + start:][:12], ids[9100 + start:][:12]],
+                                  self.bench.special, 512))
+        return self.score(rows)
+
+    def batch(self, turns: int) -> float:
+        """That many turns of two candidates and like length."""
+        dataset = self.bench.dataset("valid", 2)
+        middle = np.argsort(dataset.lengths()[0])[len(dataset) // 2:][:turns].tolist()
+        return self.score([dataset[turn] for turn in middle])
+
+    def table(self, turns: int) -> float:
+        """Tokenise and cache ``turns`` turns with two candidates each: real dialogs drawn again and again."""
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder, "data.json")
+            write_turns(json.loads(Path(self.args.data).read_text())["train"], turns, data, self.args.seed)
+            start = time.perf_counter()
+            table = utils.get_dataset(self.bench.tokenizer, str(data), str(Path(folder, "cache")))
+            seconds = time.perf_counter() - start
+            assert table["train"].num_turns == turns
+            # The other half of the question: batches out of the table, whatever its size.
+            start = time.perf_counter()
+            dataset = TurnDataset(table["train"], self.bench.tokenizer, 512)
+            loader = iter(get_loader(dataset, dataset.lengths()[0], 16, seed=self.args.seed))
+            self.first_batch = time.perf_counter() - start
+            start = time.perf_counter()
+            for _ in range(50):
+                next(loader)
+            self.a_batch = (time.perf_counter() - start) / 50
+            return seconds
+
+
+def write_turns(entries: list[dict], turns: int, path: Path, seed: int) -> None:
+    """A data file of exactly ``turns`` training turns, entry by entry, never whole in memory."""
+    rng, written, separator = random.Random(seed), 0, ""
+    with open(path, "w") as file:
+        file.write('{"valid": [], "train": [')
+        while written < turns:
+            entry = rng.choice(entries)
+            kept = [{"history": turn["history"], "candidates": turn["candidates"][-2:]}
+                    for turn in entry["utterances"][:turns - written]]
+            personality = rng.sample(entry["personality"], len(entry["personality"]))
+            file.write(separator + json.dumps({"personality": personality, "utterances": kept}))
+            written, separator = written + len(kept), ","
+        file.write("]}")
+
+
+def slope(sizes: list[int], seconds: list[float]) -> float:
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def main() -> None:
+    args = parse_args(__doc__.splitlines()[0], turns=1_000_000)
+    bench = Bench(args)
+    del bench.own
+    bench.ours.eval()
+    growth = Growth(bench, args)
+    sweeps = {
+        "candidates": (growth.candidates, [1, 2, 5, 10, 20, 50, 100], "candidates, two turns"),
+        "context": (growth.context, [32, 64, 128, 256, 384, 496], "tokens of context, four turns"),
+        "batch": (growth.batch, [1, 2, 4, 8, 16, 32, 64], "turns in a batch, two candidates"),
+        "turns": (growth.table, [10 ** power for power in range(3, 7) if 10 ** power <= args.turns],
+                  "turns tokenised and cached"),
+    }
+    figure, plots = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    rows = []
+    for plot, (name, (work, sizes, label)) in zip(plots.flat, sweeps.items(), strict=True):
+        seconds = []
+        for size in sizes:
+            seconds.append(work(size))
+            more = f", first batch ready in {growth.first_batch:.3f} s, then {1e3 * growth.a_batch:.1f} ms a batch" \
+                if name == "turns" else ""
+            print(f"{name} {size}: {seconds[-1]:.3f} s{more}", flush=True)
+        row = {"work": f"growth with {label}", "unit": "s at the largest size", "ours": seconds[-1],
+               "exponent": slope(sizes, seconds), "exponent of the largest three": slope(sizes[-3:], seconds[-3:]),
+               "sizes": f"{sizes[0]:,} to {sizes[-1]:,}"}
+        if name == "turns":
+            row |= {"first batch ready, s": growth.first_batch, "a batch of 16 turns, ms": 1e3 * growth.a_batch}
+        rows.append(row)
+        plot.loglog(sizes, seconds, "o-", label="measured")
+        plot.loglog(sizes, [seconds[-1] * size / sizes[-1] for size in sizes], ":", color="grey", label="in proportion")
+        plot.set(xlabel=label, ylabel="seconds",
+                 title=f"exponent {row['exponent']:.2f}, at the large end {row['exponent of the largest three']:.2f}")
+        plot.legend()
+    figure.savefig(ROOT / "benchmarks" / "growth.png", dpi=110)
+    report("growth", args, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Peak memory of one training step and of hits@1 over 20 candidates, ours over the textbook path.
+
+Each side runs in a process of its own. Peak: the most resident memory while the work ran, less what was resident before
+it; the weights (470 MB) are there before, gradients and the optimizer's moments come with the first step.
+"""
+
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from textbook import Bench, parse_args, report
+from training import learn
+
+from inputs import collate
+from model import autocast
+
+
+def resident(field: str) -> float:
+    """``VmRSS``, resident now, or ``VmHWM``, the most so far; in GiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 2**20
+
+
+def measure(args: Namespace) -> float:
+    """GiB of one side's work on the longest rows of the data set, the worst case that must fit."""
+    work, precision = args.side.split()
+    bench = Bench(args)
+    training = work == "training"
+    dataset = bench.dataset("train" if training else "valid", 2 if training else 20)
+    turns = dataset.lengths()[0].argsort()[-args.turns if training else -1:].tolist()
+    if precision == "textbook":
+        model = bench.own.train(training)
+        del bench.ours
+        batch = bench.padded(dataset, turns, bench.longest(dataset))
+    else:
+        model = bench.ours.train(training)
+        del bench.own
+        batch = collate([dataset[turn] for turn in turns], bench.special.pad)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6.25e-5, fused=precision != "textbook")
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    with autocast("cpu", "bf16" if precision == "bfloat16" else ""), torch.set_grad_enabled(training):
+        out = model(**batch)
+    if training:
+        learn(optimizer, (out.loss if precision == "textbook" else out.lm_loss) + out.mc_loss)
+    return resident("VmHWM") - before
+
+
+def main() -> None:
+    args = parse_args(__doc__.splitlines()[0], turns=4, side="")
+    if args.side:  # in a process of its own
+        print(measure(args))
+        return
+    names = {"training": f"memory of a training step, {args.turns} turns of 2 candidates",
+             "choosing": "memory of hits@1, a turn of 20 candidates"}
+    rows = []
+    for work, name in names.items():
+        peaks = {}
+        for precision in ("textbook", "float32", "bfloat16"):
+            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", f"{work} {precision}"],
+                                  check=True, capture_output=True, text=True)
+            peaks[precision] = float(done.stdout.split()[-1])
+        rows += [{"work": f"{name}, {precision}", "unit": "GiB", "ours": peaks[precision],
+                  "reference": peaks["textbook"], "ratio": peaks["textbook"] / peaks[precision]}
+                 for precision in ("float32", "bfloat16")]
+    report("memory", args, rows)
+
+
+if __name__ == "__main__":
+    main()

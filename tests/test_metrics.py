@@ -1,0 +1,135 @@
+"""The ConvAI2 metrics against their definitions, computed another way."""
+
+import json
+import math
+from argparse import Namespace
+from collections import Counter
+
+import pytest
+import torch
+from conftest import FAMILIES, SAMPLE, TINY, shared
+
+from convai_evaluation import (
+    choice_metrics,
+    count_words,
+    gold_likelihoods,
+    perplexities,
+    reply_metrics,
+    split_words,
+)
+from corpora import read_corpus
+from inputs import TurnDataset, build_input_from_segments
+from model import add_special_tokens_, load_model
+from utils import get_dataset, get_tokenizer
+
+
+def args(**changed) -> Namespace:
+    return Namespace(**{"device": "cpu", "fp16": "", "batch_size": 8, "legacy_gpt2_words": False} | changed)
+
+
+def setting(family: str, data, tmp_path):
+    """A 2019 run and the validation turns of a data file."""
+    run = str(shared(f"golden/run-2019-{family}"))
+    tokenizer, model = get_tokenizer(run), load_model(run)
+    add_special_tokens_(model, tokenizer)
+    table = get_dataset(tokenizer, str(data), str(tmp_path / "cache"))
+    return model, tokenizer, table, TurnDataset(table["valid"], tokenizer, 512, num_candidates=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_word_perplexity_is_that_of_one_word_at_a_time(family, legacy, tmp_path):
+    """50 turns of the sample, and one whose words are tokenised differently when more words follow."""
+    corpus = read_corpus(SAMPLE)
+    corpus = {"train": corpus["train"][:20], "valid": corpus["valid"][:12]}
+    odd = "i can not.stop , it isn't the u.s.a .  o'neill's 3,5 ... ok?! Zürich 日本"
+    corpus["valid"].append({"personality": ["odd"], "utterances": [{"history": ["hi"], "candidates": [odd]}]})
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(corpus))
+    model, tokenizer, table, dataset = setting(family, data, tmp_path)
+    counts = count_words(table)
+    got = dict(gold_likelihoods(model, dataset, tokenizer, counts, args(legacy_gpt2_words=legacy)))
+    assert len(got) == len(dataset) >= 50
+
+    total, scored = 0.0, 0
+    for turn, record in got.items():
+        persona, history = dataset.context(turn)
+        words, nll = split_words(dataset.split.texts("candidates", turn)[-1]), 0.0
+        known = 0
+        for place, word in enumerate(words):
+            so_far = tokenizer.encode(" ".join(words[:place])) if place else []
+            built = build_input_from_segments(persona, history, so_far, tokenizer, with_eos=False)
+            with torch.no_grad():
+                logits = model(torch.tensor([built["input_ids"]]),
+                               token_type_ids=torch.tensor([built["token_type_ids"]])).logits[0, -1]
+            shares = shares_of(counts, tokenizer, place > 0 and not legacy)
+            probabilities = logits.double().softmax(-1)
+            if word not in shares:
+                continue
+            mass = sum(probabilities[piece].item() * share for piece, share in shares.values())
+            piece, share = shares[word]
+            nll -= math.log(probabilities[piece].item() * share / mass)
+            known += 1
+        assert record["words"] == known and record["unknown_words"] == len(words) - known
+        assert record["word_nll"] == pytest.approx(nll, abs=1e-3)
+        total, scored = total + nll, scored + known
+    assert perplexities(list(got.values()))["Word PPL"] == pytest.approx(math.exp(total / scored), rel=1e-5)
+
+
+SHARES = {}
+
+
+def shares_of(counts, tokenizer, after_space: bool) -> dict[str, tuple[int, float]]:
+    """The protocol once more: word → (first piece, share among the words with that first piece)."""
+    key = type(tokenizer).__name__, after_space, id(counts)
+    if key not in SHARES:
+        first = {}
+        for word in counts:
+            if type(tokenizer).__name__ == "GPT2Tokenizer":
+                ids = tokenizer.encode(("x " if after_space else "") + word)[1 if after_space else 0:]
+            else:
+                ids = [tokenizer.convert_tokens_to_ids(one.value)
+                       for one in tokenizer.backend_tokenizer.model.tokenize(word.lower())]
+            if ids and ids[0] != tokenizer.unk_token_id:
+                first[word] = ids[0]
+        mass = Counter()
+        for word, piece in first.items():
+            mass[piece] += counts[word] + 5
+        SHARES[key] = {word: (piece, (counts[word] + 5) / mass[piece]) for word, piece in first.items()}
+    return SHARES[key]
+
+
+def test_the_dictionary_counts_every_text_once(tmp_path):
+    corpus = {"train": [{"personality": ["i like red .", "red , red"], "utterances": [
+        {"history": ["hello red"], "candidates": ["not counted", "blue !"]},
+        {"history": ["hello red", "blue !", "yes"], "candidates": ["not counted", "it's done.now"]}]}],
+        "valid": [{"personality": [], "utterances": [{"history": ["red"], "candidates": ["wrong", "green"]}]}]}
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(corpus))
+    table = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))
+    assert count_words(table) == {"red": 5, "i": 1, "like": 1, ".": 2, ",": 1, "hello": 1, "blue": 1, "!": 1,
+                                  "yes": 1, "it's": 1, "done": 1, "now": 1, "green": 1}
+
+
+def test_ranks():
+    records = [{"scores": [1.0, 2.0, 3.0]}, {"scores": [5.0, 2.0, 2.0]}, {"scores": [9.0] * 7 + [1.0]},
+               {"scores": [4.0]}]
+    metrics = choice_metrics(records)  # ranks 1; 3, for a tie counts as better; 8; 1
+    assert metrics == pytest.approx({"Hits@1": 0.5, "Hits@5": 0.75, "Hits@10": 1.0, "MRR": (1 + 1 / 3 + 1 / 8 + 1) / 4})
+
+
+def test_what_replies_look_like(tmp_path):
+    corpus = {"train": [], "valid": [{"personality": ["i love cats ."], "utterances": [
+        {"history": ["old", "older", "what do you love ?"], "candidates": ["x", "the cats , of course"]},
+        {"history": ["old", "older", "what do you love ?", "y", "z"], "candidates": ["x", "cats"]},
+        {"history": ["a"], "candidates": ["x", "no"]}]}]}
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(corpus))
+    table = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))
+    records = [{"reply": "I love cats."}, {"reply": "older cats cats"}, {"reply": ""}]
+    metrics = reply_metrics(records, table["valid"], max_history=1)
+    assert metrics["F1"] == pytest.approx((2 * 1 / (3 + 3) + 2 * 1 / (3 + 1) + 0) / 3)
+    assert metrics["Words a reply"] == pytest.approx((4 + 3 + 0) / 3)
+    assert metrics["Distinct-1"] == pytest.approx(5 / 7)  # I love cats . older, of which cats three times
+    assert metrics["Distinct-2"] == pytest.approx(5 / 5)
+    assert metrics["Copied"] == pytest.approx(1 / 3)  # the first, from the persona, whatever the case
