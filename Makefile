@@ -2,13 +2,14 @@
 # make test    the whole test suite
 # make install the set-up alone: .venv
 # make bench   measure speed against the textbook path, write benchmarks/RESULTS.md (needs real data: see --help there)
+# make parlai  an environment with the real ParlAI: .venv-parlai
 # make lint    style
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench install lint clean
+.PHONY: parlai demo test bench install lint clean
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./runs/demo.sh
@@ -20,6 +21,14 @@ bench: $(VENV)/bench-installed
 	for claim in tokenising training choosing word_perplexity replying memory full_recipe growth; do \
 		echo "== $$claim"; PYTHONPATH=. $(BIN)/python benchmarks/$$claim.py $(BENCH_FLAGS) || exit; done
 	PYTHONPATH=. $(BIN)/python benchmarks/write_results.py
+
+parlai: .venv-parlai/installed
+
+.venv-parlai/installed: requirements.txt requirements-parlai.txt
+	$(PYTHON) -m venv .venv-parlai
+	.venv-parlai/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	.venv-parlai/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-parlai.txt
+	touch $@
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .
@@ -41,4 +50,4 @@ $(VENV)/bench-installed: $(VENV)/installed requirements-bench.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-parlai .demo .pytest_cache .ruff_cache .hypothesis

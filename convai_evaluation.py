@@ -1,6 +1,7 @@
-"""The ConvAI2 metrics over the validation split: hits@1, perplexity, F1.
+"""The ConvAI2 metrics over the validation split: hits@1, perplexity, F1; and the same model as a ParlAI agent.
 
     python convai_evaluation.py --eval_type hits@1 --model_checkpoint RUN
+    parlai eval_model -m convai_evaluation:TransformerAgent -t convai2 --model_checkpoint RUN
 """
 
 import json
@@ -11,6 +12,7 @@ import string
 from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
@@ -18,10 +20,34 @@ import torch
 from tqdm import tqdm
 
 from corpora import InputError, command, require_split
-from inputs import IGNORED, LengthBatches, Row, TurnDataset, collate, get_loader, pack_turn
-from interact import add_decoding_flags, fitted_context, generate_replies, load_checkpoint
+from inputs import (
+    IGNORED,
+    LengthBatches,
+    Row,
+    Specials,
+    TurnDataset,
+    build_reply,
+    collate,
+    get_loader,
+    max_reply,
+    pack_turn,
+)
+from interact import (
+    add_decoding_flags,
+    add_family_flag,
+    fitted_context,
+    generate_replies,
+    load_checkpoint,
+    readable,
+)
 from model import DoubleHeadsModel, autocast, half_dtype
+from report import gold_rank, write_report
 from utils import Split, TokenTable, add_common_flags, get_dataset, positive_number, tokenize
+
+try:
+    from parlai.core.agents import Agent
+except ImportError:  # ParlAI lives in an environment of its own, `make parlai`; all else here does without
+    Agent = object
 
 logger = logging.getLogger("convai_evaluation")
 
@@ -31,23 +57,28 @@ logger = logging.getLogger("convai_evaluation")
 
 @torch.inference_mode()
 def choice_scores(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace) -> Iterator[tuple[int, dict]]:
-    """For each turn its number and ``scores``, one a candidate in the data's order (gold last)."""
+    """For each turn its number, ``scores``, one a candidate in the data's order (gold last), and the best as ``reply``."""
     loader = get_loader(dataset, dataset.lengths()[0], args.batch_size)
     for turns, batch in zip(loader.batch_sampler, loader, strict=True):
         with autocast(args.device, args.fp16):
             out = model(**{name: tensor.to(args.device) for name, tensor in batch.items()})
-        for turn, scores in zip(turns.tolist(), out.mc_logits.tolist(), strict=True):
-            yield turn, {"scores": [score for score in scores if score > -math.inf]}
+        for turn, logits in zip(turns.tolist(), out.mc_logits.tolist(), strict=True):
+            scores = [score for score in logits if score > -math.inf]
+            yield turn, {"scores": scores, "reply": dataset.split.texts("candidates", turn)[scores.index(max(scores))]}
 
 
-def choice_metrics(records: list[dict]) -> dict[str, float]:
+def choice_metrics(records: list[dict], split: Split) -> dict[str, float]:
     """Hits@k: the share of turns whose gold candidate is among the k best; MRR: the mean of 1 / its rank.
 
-    A candidate that scores as high as the gold one counts as better: a tie is no hit.
+    A candidate that scores as high as the gold one counts as better: a tie is no hit. Accuracy and F1 are those of the
+    best candidate's text.
     """
-    ranks = [1 + sum(score >= record["scores"][-1] for score in record["scores"][:-1]) for record in records]
+    ranks = [gold_rank(record["scores"]) for record in records]
+    if alone := sum(len(record["scores"]) == 1 for record in records):
+        logger.warning("%s of %s turns have the gold reply as their only candidate: there was nothing to choose, and "
+                       "they count as hits", f"{alone:,}", f"{len(records):,}")
     hits = {f"Hits@{k}": fmean(rank <= k for rank in ranks) for k in (1, 5, 10)}
-    return hits | {"MRR": fmean(1 / rank for rank in ranks)}
+    return hits | {"MRR": fmean(1 / rank for rank in ranks)} | text_metrics(records, split)
 
 
 # --------------------------------------------------------------------------------------------------- perplexity
@@ -116,16 +147,15 @@ class WordRow:
                 host = len(segments)
                 segments.append(beginning)
             place.append((host, len(beginning)))
-        context = dataset.context(turn)
-        self.row: Row = pack_turn(*context, segments[::-1], dataset.special, dataset.max_positions)
-        ends = self.row.mc_token_ids[::-1]
+        self.row: Row = dataset.pack(turn, segments[::-1])
+        ends, longest = self.row.mc_token_ids[::-1], max_reply(dataset.max_positions, dataset.history_start)
         self.words = []  # (word, index in the row of the token that predicts it)
         for word, (host, length) in zip(words, reversed(place), strict=True):
-            start = ends[host] - 1 - min(len(segments[host]), dataset.max_positions - 4)
+            start = ends[host] - 1 - min(len(segments[host]), longest)
             if start + length < ends[host]:  # else cut off, in a reply longer than the model
                 self.words.append((word, start + length))
                 self.row.labels[start + length + 1] = max(self.row.labels[start + length + 1], 0)  # asks for logits
-        self.tokens = range(ends[0] - min(len(gold), dataset.max_positions - 4), ends[0] + 1)
+        self.tokens = range(ends[0] - min(len(gold), longest), ends[0] + 1)
         self.cut = len(words) - len(self.words)
 
 
@@ -215,31 +245,39 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, args: Name
         contexts = [fitted_context(model, *dataset.context(turn), dataset.special, args.max_length) for turn in turns]
         batch = generate_replies(model, contexts, dataset.special, args)
         for turn, reply in zip(turns.tolist(), batch, strict=True):
-            yield turn, {"reply": tokenizer.decode(reply)}
+            yield turn, {"reply": readable(tokenizer, reply)}
 
 
-def words(text: str) -> list[str]:
-    """Words as ParlAI's F1 compares them: lower case, without punctuation and articles."""
-    text = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(str.maketrans("", "", string.punctuation)))
-    return text.split()
+def normalized(text: str) -> list[str]:
+    """Words as ParlAI compares them: lower case, without punctuation and articles."""
+    text = re.sub(f"[{re.escape(string.punctuation)}]", " ", text.lower())
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def f1_score(reply: str, gold: str) -> float:
     """Harmonic mean of precision and recall of the reply's bag of words against the gold reply's."""
-    reply_words, gold_words = words(reply), words(gold)
+    reply_words, gold_words = normalized(reply), normalized(gold)
     common = sum((Counter(reply_words) & Counter(gold_words)).values())
     return 2 * common / (len(reply_words) + len(gold_words)) if common else 0.0
 
 
+def text_metrics(records: list[dict], split: Split) -> dict[str, float]:
+    """F1 of each ``reply`` against the gold one, and accuracy: the share that is the gold reply word for word."""
+    pairs = [(record["reply"], split.texts("candidates", turn)[-1]) for turn, record in enumerate(records)]
+    if empty := sum(not normalized(gold) for _, gold in pairs):
+        logger.warning("%s of %s gold replies have no words: their F1 is 0", f"{empty:,}", f"{len(pairs):,}")
+    return {"F1": fmean(f1_score(*pair) for pair in pairs),
+            "Accuracy": fmean(normalized(reply) == normalized(gold) for reply, gold in pairs)}
+
+
 def reply_metrics(records: list[dict], split: Split, max_history: int) -> dict[str, float]:
-    """F1 against the gold replies, and what the replies look like.
+    """`text_metrics`, and what the replies look like.
 
     Mean length in words; distinct-1 and distinct-2, different words and pairs of words over all of them (Li et al.
     2016); copied: the share of replies that stand word for word in what the model saw, persona or history.
     """
-    f1, copied, lengths, grams = [], [], [], {1: Counter(), 2: Counter()}
+    copied, lengths, grams = [], [], {1: Counter(), 2: Counter()}
     for turn, record in enumerate(records):
-        f1.append(f1_score(record["reply"], split.texts("candidates", turn)[-1]))
         reply = split_words(record["reply"])
         seen = split.texts("persona", split.turn_dialog[turn]) + split.texts("history", turn)[-(2 * max_history + 1):]
         within = (f" {' '.join(split_words(text))} ".lower() for text in seen)
@@ -248,7 +286,8 @@ def reply_metrics(records: list[dict], split: Split, max_history: int) -> dict[s
         for n, counts in grams.items():
             counts.update(zip(*(reply[start:] for start in range(n)), strict=False))
     distinct = {f"Distinct-{n}": len(counts) / max(1, counts.total()) for n, counts in grams.items()}
-    return {"F1": fmean(f1), "Words a reply": fmean(lengths), **distinct, "Copied": fmean(copied)}
+    looks = {"Words a reply": fmean(lengths), **distinct, "Copied": fmean(copied)}
+    return text_metrics(records, split) | looks
 
 
 # -------------------------------------------------------------------------------------------------- all of them
@@ -259,56 +298,266 @@ def evaluate(args: Namespace) -> dict[str, float]:
     model, tokenizer = load_checkpoint(args)
     table = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
     split = require_split(table, "valid", args.dataset_path)
-    # Only the choice needs distractors: elsewhere a row is the context and the gold reply.
-    dataset = TurnDataset(split, tokenizer, model.config.max_position_embeddings, max_history=args.max_history,
-                          num_candidates=0 if args.eval_type == "hits@1" else 1)
-    if too_long := dataset.lengths()[1]:
-        logger.warning("%s turns exceed the model's positions and lose their oldest context", f"{too_long:,}")
+    kinds = ["hits@1", "ppl", "f1"] if args.eval_type == "all" else [args.eval_type]
+    records: dict[str, list[dict]] = {}
+    figures: dict[str, float] = {}
 
-    def collect(stream: Iterator[tuple[int, dict]], name: str = args.eval_type) -> list[dict]:
-        """Records in the order of the turns, also written to ``--predictions``."""
-        records: list[dict] = [{}] * len(dataset)
-        for turn, record in tqdm(stream, total=len(dataset), desc=name, unit=" turns"):
-            records[turn] = record
+    def dataset(num_candidates: int) -> TurnDataset:
+        return TurnDataset(split, tokenizer, model.config.max_position_embeddings, max_history=args.max_history,
+                           num_candidates=num_candidates, history_start=model.history_start)
+
+    def collect(stream: Iterator[tuple[int, dict]], name: str) -> list[dict]:
+        """Records in the order of the turns."""
+        collected: list[dict] = [{}] * split.num_turns
+        for turn, record in tqdm(stream, total=split.num_turns, desc=name, unit=" turns"):
+            collected[turn] = record
+        return collected
+
+    all_candidates, gold_only = dataset(0), dataset(1)  # only the choice needs distractors
+    if too_long := (all_candidates if "hits@1" in kinds else gold_only).lengths()[1]:
+        logger.warning("%s turns exceed the model's positions and lose some of their context", f"{too_long:,}")
+    if "hits@1" in kinds:
+        records["hits@1"] = collect(choice_scores(model, all_candidates, args), "hits@1")
+        figures |= choice_metrics(records["hits@1"], split)
+    if "ppl" in kinds:
+        likelihoods = gold_likelihoods(model, gold_only, tokenizer, count_words(table), args)
+        records["ppl"] = collect(likelihoods, "ppl")
+        figures |= perplexities(records["ppl"])
+    if "f1" in kinds:
+        model.to(half_dtype(args.device, args.fp16))  # decoding reads all weights for each token
+        runs = []
+        for seed in range(args.seed, args.seed + args.seeds):
+            decoding = Namespace(**{**vars(args), "seed": seed})
+            name = f"f1, seed {seed}" if args.seeds > 1 else "f1"
+            records["f1"] = collect(replies(model, gold_only, tokenizer, decoding), name)
+            runs.append(reply_metrics(records["f1"], split, args.max_history))
+        figures |= {name: fmean(run[name] for run in runs) for name in runs[0]}  # F1 of replies, not of choices
+        if args.seeds > 1:
+            figures["F1 spread"] = stdev(run["F1"] for run in runs)
+    try:
         if args.predictions:
-            try:
-                with open(args.predictions, "w", encoding="utf-8") as file:
-                    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            except OSError as error:
-                raise InputError(f"--predictions {args.predictions}: cannot be written ({error.strerror}); "
-                                 "name a file in a folder you may write to") from None
-        return records
-
-    if args.eval_type == "hits@1":
-        return choice_metrics(collect(choice_scores(model, dataset, args)))
-    if args.eval_type == "ppl":
-        return perplexities(collect(gold_likelihoods(model, dataset, tokenizer, count_words(table), args)))
-
-    model.to(half_dtype(args.device, args.fp16))  # decoding reads all weights for each token
-    runs = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        decoding = Namespace(**{**vars(args), "seed": seed})
-        records = collect(replies(model, dataset, tokenizer, decoding), f"f1, seed {seed}")
-        runs.append(reply_metrics(records, split, args.max_history))
-    figures = {name: fmean(run[name] for run in runs) for name in runs[0]}
-    if args.seeds > 1:
-        figures["F1 spread"] = stdev(run["F1"] for run in runs)
+            lines = [{name: value for record in turn for name, value in record.items()}
+                     for turn in zip(*records.values(), strict=True)]
+            with open(args.predictions, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        if args.report:
+            write_report(Path(args.report), figures, vars(args), split, args.max_history,
+                         records.get("hits@1"), records.get("f1"))
+    except OSError as error:
+        flag = f"--report {args.report}" if args.report and Path(args.report) in Path(error.filename or "").parents or \
+            args.report == error.filename else f"--predictions {args.predictions}"
+        raise InputError(f"{flag}: cannot be written ({error.strerror}); "
+                         "name a place in a folder you may write to") from None
     return figures
+
+
+# ------------------------------------------------------------------------------------------------------- ParlAI
+
+
+class TransformerAgent(Agent):
+    """The model under ParlAI's own loop, or in ParlAI's interactive chat.
+
+    With ``--eval_type hits@1`` it ranks the candidates that an observation brings (``text_candidates``, best first; of
+    equal scores the earlier first), else, or where there are none, it generates a reply. Gold replies of earlier
+    turns are its history where the task gives them, else what it said itself. ParlAI's convai2 task sends the
+    persona's sentences as lines of the first text, written without the space before the full stop that the published
+    JSON has; they are read with it.
+    """
+
+    @classmethod
+    def add_cmdline_args(cls, parser, partial_opt=None):
+        flags = parser.add_argument_group("TransformerAgent")
+        add_common_flags(flags, model_checkpoint="")
+        add_agent_flags(flags)
+        return parser
+
+    def __init__(self, opt, shared=None):
+        super().__init__(opt, shared)
+        self.id = "TransferTransfo"
+        if shared:
+            self.args, self.model, self.tokenizer, self.counted = (
+                shared[name] for name in ("args", "model", "tokenizer", "counted"))
+        else:
+            parser = ArgumentParser()
+            add_common_flags(parser, model_checkpoint="")
+            add_agent_flags(parser)
+            known = vars(parser.parse_args([]))
+            self.args = Namespace(**{name: opt.get(name, default) for name, default in known.items()})
+            self.model, self.tokenizer = load_checkpoint(self.args)
+            if self.args.eval_type == "f1":
+                self.model.to(half_dtype(self.args.device, self.args.fp16))
+            torch.manual_seed(self.args.seed)
+            self.counted = Counter()  # of observations that cannot be scored as they should, by what is wrong
+        self.special = Specials.of(self.tokenizer)
+        self.reset()
+
+    def share(self):
+        names = ("args", "model", "tokenizer", "counted")
+        return super().share() | {name: getattr(self, name) for name in names}
+
+    def reset(self):
+        """Forget persona and history."""
+        self.persona, self.history = [], []  # texts
+        self.answer = None  # what the last turn's reply is to the history: the gold one, or our own
+        self.ended = False
+        self.observation = None
+
+    def observe(self, observation):
+        """Take in a turn; returns it with the ``persona`` and ``history`` that the reply is to see, as texts."""
+        if self.ended:
+            self.reset()
+        self.ended = bool(observation.get("episode_done"))
+        self.observation = dict(observation)
+        if not observation.get("text"):
+            return self.observation
+        said = []
+        for line in observation["text"].split("\n"):
+            who, persona, sentence = line.partition("persona: ")
+            if persona and who == "your ":
+                self.persona.append(re.sub(r"(?<=[^\s.])\.$", " .", sentence))
+            elif not persona or who != "partner's ":
+                said.append(line)
+        if self.answer is not None:
+            self.history.append(self.answer)
+        self.history.append(" ".join(said))
+        labels = observation.get("eval_labels") or observation.get("labels")
+        candidates = observation.get("label_candidates")
+        self.answer = labels[0] if labels else None
+        if labels and not any(map(str.strip, labels)):
+            self.counted["turns whose gold reply is empty"] += 1
+        if labels and self.args.eval_type == "hits@1":
+            if not candidates:
+                self.counted["turns without candidates: a reply is generated instead"] += 1
+            elif not set(labels) & set(candidates):
+                self.counted["turns whose candidates lack the gold reply: never a hit"] += 1
+        self.observation |= {"persona": list(self.persona),
+                             "history": self.history[-(2 * self.args.max_history + 1):]}
+        return self.observation
+
+    def act(self):
+        reply = self.batch_act([self.observation])[0]
+        self.self_observe(reply)
+        return reply
+
+    def self_observe(self, reply):
+        """Our own reply, which is the history where there is no gold one."""
+        if self.answer is None and reply.get("text"):
+            self.answer = reply["text"]
+
+    def batch_act(self, observations):
+        """Acts for what `observe` of several copies returned, ranked in one batch, generated in another."""
+        acts = [{"id": self.id} for _ in observations]
+        turns = [(act, one) for act, one in zip(acts, observations, strict=True) if "history" in one]
+        ranking = [turn for turn in turns if self.args.eval_type == "hits@1" and turn[1].get("label_candidates")]
+        replying = [turn for turn in turns if not any(turn is other for other in ranking)]
+        if ranking:
+            self._rank(*zip(*ranking, strict=True))
+        if replying:
+            self._reply(*zip(*replying, strict=True))
+        return acts
+
+    def _ids(self, observation) -> tuple[list[list[int]], list[list[int]]]:
+        """Persona and history as token ids."""
+        return tokenize(self.tokenizer, observation["persona"]), tokenize(self.tokenizer, observation["history"])
+
+    @torch.inference_mode()
+    def _rank(self, acts, observations) -> None:
+        config = self.model.config
+        rows = [pack_turn(*self._ids(one), tokenize(self.tokenizer, list(one["label_candidates"])), self.special,
+                          config.max_position_embeddings, self.model.history_start) for one in observations]
+        with autocast(self.args.device, self.args.fp16):
+            batch = collate(rows, self.special.pad)
+            out = self.model(**{name: tensor.to(self.args.device) for name, tensor in batch.items()})
+        for act, one, scores in zip(acts, observations, out.mc_logits.tolist(), strict=True):
+            ranked = sorted(zip(one["label_candidates"], scores, strict=False), key=lambda pair: -pair[1])
+            act["text_candidates"] = [text for text, _ in ranked]
+            act["text"] = ranked[0][0]
+
+    def _reply(self, acts, observations) -> None:
+        contexts = [fitted_context(self.model, *self._ids(one), self.special, self.args.max_length)
+                    for one in observations]
+        for act, reply in zip(acts, generate_replies(self.model, contexts, self.special, self.args), strict=True):
+            act["text"] = readable(self.tokenizer, reply)
+
+    @torch.inference_mode()
+    def next_word_probability(self, partial_out: list[str]) -> dict[str, float]:
+        """Probability of each dictionary word after the first words of a reply to the last observation.
+
+        The dictionary is that of ``--dataset_path``.
+        """
+        if not hasattr(self, "shares"):
+            table = get_dataset(self.tokenizer, self.args.dataset_path, self.args.dataset_cache)
+            self.shares = word_shares(count_words(table), self.tokenizer, self.args.legacy_gpt2_words)
+        beginning = tokenize(self.tokenizer, [" ".join(partial_out)])[0] if partial_out else []
+        context = fitted_context(self.model, *self._ids(self.observation), self.special, len(beginning) + 1)
+        reply = build_reply(beginning, self.special, with_eos=False)
+        ids, types = torch.tensor([context.ids + reply.ids]), torch.tensor([context.types + reply.types])
+        positions = context.start + torch.arange(ids.shape[1])[None]
+        out = self.model(ids.to(self.model.device), token_type_ids=types.to(self.model.device),
+                         position_ids=positions.to(self.model.device), logits_to_keep=1)
+        return self.shares[bool(partial_out)].probabilities(out.logits[0, -1])
+
+    def shutdown(self):
+        for what, count in self.counted.items():
+            logger.warning("%s %s", f"{count:,}", what)
+        super().shutdown()
+
+
+def evaluate_in_parlai(args: Namespace, more: list[str]) -> None:
+    """``--parlai``: the same evaluation by ParlAI's own loop on its convai2 task; ``more`` are flags for ParlAI."""
+    try:
+        from parlai.scripts.eval_model import EvalModel
+    except ImportError:
+        raise InputError("--parlai: ParlAI is not installed here; `make parlai` builds an environment with it, then "
+                         "`.venv-parlai/bin/python convai_evaluation.py --parlai …`") from None
+    if args.eval_type not in ("hits@1", "f1"):
+        raise InputError(f"--parlai --eval_type {args.eval_type}: ParlAI's loop computes hits@1 and f1")
+    parser = ArgumentParser()
+    add_common_flags(parser, model_checkpoint="")
+    add_agent_flags(parser)
+    flags = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.option_strings[0] != "-h" and value != action.default:
+            flags += [action.option_strings[0]] + ([] if value is True else [str(value)])
+    report = EvalModel.main("-m", "convai_evaluation:TransformerAgent", "-t", "convai2", "-dt", "valid",
+                            "-bs", str(args.batch_size), *flags, *more)
+    for ours, theirs in (("Hits@1", "hits@1"), ("Hits@5", "hits@5"), ("Hits@10", "hits@10"), ("F1", "f1"),
+                         ("Accuracy", "accuracy")):
+        if theirs in report:
+            print(f"FINAL {ours}: {report[theirs].value():.4g}")
+
+
+# --------------------------------------------------------------------------------------------- the command line
+
+
+def add_agent_flags(parser) -> None:
+    """What the evaluation here and the agent under ParlAI have in common, besides the common flags."""
+    add = parser.add_argument
+    add("--eval_type", default="hits@1", choices=["hits@1", "ppl", "f1", "all"], help="what (default: %(default)s)")
+    add_decoding_flags(parser)
+    add("--legacy_gpt2_words", action="store_true",
+        help="ppl: look words up without their leading space, the mistake of the 2019 code with GPT-2")
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--eval_type", default="hits@1", choices=["hits@1", "ppl", "f1"], help="the metric (default: %(default)s)")
     add_common_flags(parser, model_checkpoint="")
-    add_decoding_flags(parser)
+    add_agent_flags(parser)
+    add_family_flag(parser)
     add("--seeds", type=positive_number, default=1, metavar="N",
         help="f1: decode N times, with --seed, --seed + 1, …; report mean and standard deviation (default: 1)")
-    add("--legacy_gpt2_words", action="store_true",
-        help="ppl: look words up without their leading space, the mistake of the 2019 code with GPT-2")
     add("--batch_size", type=positive_number, default=16, help="turns at once (default: %(default)s)")
-    add("--predictions", metavar="FILE", help="write what the figure is made of, a JSON line a turn")
-    args = parser.parse_args()
+    add("--predictions", metavar="FILE", help="write what the figures are made of, a JSON line a turn")
+    add("--report", metavar="DIR", help="write report.html and report.json there: figures, ranks, calibration, worst turns")
+    add("--parlai", action="store_true", help="let ParlAI evaluate; further flags, such as --datapath, go to ParlAI")
+    args, more = parser.parse_known_args()
+    if args.parlai:
+        evaluate_in_parlai(args, more)
+        return
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     for name, value in evaluate(args).items():
         print(f"FINAL {name}: {value:.4g}")
 

@@ -40,22 +40,28 @@ class Segment(NamedTuple):
 
     ids: list[int]
     types: list[int]
+    start: int = 0  # position of its first token
 
 
-def build_context(persona: Sequence[Sequence[int]], history: Sequence[Sequence[int]], special: Specials) -> Segment:
+def build_context(persona: Sequence[Sequence[int]], history: Sequence[Sequence[int]], special: Specials,
+                  history_start: int = 0) -> Segment:
     """``<bos> persona… <speaker2> user <speaker1> bot … <speaker2> user``: what comes before a reply.
 
     Roles are counted back from the reply, which is the bot's, and the same role gives an utterance its ``<speakerN>``
     token and its token types. (The 2019 code counted the types from the front, so that on histories of even length
     the two disagreed.) The persona is the bot's own.
+
+    ``history_start``: the position at which the history begins, however long the persona is ("history first"): the
+    persona then ends right before it, and must fit in there (`fit_context`). 0: the persona begins at position 0.
     """
     ids = [special.bos, *chain.from_iterable(persona)]
     types = [special.speaker1] * len(ids)
+    start = history_start - len(ids) if history_start else 0
     for turns_back, utterance in zip(range(len(history), 0, -1), history, strict=True):
         role = special.speaker2 if turns_back % 2 else special.speaker1
         ids += [role, *utterance]
         types += [role] * (1 + len(utterance))
-    return Segment(ids, types)
+    return Segment(ids, types, start)
 
 
 def build_reply(reply: Sequence[int], special: Specials, with_eos: bool = True) -> Segment:
@@ -64,20 +70,25 @@ def build_reply(reply: Sequence[int], special: Specials, with_eos: bool = True) 
     return Segment(ids, [special.speaker1] * len(ids))
 
 
-def fit_context(persona: list, history: list, room: int) -> tuple[list, list]:
-    """Leave out the oldest of the context until `build_context` gives at most ``room`` tokens.
+def fit_context(persona: list, history: list, room: int, history_start: int = 0) -> tuple[list, list]:
+    """Leave out the oldest of the context until `build_context` needs at most ``room`` positions.
 
     Whole utterances go first, the oldest first and never the last one; then persona sentences from the end; then the
-    beginning of the last utterance.
+    beginning of the last utterance. With ``history_start``, just the persona sentences go that do not fit before it.
     """
     persona, history = list(persona), list(history)
 
-    def excess() -> int:
-        return 1 + sum(map(len, persona)) + sum(1 + len(utterance) for utterance in history) - room
+    def before_history() -> int:
+        return 1 + sum(map(len, persona))
 
+    def excess() -> int:
+        return (history_start or before_history()) + sum(1 + len(utterance) for utterance in history) - room
+
+    while history_start and before_history() > history_start:
+        del persona[-1]
     while excess() > 0 and len(history) > 1:
         del history[0]
-    while excess() > 0 and persona:
+    while excess() > 0 and persona and not history_start:
         del persona[-1]
     if excess() > 0 and history:
         history[0] = history[0][min(excess(), len(history[0])):]
@@ -113,17 +124,23 @@ class Row(NamedTuple):
     mc_token_ids: list[int]  # (candidates,): index of each candidate's last token
 
 
-def pack_turn(persona, history, candidates, special: Specials, max_positions: int) -> Row:
+def max_reply(max_positions: int, history_start: int) -> int:
+    """Tokens of the longest reply that leaves room for its control tokens, ``<bos>`` and an utterance's role."""
+    return max_positions - 3 - max(history_start, 1)
+
+
+def pack_turn(persona, history, candidates, special: Specials, max_positions: int, history_start: int = 0) -> Row:
     """Pack a turn, gold candidate last, into one row whose positions stay below ``max_positions``.
 
     A turn that is too long loses its oldest context (`fit_context`); a candidate that is too long even without
     context loses its end. Candidates of the same tokens share one segment, so that a tie is one to the last bit.
+    ``history_start`` as in `build_context`.
     """
-    candidates = [tuple(reply[:max_positions - 4]) for reply in candidates]
+    candidates = [tuple(reply[:max_reply(max_positions, history_start)]) for reply in candidates]
     room = max_positions - 2 - max(map(len, candidates))
-    context = build_context(*fit_context(persona, history, room), special)
-    start = len(context.ids)
-    row = Row(context.ids, context.types, list(range(start)), [0] * start, [IGNORED] * start, [])
+    context = build_context(*fit_context(persona, history, room, history_start), special, history_start)
+    length, start = len(context.ids), context.start + len(context.ids)
+    row = Row(context.ids, context.types, list(range(context.start, start)), [0] * length, [IGNORED] * length, [])
     last_token = {}  # candidate → where it ends in the row
     for candidate in dict.fromkeys(candidates):
         ids, types = build_reply(candidate, special)
@@ -168,12 +185,13 @@ class TurnDataset(Dataset):
 
     ``num_candidates``: how many, from the end of the list; 0: all. ``max_history``: exchanges kept, that is
     ``2 * max_history + 1`` utterances. ``permutations``: each turn that many times, the persona rotated by one
-    sentence each time. ``max_positions``: the model's.
+    sentence each time. ``max_positions``: the model's; ``history_start`` as in `build_context`.
     """
 
     def __init__(self, split: Split, tokenizer, max_positions: int, num_candidates: int = 0, max_history: int = 2,
-                 permutations: int = 1):
+                 permutations: int = 1, history_start: int = 0):
         self.split, self.special, self.max_positions = split, Specials.of(tokenizer), max_positions
+        self.history_start = history_start
         self.num_candidates, self.num_utterances = num_candidates, 2 * max_history + 1
         self.permutations = permutations
 
@@ -189,10 +207,15 @@ class TurnDataset(Dataset):
     def __getitem__(self, index: int) -> Row:
         rotation, turn = divmod(index, self.split.num_turns)
         candidates = self.split.token_ids("candidates", turn)[-self.num_candidates:]
-        return pack_turn(*self.context(turn, rotation), candidates, self.special, self.max_positions)
+        return self.pack(turn, candidates, rotation)
+
+    def pack(self, turn: int, candidates: list[list[int]], rotation: int = 0) -> Row:
+        """A turn's row with other candidates than its own."""
+        context = self.context(turn, rotation)
+        return pack_turn(*context, candidates, self.special, self.max_positions, self.history_start)
 
     def lengths(self) -> tuple[np.ndarray, int]:
-        """Tokens in each row (at most), (len(self),) int64, and how many turns exceed the model's positions.
+        """Tokens in each row (at most), (len(self),) int64, and how many turns lose some of their context.
 
         From the table's offsets alone: no row is built.
         """
@@ -208,11 +231,20 @@ class TurnDataset(Dataset):
             largest = np.maximum.reduceat(values, np.stack([start, offsets[1:]], 1).ravel())[::2]
             return total[offsets[1:]] - total[start], largest
 
-        context = 1 + ragged("persona", 0, 0)[0][self.split.turn_dialog]
-        context += ragged("history", self.num_utterances, 1)[0]
+        persona = 1 + ragged("persona", 0, 0)[0][self.split.turn_dialog]
+        history = ragged("history", self.num_utterances, 1)[0]
         candidates, longest = ragged("candidates", self.num_candidates, 2)
-        too_long = int((context + longest > self.max_positions).sum())
-        return np.tile(context + candidates, self.permutations), too_long
+        too_long = (self.history_start or persona) + history + longest > self.max_positions
+        if self.history_start:
+            too_long |= persona > self.history_start
+        return np.tile(persona + history + candidates, self.permutations), int(too_long.sum())
+
+
+def longest_persona(split: Split) -> int:
+    """Tokens before the history, ``<bos>`` and persona, in the dialog that has most of them."""
+    sizes = np.diff(split.table.array("token_offsets"))
+    total = np.append(0, np.cumsum(sizes[split.table.array(f"{split.name}.persona")]))
+    return 1 + int(np.diff(total[split.table.array(f"{split.name}.persona_offsets")]).max(initial=0))
 
 
 class LengthBatches(Sampler):

@@ -112,12 +112,13 @@ def generate_replies(
         ids[row, width - len(prompt):] = torch.tensor(prompt)
         types[row, width - len(prompt):width - len(prompt) + len(context.types)] = torch.tensor(context.types)
     lengths = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    starts = torch.tensor([context.start for context in contexts])[:, None]
     seen = torch.arange(width) >= width - lengths
     inputs = {
         "input_ids": ids,
         "token_type_ids": types,
         "attention_mask": seen.long(),
-        "position_ids": (seen.long().cumsum(-1) - 1).clamp(min=0),
+        "position_ids": (starts + seen.long().cumsum(-1) - 1).clamp(min=0),
     }
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     beams, ngram = getattr(args, "num_beams", 1), getattr(args, "no_repeat_ngram_size", 0)
@@ -188,11 +189,11 @@ def sample_sequence(personality, history, tokenizer, model, args, current_output
 
 def fitted_context(model: DoubleHeadsModel, persona, history, special: Specials, reply_length: int) -> Segment:
     """`build_context`, its oldest part left out where a reply of ``reply_length`` tokens would not fit behind it."""
-    room = model.config.max_position_embeddings - reply_length - 1
-    if room < 2:
+    room, history_start = model.config.max_position_embeddings - reply_length - 1, model.history_start
+    if room < max(2, history_start + 1):
         raise InputError(f"--max_length {reply_length}: the model has {room + reply_length + 1} positions for context "
                          "and reply together; ask for a shorter reply")
-    return build_context(*fit_context(persona, history, room), special)
+    return build_context(*fit_context(persona, history, room, history_start), special, history_start)
 
 
 # --------------------------------------------------------------------------------------------------------- chat
@@ -285,7 +286,12 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     add("--fp16", default="", choices=["", "O0", *HALF],
         help="compute in half precision: bf16, or apex's names as in train.py (default: none)")
     add("--seed", type=whole_number, default=0, help="makes sampling repeatable (default: 0, not seeded)")
-    add("--model", default="", help="openai-gpt or gpt2; not needed, the checkpoint's config.json decides")
+
+
+def add_family_flag(parser: ArgumentParser) -> None:
+    """``--model``, which 2019 scripts pass."""
+    parser.add_argument("--model", default="",
+                        help="openai-gpt or gpt2; not needed, the checkpoint's config.json decides")
 
 
 def _above_zero(text: str) -> float:
@@ -309,6 +315,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_common_flags(parser, model_checkpoint="")
     add_decoding_flags(parser)
+    add_family_flag(parser)
     parser.add_argument("--personality", metavar="TEXT_OR_FILE",
                         help="who the bot is, a sentence a line; \"\" for nobody (default: somebody of the data set)")
     parser.add_argument("--end_command", default="Abort!", help="what ends the chat (default: %(default)s)")

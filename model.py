@@ -59,6 +59,11 @@ class DoubleHeadsModel(GPT2DoubleHeadsModel):
         super().__init__(config)
         self._fuse_activations()
 
+    @property
+    def history_start(self) -> int:
+        """The position at which the dialog history always begins; 0: wherever the persona ends. See `build_context`."""
+        return getattr(self.config, "history_start", 0)
+
     def _fuse_activations(self) -> None:
         """The tanh GELU of both families as one kernel: the same function."""
         for block in self.transformer.h:

@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from corpora import command, require_split
-from inputs import TurnDataset, build_input_from_segments, get_loader
+from inputs import TurnDataset, build_input_from_segments, get_loader, longest_persona
 from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, add_special_tokens_, autocast, load_model, save_model
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
@@ -50,7 +50,7 @@ def training(args: Namespace) -> Path | None:
     model.to(args.device)
     if args.compile:
         model.transformer.compile(dynamic=True)  # batches differ in length
-    train_loader, valid_loader = get_dataflow(args, tokenizer, model.config.max_position_embeddings)
+    train_loader, valid_loader = get_dataflow(args, tokenizer, model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-6, weight_decay=0.0, fused=True)
     trainer = create_trainer(model, optimizer, args)
@@ -92,15 +92,18 @@ def training(args: Namespace) -> Path | None:
     return run
 
 
-def get_dataflow(args: Namespace, tokenizer, max_positions: int) -> tuple[DataLoader, DataLoader]:
+def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel) -> tuple[DataLoader, DataLoader]:
     """Loaders of training and validation batches; training sees ``--num_candidates``, validation all."""
     table = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
+    max_positions = model.config.max_position_embeddings
+    if args.history_first:  # evaluation and chat find it in the run's config
+        model.config.history_start = min(max(map(longest_persona, table.values())), max_positions // 2)
     loaders = []
     for split in ("train", "valid"):
         require_split(table, split, args.dataset_path)
         training_only = {"num_candidates": args.num_candidates, "permutations": args.personality_permutations}
         dataset = TurnDataset(table[split], tokenizer, max_positions, max_history=args.max_history,
-                              **(training_only if split == "train" else {}))
+                              history_start=model.history_start, **(training_only if split == "train" else {}))
         lengths, too_long = dataset.lengths()
         logger.info("%s: %s turns, %.0f tokens each", split, f"{len(dataset):,}", lengths.mean())
         if too_long:
@@ -174,6 +177,8 @@ def parse_args() -> Namespace:
     add_common_flags(parser, model_checkpoint="openai-gpt")
     add = parser.add_argument
     add("--num_candidates", type=positive_number, default=2, help="a turn, in training (default: %(default)s)")
+    add("--history_first", action="store_true",
+        help="begin the dialog history at the same position whatever the persona's length, as in the competition")
     add("--personality_permutations", type=positive_number, default=1, metavar="N",
         help="see each training turn N times, the persona's sentences rotated (default: %(default)s)")
     add("--train_batch_size", type=positive_number, default=4, help="turns (default: %(default)s)")
