@@ -9,9 +9,11 @@ import logging
 import math
 import re
 import string
+import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -57,7 +59,7 @@ logger = logging.getLogger("convai_evaluation")
 
 @torch.inference_mode()
 def choice_scores(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace) -> Iterator[tuple[int, dict]]:
-    """For each turn its number, ``scores``, one a candidate in the data's order (gold last), and the best as ``reply``."""
+    """For each turn its number; ``scores``, one a candidate in the data's order (gold last); the best as ``reply``."""
     loader = get_loader(dataset, dataset.lengths()[0], args.batch_size)
     for turns, batch in zip(loader.batch_sampler, loader, strict=True):
         with autocast(args.device, args.fp16):
@@ -295,6 +297,12 @@ def reply_metrics(records: list[dict], split: Split, max_history: int) -> dict[s
 
 def evaluate(args: Namespace) -> dict[str, float]:
     """Run ``--eval_type`` over the validation split and return its figures by name."""
+    if args.predictions:  # whether it can be written is better known before the work than after
+        with _writing(f"--predictions {args.predictions}"):
+            open(args.predictions, "a").close()
+    if args.report:
+        with _writing(f"--report {args.report}"):
+            Path(args.report).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_checkpoint(args)
     table = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
     split = require_split(table, "valid", args.dataset_path)
@@ -334,21 +342,25 @@ def evaluate(args: Namespace) -> dict[str, float]:
         figures |= {name: fmean(run[name] for run in runs) for name in runs[0]}  # F1 of replies, not of choices
         if args.seeds > 1:
             figures["F1 spread"] = stdev(run["F1"] for run in runs)
-    try:
-        if args.predictions:
-            lines = [{name: value for record in turn for name, value in record.items()}
-                     for turn in zip(*records.values(), strict=True)]
-            with open(args.predictions, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        if args.report:
+    if args.predictions:
+        lines = [{name: value for record in turn for name, value in record.items()}
+                 for turn in zip(*records.values(), strict=True)]
+        with _writing(f"--predictions {args.predictions}"), open(args.predictions, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if args.report:
+        with _writing(f"--report {args.report}"):
             write_report(Path(args.report), figures, vars(args), split, args.max_history,
                          records.get("hits@1"), records.get("f1"))
+    return figures
+
+
+@contextmanager
+def _writing(flag: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        flag = f"--report {args.report}" if args.report and Path(args.report) in Path(error.filename or "").parents or \
-            args.report == error.filename else f"--predictions {args.predictions}"
         raise InputError(f"{flag}: cannot be written ({error.strerror}); "
                          "name a place in a folder you may write to") from None
-    return figures
 
 
 # ------------------------------------------------------------------------------------------------------- ParlAI
@@ -503,29 +515,18 @@ class TransformerAgent(Agent):
         super().shutdown()
 
 
-def evaluate_in_parlai(args: Namespace, more: list[str]) -> None:
-    """``--parlai``: the same evaluation by ParlAI's own loop on its convai2 task; ``more`` are flags for ParlAI."""
+def evaluate_in_parlai(batch_size: int, flags: list[str]) -> None:
+    """``--parlai``: the same evaluation by ParlAI's own loop on its convai2 task."""
     try:
         from parlai.scripts.eval_model import EvalModel
     except ImportError:
         raise InputError("--parlai: ParlAI is not installed here; `make parlai` builds an environment with it, then "
                          "`.venv-parlai/bin/python convai_evaluation.py --parlai …`") from None
-    if args.eval_type not in ("hits@1", "f1"):
-        raise InputError(f"--parlai --eval_type {args.eval_type}: ParlAI's loop computes hits@1 and f1")
-    parser = ArgumentParser()
-    add_common_flags(parser, model_checkpoint="")
-    add_agent_flags(parser)
-    flags = []
-    for action in parser._actions:
-        value = getattr(args, action.dest, None)
-        if action.option_strings[0] != "-h" and value != action.default:
-            flags += [action.option_strings[0]] + ([] if value is True else [str(value)])
     report = EvalModel.main("-m", "convai_evaluation:TransformerAgent", "-t", "convai2", "-dt", "valid",
-                            "-bs", str(args.batch_size), *flags, *more)
-    for ours, theirs in (("Hits@1", "hits@1"), ("Hits@5", "hits@5"), ("Hits@10", "hits@10"), ("F1", "f1"),
-                         ("Accuracy", "accuracy")):
-        if theirs in report:
-            print(f"FINAL {ours}: {report[theirs].value():.4g}")
+                            "-bs", str(batch_size), *flags)
+    for name in ("Hits@1", "Hits@5", "Hits@10", "F1", "Accuracy"):
+        if name.lower() in report:
+            print(f"FINAL {name}: {report[name.lower()].value():.4g}")
 
 
 # --------------------------------------------------------------------------------------------- the command line
@@ -550,14 +551,16 @@ def main() -> None:
         help="f1: decode N times, with --seed, --seed + 1, …; report mean and standard deviation (default: 1)")
     add("--batch_size", type=positive_number, default=16, help="turns at once (default: %(default)s)")
     add("--predictions", metavar="FILE", help="write what the figures are made of, a JSON line a turn")
-    add("--report", metavar="DIR", help="write report.html and report.json there: figures, ranks, calibration, worst turns")
-    add("--parlai", action="store_true", help="let ParlAI evaluate; further flags, such as --datapath, go to ParlAI")
-    args, more = parser.parse_known_args()
-    if args.parlai:
-        evaluate_in_parlai(args, more)
+    add("--report", metavar="DIR", help="write report.html and report.json: figures, ranks, calibration, worst turns")
+    add("--parlai", action="store_true", help="let ParlAI evaluate; its own flags, such as --datapath, go with it")
+    if "--parlai" in sys.argv:  # then the flags are the agent's and ParlAI's
+        ours = ArgumentParser(add_help=False, allow_abbrev=False)
+        ours.add_argument("--parlai", action="store_true")
+        ours.add_argument("--batch_size", type=positive_number, default=16)
+        args, flags = ours.parse_known_args()
+        evaluate_in_parlai(args.batch_size, flags)
         return
-    if more:
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    args = parser.parse_args()
     for name, value in evaluate(args).items():
         print(f"FINAL {name}: {value:.4g}")
 

@@ -20,6 +20,7 @@ from convai_evaluation import (
 from corpora import read_corpus
 from inputs import TurnDataset, build_input_from_segments
 from model import add_special_tokens_, load_model
+from report import calibration, calibration_error, write_report
 from utils import get_dataset, get_tokenizer
 
 
@@ -111,11 +112,20 @@ def test_the_dictionary_counts_every_text_once(tmp_path):
                                   "yes": 1, "it's": 1, "done": 1, "now": 1, "green": 1}
 
 
-def test_ranks():
-    records = [{"scores": [1.0, 2.0, 3.0]}, {"scores": [5.0, 2.0, 2.0]}, {"scores": [9.0] * 7 + [1.0]},
-               {"scores": [4.0]}]
-    metrics = choice_metrics(records)  # ranks 1; 3, for a tie counts as better; 8; 1
-    assert metrics == pytest.approx({"Hits@1": 0.5, "Hits@5": 0.75, "Hits@10": 1.0, "MRR": (1 + 1 / 3 + 1 / 8 + 1) / 4})
+def test_ranks(tmp_path, caplog):
+    corpus = {"train": [], "valid": [{"personality": [], "utterances": [
+        {"history": ["a"], "candidates": ["x", "y", "blue"]},
+        {"history": ["a"], "candidates": ["Blue!", "y", "a blue"]},
+        {"history": ["a"], "candidates": [*"abcdefg", "red"]}, {"history": ["a"], "candidates": ["alone"]}]}]}
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(corpus))
+    table = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))
+    records = [{"scores": [1.0, 2.0, 3.0], "reply": "blue"}, {"scores": [5.0, 2.0, 2.0], "reply": "Blue!"},
+               {"scores": [9.0] * 7 + [1.0], "reply": "a"}, {"scores": [4.0], "reply": "alone"}]
+    metrics = choice_metrics(records, table["valid"])  # ranks 1; 3, for a tie counts as better; 8; 1
+    assert metrics == pytest.approx({"Hits@1": 0.5, "Hits@5": 0.75, "Hits@10": 1.0, "MRR": (1 + 1 / 3 + 1 / 8 + 1) / 4,
+                                     "F1": 0.75, "Accuracy": 0.75})
+    assert "1 of 4 turns have the gold reply as their only candidate" in caplog.text
 
 
 def test_what_replies_look_like(tmp_path):
@@ -129,7 +139,35 @@ def test_what_replies_look_like(tmp_path):
     records = [{"reply": "I love cats."}, {"reply": "older cats cats"}, {"reply": ""}]
     metrics = reply_metrics(records, table["valid"], max_history=1)
     assert metrics["F1"] == pytest.approx((2 * 1 / (3 + 3) + 2 * 1 / (3 + 1) + 0) / 3)
+    assert metrics["Accuracy"] == 0
     assert metrics["Words a reply"] == pytest.approx((4 + 3 + 0) / 3)
     assert metrics["Distinct-1"] == pytest.approx(5 / 7)  # I love cats . older, of which cats three times
     assert metrics["Distinct-2"] == pytest.approx(5 / 5)
     assert metrics["Copied"] == pytest.approx(1 / 3)  # the first, from the persona, whatever the case
+
+
+def test_calibration_by_hand():
+    """Two turns at probability 1/2, one of them right; two at nearly 1, both right."""
+    records = [{"scores": [0.0, 0.001]}, {"scores": [0.001, 0.0]}, {"scores": [0.0, 9.0]}, {"scores": [-9.0, 3.0]}]
+    bins = calibration(records)
+    assert [(one["from"], one["turns"], one["accuracy"]) for one in bins] == [(0.5, 2, 0.5), (0.9, 2, 1.0)]
+    assert bins[0]["confidence"] == pytest.approx(0.50025, abs=1e-5)
+    assert calibration_error(bins) == pytest.approx((0.00025 + 0.00006) / 2, abs=1e-4)
+
+
+def test_the_report_shows_the_worst_turns_and_no_markup_of_others(tmp_path):
+    corpus = {"train": [], "valid": [{"personality": ["<b>i</b>"], "utterances": [
+        {"history": [f"said {n}"], "candidates": ["<script>alert(1)</script>", f"gold {n}"]} for n in range(30)]}]}
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(corpus))
+    split = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))["valid"]
+    records = [{"scores": [0.0, n - 10.0], "reply": "<i>"} for n in range(30)]
+    folder = tmp_path / "deep" / "report"
+    write_report(folder, {"Hits@1": 19 / 30}, {"model_checkpoint": "<run>"}, split, 2, records, records)
+    page = (folder / "report.html").read_text()
+    assert "<script>" not in page and "<b>i" not in page and "<run>" not in page and "&lt;script&gt;" in page
+    report = json.loads((folder / "report.json").read_text())
+    assert [turn["turn"] for turn in report["worst"]] == list(range(20))
+    assert report["ranks"] == [19, 11]  # turn 10 is a tie
+    assert report["worst"][0]["candidates"][1] == {"text": "gold 0", "score": -10.0, "gold": True}
+    assert report["worst"][0]["probability"] == pytest.approx(1 / (1 + math.exp(10)))

@@ -1,0 +1,147 @@
+"""What a person looks at to understand a model: its figures, calibration, ranks and worst turns, as JSON and a page.
+
+Knows records of an evaluation and texts; nothing of the network. `convai_evaluation.py --report DIR` calls it.
+"""
+
+import json
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from utils import Split
+
+WORST = 20
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --faint: #6b7785; --line: #d9dfe6; --bar: #3b7dd8;
+        --gold: #1b8a5a; --tint: #f4f7fa }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e9ef; --paper: #151b22; --faint: #95a1af; --line: #323c47;
+        --bar: #6aa5f0; --gold: #4cc38a; --tint: #1d252e } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
+       margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
+table { border-collapse: collapse; width: 100% } td, th { padding: .2rem .6rem; text-align: left; vertical-align: top }
+th { color: var(--faint); font-weight: normal; border-bottom: 1px solid var(--line) }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap } .faint { color: var(--faint) }
+.bar { background: var(--bar); height: .9rem; min-width: 1px; border-radius: 2px } .wide { width: 55% }
+.gold { color: var(--gold); font-weight: 600 }
+section { background: var(--tint); border-radius: 8px; padding: .8rem 1rem; margin: 1rem 0 }
+section p { margin: .2rem 0 }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.5rem } dd { margin: 0 }
+"""
+
+
+def softmax(scores: list[float]) -> np.ndarray:
+    exponentials = np.exp(np.array(scores) - max(scores))
+    return exponentials / exponentials.sum()
+
+
+def calibration(records: list[dict], bins: int = 10) -> list[dict]:
+    """How often the likeliest candidate is the gold one, by the probability that the choice head gives it.
+
+    ``records`` hold ``scores``, gold last. Returns the bins that have turns: ``from``, ``to``, ``turns``, mean
+    ``confidence`` and ``accuracy``. Their weighted mean difference is the expected calibration error (Guo et al. 2017).
+    """
+    probabilities = [softmax(record["scores"]) for record in records]
+    confidence = np.array([row.max() for row in probabilities])
+    right = np.array([record["scores"][-1] > max(record["scores"][:-1], default=-np.inf) for record in records])
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    return [{"from": n / bins, "to": (n + 1) / bins, "turns": int((place == n).sum()),
+             "confidence": float(confidence[place == n].mean()), "accuracy": float(right[place == n].mean())}
+            for n in range(bins) if (place == n).any()]
+
+
+def calibration_error(bins: list[dict]) -> float:
+    """Mean over turns of |confidence - accuracy| of their bin."""
+    total = sum(one["turns"] for one in bins)
+    return sum(one["turns"] * abs(one["confidence"] - one["accuracy"]) for one in bins) / total
+
+
+def gold_rank(scores: list[float]) -> int:
+    """1 is the best; a tie counts against the gold candidate, the last."""
+    return 1 + sum(score >= scores[-1] for score in scores[:-1])
+
+
+def worst_turns(records: list[dict], split: Split, max_history: int) -> list[dict]:
+    """The turns whose gold candidate got the least probability, with all their candidates, the best first."""
+    chance = [softmax(record["scores"])[-1] for record in records]
+    turns = []
+    for turn in np.argsort(chance, kind="stable")[:WORST].tolist():
+        texts, scores = split.texts("candidates", turn), records[turn]["scores"]
+        candidates = [{"text": text, "score": score, "gold": number == len(texts) - 1}
+                      for number, (text, score) in enumerate(zip(texts, scores, strict=True))]
+        turns.append({
+            "turn": turn, "dialog": int(split.turn_dialog[turn]), "rank": gold_rank(scores),
+            "probability": float(chance[turn]), "persona": split.texts("persona", split.turn_dialog[turn]),
+            "history": split.texts("history", turn)[-(2 * max_history + 1):],
+            "candidates": sorted(candidates, key=lambda one: -one["score"]),
+        })
+    return turns
+
+
+def write_report(folder: Path, figures: dict[str, float], settings: dict, split: Split, max_history: int,
+                 choices: list[dict] | None, replies: list[dict] | None) -> None:
+    """Write ``report.json`` and ``report.html``.
+
+    ``choices``: records with ``scores``, ``replies``: records with ``reply``, both in the order of the split's turns;
+    None where that was not evaluated. Raises ``OSError`` when the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    report: dict = {"figures": figures, "settings": settings, "turns": split.num_turns}
+    if choices:
+        ranks = [gold_rank(record["scores"]) for record in choices]
+        bins = calibration(choices)
+        report |= {"ranks": np.bincount(ranks)[1:].tolist(), "calibration": bins,
+                   "calibration_error": calibration_error(bins), "worst": worst_turns(choices, split, max_history)}
+    if replies:
+        step = max(1, len(replies) // WORST)
+        report["replies"] = [{"turn": turn, "history": split.texts("history", turn)[-1:],
+                              "gold": split.texts("candidates", turn)[-1], "reply": replies[turn]["reply"]}
+                             for turn in range(0, len(replies), step)][:WORST]
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (folder / "report.html").write_text(_page(report), "utf-8")
+
+
+def _page(report: dict) -> str:
+    figures = "".join(f"<dt>{escape(name)}</dt><dd>{value:.4g}</dd>" for name, value in report["figures"].items())
+    settings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
+                       for name, value in report["settings"].items() if value not in ("", None, False))
+    parts = [f"<h1>Evaluation of {escape(str(report['settings']['model_checkpoint']))}</h1>"
+             f"<p class=faint>{report['turns']:,} validation turns</p><dl>{figures}</dl>"]
+    if "ranks" in report:
+        parts.append("<h2>Rank of the gold reply</h2>" + _bars(
+            ["rank", "turns"], [([str(rank), f"{count:,}"], count) for rank, count in enumerate(report["ranks"], 1)]))
+        parts.append(
+            "<h2>Calibration of the choice head</h2>"
+            "<p>How often the likeliest candidate was the gold reply, by the probability it was given. "
+            f"Expected calibration error: {report['calibration_error']:.3f}.</p>" + _bars(
+                ["given", "on average", "turns", "was gold"],
+                [([f"{one['from']:.1f} to {one['to']:.1f}", f"{one['confidence']:.2f}", f"{one['turns']:,}",
+                   f"{one['accuracy']:.2f}"], one["accuracy"]) for one in report["calibration"]], largest=1.0))
+        parts.append(f"<h2>The {len(report['worst'])} worst turns</h2>" + "".join(map(_turn, report["worst"])))
+    if "replies" in report:
+        rows = "".join(f"<tr><td>{escape(' '.join(one['history']))}</td><td class=gold>{escape(one['gold'])}</td>"
+                       f"<td>{escape(one['reply'])}</td></tr>" for one in report["replies"])
+        parts.append("<h2>Replies</h2><table><tr><th>to</th><th>gold</th><th>generated</th></tr>" + rows + "</table>")
+    parts.append(f"<h2>Settings</h2><dl>{settings}</dl>")
+    return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>Evaluation</title><style>{STYLE}</style><body>" + "\n".join(parts) + "</body></html>\n")
+
+
+def _bars(names: list[str], rows: list[tuple[list[str], float]], largest: float | None = None) -> str:
+    """A table with a bar at each row's end."""
+    largest = largest or max(value for _, value in rows) or 1
+    head = "".join(f"<th class=number>{name}</th>" for name in names) + "<th class=wide></th>"
+    body = "".join("<tr>" + "".join(f"<td class=number>{cell}</td>" for cell in cells) +
+                   f"<td><div class=bar style='width:{100 * value / largest:.1f}%'></div></td></tr>"
+                   for cells, value in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _turn(turn: dict) -> str:
+    persona = "".join(f"<p class=faint>{escape(sentence)}</p>" for sentence in turn["persona"])
+    history = "".join(f"<p>– {escape(utterance)}</p>" for utterance in turn["history"])
+    rows = "".join(f"<tr{' class=gold' if one['gold'] else ''}><td class=number>{one['score']:.3f}</td>"
+                   f"<td>{escape(one['text'])}</td></tr>" for one in turn["candidates"])
+    return (f"<section><p><b>Turn {turn['turn']}</b>, dialog {turn['dialog']}: gold reply at rank {turn['rank']}, "
+            f"probability {turn['probability']:.4f}</p>{persona}{history}<table>{rows}</table></section>")

@@ -1,0 +1,97 @@
+"""Our figures against those of the real ParlAI, turn by turn; in its own environment, which `make parlai` builds."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, script, shared
+
+PYTHON = ROOT / ".venv-parlai" / "bin" / "python"
+DIALOGS = 40
+needs_parlai = pytest.mark.skipif(not PYTHON.exists(), reason="needs the real ParlAI: `make parlai` installs it")
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> tuple[Path, Path]:
+    """The first dialogs of the validation split, in ParlAI's layout and in ours."""
+    theirs = shared("data/personachat/ConvAI2")
+    ours = shared("data/personachat/personachat_self_original.json")
+    folder = tmp_path_factory.mktemp("parlai")
+    (folder / "ConvAI2").mkdir()
+    shutil.copyfile(theirs / ".built", folder / "ConvAI2" / ".built")  # without it ParlAI would download
+    kept, dialog = [], 0
+    for line in (theirs / "valid_self_original.txt").read_text().splitlines(keepends=True):
+        dialog += line.startswith("1 ")
+        kept += [line] * (dialog <= DIALOGS)
+    (folder / "ConvAI2" / "valid_self_original.txt").write_text("".join(kept))
+    corpus = json.loads(ours.read_text())
+    (folder / "cut.json").write_text(json.dumps({"train": corpus["train"][:5], "valid": corpus["valid"][:DIALOGS]}))
+    return folder, folder / "cut.json"
+
+
+def in_parlai(*command, cwd: Path, stdin: str = "") -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([PYTHON, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True,
+                          timeout=600, input=stdin)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def parlai(folder: Path, run: Path, cwd: Path, *more) -> tuple[dict[str, float], list[dict]]:
+    """ParlAI's report, and the agent's acts in the order of the turns."""
+    in_parlai(ROOT / "convai_evaluation.py", "--parlai", "--model_checkpoint", run, "--datapath", folder,
+              "--report-filename", "report.json", "--world-logs", "log.jsonl", *more, cwd=cwd)
+    report = json.loads((cwd / "report.json").read_text())["report"]
+    episodes = [json.loads(line)["dialog"] for line in (cwd / "log.jsonl").read_text().splitlines()]
+    order = first_texts(folder)
+    episodes.sort(key=lambda dialog: order.index(dialog[0][0]["text"]))
+    return report, [reply for dialog in episodes for _, reply in dialog]
+
+
+def first_texts(folder: Path) -> list[str]:
+    """What opens each dialog, as ParlAI gives it: the persona's lines and the first utterance."""
+    dialogs: list[list[str]] = []
+    for line in (folder / "ConvAI2" / "valid_self_original.txt").read_text().splitlines():
+        number, text = line.split(" ", 1)
+        if number == "1":
+            dialogs.append([])
+        dialogs[-1].append(text.split("\t")[0])
+    return ["\n".join(dialog[:1 + sum(text.startswith("your persona: ") for text in dialog)]) for dialog in dialogs]
+
+
+def native(kind: str, run: Path, data: Path, cwd: Path, *more) -> list[dict]:
+    script("convai_evaluation.py", "--eval_type", kind, "--model_checkpoint", run, "--dataset_path", data,
+           "--predictions", "predictions.jsonl", "--report", "report", *more, cwd=cwd)
+    return [json.loads(line) for line in (cwd / "predictions.jsonl").read_text().splitlines()]
+
+
+@needs_parlai
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_the_same_choices(run_2019, corpora, tmp_path, batch_size):
+    folder, data = corpora
+    report, acts = parlai(folder, run_2019, tmp_path, "--batch_size", batch_size)
+    records = native("hits@1", run_2019, data, tmp_path)
+    figures = json.loads((tmp_path / "report" / "report.json").read_text())["figures"]
+    assert len(acts) == len(records) >= 200
+    for name in ("Hits@1", "Hits@5", "Hits@10", "Accuracy", "F1"):
+        assert report[name.lower()] == pytest.approx(figures[name], abs=1e-6)
+    turns = [turn for entry in json.loads(data.read_text())["valid"] for turn in entry["utterances"]]
+    for act, record, turn in zip(acts, records, turns, strict=True):
+        ranked = sorted(zip(turn["candidates"], record["scores"], strict=True), key=lambda pair: -pair[1])
+        assert act["text_candidates"] == [text for text, _ in ranked]
+        assert act["text"] == record["reply"]
+
+
+@needs_parlai
+@pytest.mark.parametrize("how", [["--no_sample"], ["--num_beams", 3, "--no_repeat_ngram_size", 2]])
+def test_the_same_replies(run_2019, corpora, tmp_path, how):
+    folder, data = corpora
+    report, acts = parlai(folder, run_2019, tmp_path, "--eval_type", "f1", *how)
+    records = native("f1", run_2019, data, tmp_path, *how)
+    figures = json.loads((tmp_path / "report" / "report.json").read_text())["figures"]
+    assert [act["text"] for act in acts] == [record["reply"] for record in records]
+    for name in ("F1", "Accuracy"):
+        assert report[name.lower()] == pytest.approx(figures[name], abs=1e-6)
