@@ -18,7 +18,7 @@ test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/bench-installed
-	for claim in tokenising training choosing word_perplexity replying memory full_recipe growth; do \
+	for claim in tokenising training training_profile choosing word_perplexity replying memory full_recipe growth; do \
 		echo "== $$claim"; PYTHONPATH=. $(BIN)/python benchmarks/$$claim.py $(BENCH_FLAGS) || exit; done
 	PYTHONPATH=. $(BIN)/python benchmarks/write_results.py
 

@@ -19,10 +19,10 @@ from model import autocast
 TURNS = 131_438 * 2 * 3
 
 
-def peak(device: str) -> float:
-    """Operations a second of bfloat16 matrix products, the best of ten."""
+def peak(device: str, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations a second of large matrix products, the best of ten."""
     size = 8192 if device != "cpu" else 2048
-    a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=device)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = 0.0
     for _ in range(10):
         synchronize(device)

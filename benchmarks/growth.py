@@ -1,7 +1,7 @@
-"""How time grows with candidates, context length, batch size and turns; each with its exponent, as plots.
+"""How time grows with candidates, context length, batch size and turns; each with its exponent.
 
 The exponent is the slope between the logarithms of size and time, once over all sizes and once over the largest
-three, where fixed costs no longer hide it.
+three, where fixed costs no longer hide it. `write_results.py` draws the curves.
 """
 
 import gc
@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import pyplot
-from textbook import ROOT, Bench, parse_args, report
+from textbook import Bench, parse_args, report
 
 import utils
 from inputs import TurnDataset, collate, get_loader, pack_turn
@@ -132,27 +131,18 @@ def main() -> None:
         "turns": (growth.table, [10 ** power for power in range(3, 7) if 10 ** power <= args.turns],
                   "turns tokenised and cached"),
     }
-    figure, plots = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     rows = []
-    for plot, (name, (work, sizes, label)) in zip(plots.flat, sweeps.items(), strict=True):
+    for name, (work, sizes, label) in sweeps.items():
         seconds = []
         for size in sizes:
             seconds.append(work(size))
-            more = f", first batch ready in {growth.first_batch:.3f} s, then {1e3 * growth.a_batch:.1f} ms a batch" \
-                if name == "turns" else ""
-            print(f"{name} {size}: {seconds[-1]:.3f} s{more}", flush=True)
+            print(f"{name} {size}: {seconds[-1]:.3f} s", flush=True)
         row = {"work": f"growth with {label}", "unit": "s at the largest size", "ours": seconds[-1],
                "exponent": slope(sizes, seconds), "exponent of the largest three": slope(sizes[-3:], seconds[-3:]),
-               "sizes": f"{sizes[0]:,} to {sizes[-1]:,}"}
+               "curve": {"label": label, "sizes": sizes, "seconds": seconds}}
         if name == "turns":
             row |= {"first batch ready, s": growth.first_batch, "a batch of 16 turns, ms": 1e3 * growth.a_batch}
         rows.append(row)
-        plot.loglog(sizes, seconds, "o-", label="measured")
-        plot.loglog(sizes, [seconds[-1] * size / sizes[-1] for size in sizes], ":", color="grey", label="in proportion")
-        plot.set(xlabel=label, ylabel="seconds",
-                 title=f"exponent {row['exponent']:.2f}, at the large end {row['exponent of the largest three']:.2f}")
-        plot.legend()
-    figure.savefig(ROOT / "benchmarks" / "growth.png", dpi=110)
     report("growth", args, rows)
 
 

@@ -1,7 +1,8 @@
-"""Write benchmarks/RESULTS.md from what the benchmarks left in benchmarks/results."""
+"""Write benchmarks/RESULTS.md and growth.png from what the benchmarks left in benchmarks/results."""
 
 import json
 
+from matplotlib import pyplot
 from textbook import RESULTS, ROOT
 
 HEAD = """# Benchmark results
@@ -20,8 +21,28 @@ GROWTH = """
 
 A packed row's attention is over all its positions, and masks what a candidate may not see: its share grows with the
 square of candidates and of context length, while everything else grows in proportion. Small sizes cost more than their
-share because every weight is read whatever the size.
+share because every weight is read whatever the size. A table of turns grows more slowly than its turns because strings
+repeat and each is tokenised once; batches come out of it at one speed whatever its size.
+
+## Where a training step goes
+
+Mostly into matrix products, which run near the speed this machine has for them: see the rows "where a training step
+goes" above. bfloat16 can win over float32 no more than the machine multiplies faster in it: here, without AMX, twice.
 """
+
+
+def draw(curves: list[dict]) -> None:
+    """growth.png: each curve beside a line of exponent 1 through its largest size."""
+    figure, plots = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for plot, curve in zip(plots.flat, curves, strict=True):
+        sizes, seconds = curve["sizes"], curve["seconds"]
+        plot.loglog(sizes, seconds, "o-", label="measured")
+        plot.loglog(sizes, [seconds[-1] * size / sizes[-1] for size in sizes], ":", color="grey", label="in proportion")
+        plot.set(xlabel=curve["label"], ylabel="seconds")
+        plot.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        plot.set_xticks([], minor=True)
+        plot.legend()
+    figure.savefig(ROOT / "benchmarks" / "growth.png", dpi=110)
 
 
 def main() -> None:
@@ -29,10 +50,12 @@ def main() -> None:
     text += "| work | ours | textbook | unit | ratio | more |\n|---|---|---|---|---|---|\n"
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
+        if curves := [row["curve"] for row in record["rows"] if "curve" in row]:
+            draw(curves)
         machines.add(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
         for row in record["rows"]:
-            known = ("work", "unit", "ours", "reference", "ratio")
-            more = "; ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value:,}"
+            known = ("work", "unit", "ours", "reference", "ratio", "curve")
+            more = "; ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                              for key, value in row.items() if key not in known)
             arguments = ", ".join(f"{key} {value}" for key, value in record["arguments"].items())
             reference, ratio = (f"{row['reference']:.3g}", f"**{row['ratio']:.1f}×**") if "ratio" in row else ("", "")

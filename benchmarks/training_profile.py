@@ -1,0 +1,65 @@
+"""Where the time of a training step goes: shares of its operations, two candidates, bfloat16 and float32."""
+
+import itertools
+from argparse import Namespace
+from collections import Counter
+
+import torch
+from full_recipe import peak
+from textbook import Bench, parse_args, report
+from torch.profiler import profile
+from training import learn
+
+from inputs import IGNORED, get_loader
+from model import autocast
+
+KINDS = {  # by the names of torch's operations
+    "matrix products": ("mm", "addmm", "linear", "mkldnn_linear"),
+    "attention": ("bmm", "baddbmm", "_softmax", "_softmax_backward_data", "_safe_softmax", "isneginf", "all"),
+    "dropout masks": ("bernoulli_",),
+    "copies and casts": ("copy_", "cat", "clone"),
+    "zero-filling": ("fill_", "zero_"),
+    "GELU": ("gelu", "gelu_backward"),
+    "optimizer": ("_fused_adamw_", "linalg_vector_norm", "_foreach_mul_", "_foreach_norm"),
+}
+
+
+def measure(bench: Bench, args: Namespace, half: str, dtype: torch.dtype) -> dict:
+    """One row: shares of the operations' own time over some steps after two for warming up."""
+    model = bench.ours.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6.25e-5, fused=True)
+    dataset = bench.dataset("train", 2)
+    loader = get_loader(dataset, dataset.lengths()[0], args.turns, seed=args.seed)
+    batches = list(itertools.islice(loader, 2 + args.repeats))
+
+    def steps(batches: list[dict[str, torch.Tensor]]) -> None:
+        for batch in batches:
+            with autocast("cpu", half):
+                out = model(**batch)
+            learn(optimizer, out.lm_loss + out.mc_loss)
+
+    steps(batches[:2])
+    with profile() as record:
+        steps(batches[2:])
+    times, work = Counter(), 0
+    for operation in record.key_averages():
+        name = operation.key.removeprefix("aten::")
+        kind = next((kind for kind, names in KINDS.items() if name in names), "all else")
+        times[kind] += operation.self_cpu_time_total / 1e6 / args.repeats
+    body = sum(parameter.numel() for block in model.transformer.h for parameter in block.parameters())
+    for batch in batches[2:]:
+        gold = int((batch["labels"] != IGNORED).sum())
+        work += 6 * (body * batch["input_ids"].numel() + model.lm_head.weight.numel() * gold)
+    return {"work": f"where a training step goes, 2 candidates, {half or 'float32'}", "unit": "s a step",
+            "ours": times.total(), "at the peak of matrix products, s": work / args.repeats / peak("cpu", dtype),
+            **{f"{kind}, %": 100 * seconds / times.total() for kind, seconds in times.most_common()}}
+
+
+def main() -> None:
+    args = parse_args(__doc__, turns=16)
+    report("training_profile", args, [measure(Bench(args), args, half, dtype)
+                                      for half, dtype in (("bf16", torch.bfloat16), ("", torch.float32))])
+
+
+if __name__ == "__main__":
+    main()
