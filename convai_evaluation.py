@@ -526,7 +526,7 @@ def evaluate_in_parlai(batch_size: int, flags: list[str]) -> None:
                             "-bs", str(batch_size), *flags)
     for name in ("Hits@1", "Hits@5", "Hits@10", "F1", "Accuracy"):
         if name.lower() in report:
-            print(f"FINAL {name}: {report[name.lower()].value():.4g}")
+            print(f"FINAL {name}: {float(report[name.lower()]):.4g}")
 
 
 # --------------------------------------------------------------------------------------------- the command line

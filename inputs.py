@@ -143,7 +143,7 @@ def pack_turn(persona, history, candidates, special: Specials, max_positions: in
     row = Row(context.ids, context.types, list(range(context.start, start)), [0] * length, [IGNORED] * length, [])
     last_token = {}  # candidate → where it ends in the row
     for candidate in dict.fromkeys(candidates):
-        ids, types = build_reply(candidate, special)
+        ids, types, _ = build_reply(candidate, special)
         row.input_ids.extend(ids)
         row.token_type_ids.extend(types)
         row.position_ids.extend(range(start, start + len(ids)))

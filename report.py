@@ -20,10 +20,12 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
        margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-table { border-collapse: collapse; width: 100% } td, th { padding: .2rem .6rem; text-align: left; vertical-align: top }
+table { border-collapse: collapse; width: 100% }
+td, th { padding: .2rem .6rem; text-align: left; vertical-align: middle }
 th { color: var(--faint); font-weight: normal; border-bottom: 1px solid var(--line) }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap } .faint { color: var(--faint) }
-.bar { background: var(--bar); height: .9rem; min-width: 1px; border-radius: 2px } .wide { width: 55% }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; width: 1% }
+.faint { color: var(--faint) }
+.bar { background: var(--bar); height: .9rem; min-width: 1px; border-radius: 2px }
 .gold { color: var(--gold); font-weight: 600 }
 section { background: var(--tint); border-radius: 8px; padding: .8rem 1rem; margin: 1rem 0 }
 section p { margin: .2rem 0 }
@@ -131,7 +133,7 @@ def _page(report: dict) -> str:
 def _bars(names: list[str], rows: list[tuple[list[str], float]], largest: float | None = None) -> str:
     """A table with a bar at each row's end."""
     largest = largest or max(value for _, value in rows) or 1
-    head = "".join(f"<th class=number>{name}</th>" for name in names) + "<th class=wide></th>"
+    head = "".join(f"<th class=number>{name}</th>" for name in names) + "<th></th>"
     body = "".join("<tr>" + "".join(f"<td class=number>{cell}</td>" for cell in cells) +
                    f"<td><div class=bar style='width:{100 * value / largest:.1f}%'></div></td></tr>"
                    for cells, value in rows)

@@ -1,6 +1,8 @@
 """The packed computation against the textbook path: transformers' own double-heads model on padded tensors."""
 
+import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -101,6 +103,26 @@ def test_totals_are_sums_over_turns(pair, table):
     for index, out in enumerate(alone):
         assert out.nll.item() == pytest.approx(together.nll[index].item(), abs=2e-4)
         torch.testing.assert_close(out.mc_logits[0], together.mc_logits[index], atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_the_compiled_network_computes_the_same(pair, table):
+    """--compile: losses, scores and a gradient, on two batches of different shape."""
+    model, _ = pair
+    if not model.renamed:
+        pytest.skip("one family is enough for a minute of compiling")
+    compiled = copy.deepcopy(model)
+    compiled.transformer.compile(dynamic=True)
+    dataset = TurnDataset(table["valid"], utils.get_tokenizer(str(TINY)), 256, num_candidates=3)
+    for turns in ([0, 3, 57], [100, 221]):
+        batch = collate([dataset[turn] for turn in turns], dataset.special.pad)
+        gradients = []
+        for one in (model, compiled):
+            one.zero_grad()
+            out = one(**batch)
+            (out.lm_loss + out.mc_loss).backward()
+            gradients.append((out.lm_loss, out.mc_logits, one.transformer.wpe.weight.grad))
+        torch.testing.assert_close(gradients[1], gradients[0], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 20.0])

@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script, shared
+from conftest import ROOT, error_line, script, shared
 
 PYTHON = ROOT / ".venv-parlai" / "bin" / "python"
-DIALOGS = 40
+DIALOGS = 28
 needs_parlai = pytest.mark.skipif(not PYTHON.exists(), reason="needs the real ParlAI: `make parlai` installs it")
 
 
@@ -69,10 +69,9 @@ def native(kind: str, run: Path, data: Path, cwd: Path, *more) -> list[dict]:
 
 
 @needs_parlai
-@pytest.mark.parametrize("batch_size", [1, 16])
-def test_the_same_choices(run_2019, corpora, tmp_path, batch_size):
+def test_the_same_choices(run_2019, corpora, tmp_path):
     folder, data = corpora
-    report, acts = parlai(folder, run_2019, tmp_path, "--batch_size", batch_size)
+    report, acts = parlai(folder, run_2019, tmp_path)
     records = native("hits@1", run_2019, data, tmp_path)
     figures = json.loads((tmp_path / "report" / "report.json").read_text())["figures"]
     assert len(acts) == len(records) >= 200
@@ -86,7 +85,7 @@ def test_the_same_choices(run_2019, corpora, tmp_path, batch_size):
 
 
 @needs_parlai
-@pytest.mark.parametrize("how", [["--no_sample"], ["--num_beams", 3, "--no_repeat_ngram_size", 2]])
+@pytest.mark.parametrize("how", [["--no_sample", "--batch_size", 1], ["--num_beams", 3, "--no_repeat_ngram_size", 2]])
 def test_the_same_replies(run_2019, corpora, tmp_path, how):
     folder, data = corpora
     report, acts = parlai(folder, run_2019, tmp_path, "--eval_type", "f1", *how)
@@ -95,3 +94,67 @@ def test_the_same_replies(run_2019, corpora, tmp_path, how):
     assert [act["text"] for act in acts] == [record["reply"] for record in records]
     for name in ("F1", "Accuracy"):
         assert report[name.lower()] == pytest.approx(figures[name], abs=1e-6)
+
+
+@needs_parlai
+def test_a_chat_under_parlai_is_our_chat(run_2019, tmp_path):
+    """Two turns, then a new chat, which has forgotten them."""
+    flags = ["--model_checkpoint", run_2019, "--no_sample", "--max_length", 8]
+    said = in_parlai("-m", "parlai.scripts.interactive", "-m", "convai_evaluation:TransformerAgent",
+                     "--eval_type", "f1", *flags, cwd=tmp_path,
+                     stdin="your persona: i like red.\\nhello there\nand you ?\n[DONE]\nhello there\n[EXIT]\n")
+    replies = [line.split("]: ", 1)[1] for line in said.splitlines() if "[TransferTransfo]: " in line]
+    ours = script("interact.py", *flags, "--personality", "i like red .", cwd=tmp_path,
+                  stdin="hello there\nand you ?\n")
+    alone = script("interact.py", *flags, "--personality", "", cwd=tmp_path, stdin="hello there\n")
+    assert replies == [line.strip() for line in ours.splitlines()[2:4] + alone.splitlines()[2:3]]
+
+
+def ask_agent(lines: str, run: Path, cwd: Path, **options) -> str:
+    """Run Python lines with ``agent``, an agent of that run, and return what they print."""
+    (cwd / "ask.py").write_text("import json\nfrom convai_evaluation import TransformerAgent\n"
+                                f"agent = TransformerAgent({ {'model_checkpoint': str(run), **options}!r})\n" + lines)
+    return in_parlai(cwd / "ask.py", cwd=cwd)
+
+
+@needs_parlai
+def test_what_cannot_be_scored_is_counted(run_2019, tmp_path):
+    """Three turns: candidates without the gold reply, no candidates, an empty gold reply. Each still gets an answer."""
+    said = ask_agent("""
+for labels, candidates in (["hi"], ["no", "nope"]), (["yes"], None), ([" "], ["a", " "]):
+    agent.observe({"text": "hello", "eval_labels": labels, "label_candidates": candidates, "episode_done": False})
+    print("ANSWER", "text_candidates" in agent.act())
+agent.shutdown()
+""", run_2019, tmp_path)
+    assert said.count("ANSWER True") == 2 and said.count("ANSWER False") == 1
+    assert "1 turns whose candidates lack the gold reply" in said
+    assert "1 turns without candidates" in said
+    assert "1 turns whose gold reply is empty" in said
+
+
+@needs_parlai
+def test_next_word_probability(golden, run_2019, tmp_path):
+    """The recorded protocol through the agent: the dictionary given as a data file with these counts."""
+    words = " ".join(word for word, count in dict(golden["word_freq"]).items() for _ in range(count))
+    turn = {"history": ["x"], "candidates": ["x"]}
+    entries = [{"personality": persona, "utterances": [turn]} for persona in ([words], [])]
+    (tmp_path / "words.json").write_text(json.dumps({"train": entries[:1], "valid": entries[1:]}))
+    cases = golden["word_probability"][:6]
+    said = ask_agent(f"""
+for case in json.loads({json.dumps(cases)!r}):
+    agent.reset()
+    agent.persona = case["persona"]
+    for said, answer in zip(case["history"][::2], case["history"][1::2] + [None]):
+        agent.observe({{"text": said, **({{"eval_labels": [answer]}} if answer else {{}})}})
+    print("ANSWER", json.dumps(agent.next_word_probability(case["so_far"]).get(case["word"])))
+""", run_2019, tmp_path, dataset_path=str(tmp_path / "words.json"), dataset_cache=str(tmp_path / "cache"),
+                     legacy_gpt2_words=True)
+    answers = [json.loads(line.split(" ", 1)[1]) for line in said.splitlines() if line.startswith("ANSWER ")]
+    assert len(answers) == 6
+    for answer, case in zip(answers, cases, strict=True):
+        assert (answer is None) == (case["probability"] is None)
+        assert answer is None or answer == pytest.approx(case["probability"], rel=0.05)  # "x" is in the dictionary, too
+
+
+def test_without_parlai_the_command_that_installs_it(run_2019, tmp_path):
+    assert "make parlai" in error_line("convai_evaluation.py", "--parlai", "--model_checkpoint", run_2019, cwd=tmp_path)
