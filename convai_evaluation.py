@@ -557,8 +557,9 @@ def main() -> None:
         ours = ArgumentParser(add_help=False, allow_abbrev=False)
         ours.add_argument("--parlai", action="store_true")
         ours.add_argument("--batch_size", type=positive_number, default=16)
+        ours.add_argument("--eval_type", default="hits@1", choices=["hits@1", "f1"])  # what ParlAI's loop computes
         args, flags = ours.parse_known_args()
-        evaluate_in_parlai(args.batch_size, flags)
+        evaluate_in_parlai(args.batch_size, ["--eval_type", args.eval_type, *flags])
         return
     args = parser.parse_args()
     for name, value in evaluate(args).items():

@@ -212,7 +212,7 @@ class ReplyStreamer(TextStreamer):
 
 def readable(tokenizer, reply: list[int]) -> str:
     """A whole reply for a person's eyes, as `ReplyStreamer` prints it."""
-    return _printable(tokenizer.decode(reply, clean_up_tokenization_spaces=_joins(tokenizer)))
+    return _printable(tokenizer.decode(reply, clean_up_tokenization_spaces=_joins(tokenizer))).strip()
 
 
 def _joins(tokenizer) -> bool:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Does it help to begin the dialog history at the same position whatever the persona's length? A very small GPT from random
-# weights on PERSONA-CHAT, with and without, three seeds: the table of docs/results.md. About 20 minutes on two cores.
+# Does it help to begin the dialog history at the same position whatever the persona's length? The small GPT of
+# runs/small_personachat.sh, from random weights, one epoch of PERSONA-CHAT, with and without, three seeds: the table of
+# docs/results.md. About an hour on two cores.
 #
 #   runs/history_first.sh TOKENIZER_FOLDER DATA.json
 #
@@ -13,7 +14,7 @@ work=.demo/history_first
 mkdir -p $work/gpt
 cp "$tokenizer"/vocab.json "$tokenizer"/merges.txt $work/gpt/
 cat > $work/gpt/config.json <<JSON
-{"model_type": "openai-gpt", "vocab_size": 40478, "n_positions": 512, "n_embd": 128, "n_layer": 3, "n_head": 4,
+{"model_type": "openai-gpt", "vocab_size": 40478, "n_positions": 512, "n_embd": 256, "n_layer": 4, "n_head": 4,
  "initializer_range": 0.05}
 JSON
 
@@ -22,7 +23,7 @@ for seed in 1 2 3; do
         log=$work/seed_$seed${flag#-}.log
         grep -qs "hits@1" "$log" && continue
         python train.py --model_checkpoint $work/gpt --dataset_path "$data" --fp16 bf16 --seed $seed $flag \
-            --n_epochs 1 --lr 5e-4 --num_candidates 4 \
+            --n_epochs 1 --lr 4e-4 --lm_coef 2.0 --num_candidates 4 \
             --train_batch_size 16 --gradient_accumulation_steps 1 --valid_batch_size 16 2> "$log.unfinished"
         mv "$log.unfinished" "$log"
     done

@@ -262,7 +262,7 @@ def test_f1_is_the_mean_over_the_replies_it_wrote_down(trained, small_corpus, tm
 
     def bag(text):
         drop = {"a", "an", "the"}
-        words = "".join(letter for letter in text.lower() if letter.isalnum() or letter == " ").split()
+        words = "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
         return [word for word in words if word not in drop]
 
     total = 0.0
