@@ -535,7 +535,8 @@ def evaluate_in_parlai(batch_size: int, flags: list[str]) -> None:
 def add_agent_flags(parser) -> None:
     """What the evaluation here and the agent under ParlAI have in common, besides the common flags."""
     add = parser.add_argument
-    add("--eval_type", default="hits@1", choices=["hits@1", "ppl", "f1", "all"], help="what (default: %(default)s)")
+    add("--eval_type", default="hits@1", choices=["hits@1", "ppl", "f1", "all"],
+        help="what to measure (default: %(default)s)")
     add_decoding_flags(parser)
     add("--legacy_gpt2_words", action="store_true",
         help="ppl: look words up without their leading space, the mistake of the 2019 code with GPT-2")
