@@ -85,7 +85,8 @@ def test_the_same_choices(run_2019, corpora, tmp_path):
 
 
 @needs_parlai
-@pytest.mark.parametrize("how", [["--no_sample", "--batch_size", 1], ["--num_beams", 3, "--no_repeat_ngram_size", 2]])
+@pytest.mark.parametrize("how", [["--no_sample", "--batch_size", 1],
+                                 ["--num_beams", 3, "--no_repeat_ngram_size", 2, "--max_length", 8]])
 def test_the_same_replies(run_2019, corpora, tmp_path, how):
     folder, data = corpora
     report, acts = parlai(folder, run_2019, tmp_path, "--eval_type", "f1", *how)
