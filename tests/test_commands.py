@@ -1,5 +1,6 @@
 """The scripts as a user runs them: train, evaluate, chat; and what they say to wrong input."""
 
+import fcntl
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -381,10 +383,15 @@ def test_ctrl_c_while_a_reply_is_written_ends_quietly(trained, tmp_path):
 def in_a_terminal(arguments, dialog, cwd):
     """Run a script on a pseudo-terminal: wait for each text, then type the answer. Returns screen and exit status."""
     ours, theirs = pty.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, a test run among them, ignore it
+
     process = subprocess.Popen([sys.executable, ROOT / arguments[0], *map(str, arguments[1:])], cwd=cwd,
                                stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
                                env={**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"},
-                               preexec_fn=lambda: __import__("fcntl").ioctl(theirs, __import__("termios").TIOCSCTTY, 0))
+                               preexec_fn=take_terminal)
     os.close(theirs)
     screen, seen = b"", 0
 
