@@ -192,7 +192,7 @@ def parse_args() -> Namespace:
     add("--n_epochs", type=whole_number, default=3, help="0: only evaluate (default: %(default)s)")
     add("--eval_before_start", action="store_true", help="evaluate before the first epoch, too")
     add("--fp16", default="", choices=["", "O0", *HALF], help="half precision: apex's names, or bf16 (default: none)")
-    add("--compile", action="store_true", help="compile the network first: minutes that long runs on GPUs win back")
+    add("--compile", action="store_true", help="compile the network first (gain not measured on GPUs)")
     add("--local_rank", type=int, default=-1, help="set by the 2019 launcher, which one process does without")
     add("--num_workers", type=whole_number, default=0, help="processes that build batches (default: %(default)s)")
     add("--seed", type=whole_number, default=42, help="of weights, order and dropout (default: %(default)s)")
