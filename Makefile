@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+TEST_PROCESSES := 2  # each computes on one thread, see tests/conftest.py
 BIN := $(VENV)/bin
 
 .PHONY: parlai demo test bench install lint clean
@@ -15,7 +16,7 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./runs/demo.sh
 
 test: $(VENV)/test-installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --durations 15
 
 bench: $(VENV)/bench-installed
 	for claim in tokenising training training_profile choosing word_perplexity replying memory full_recipe growth; do \
@@ -41,7 +42,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/test-installed: $(VENV)/installed requirements-test.txt
+$(VENV)/test-installed: $(VENV)/installed requirements-web.txt requirements-test.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-test.txt
 	touch $@
 

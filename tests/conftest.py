@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Tests run beside each other (pytest-xdist), each on one thread: threads that wait for each other by spinning would
+# slow the neighbours tenfold. Before torch is imported, and for every process that the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import hypothesis
 import pytest
 
