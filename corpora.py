@@ -15,8 +15,10 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 
 class InputError(Exception):
@@ -41,32 +43,49 @@ def command(main: Callable[[], int | None]) -> None:
         sys.exit(141)
 
 
-def read_corpus(path: str | Path) -> dict[str, list[dict]]:
-    """Read and check a data file, ``.json`` or gzipped (told by its first bytes, not by its name).
+@contextmanager
+def open_data(path: str | Path) -> Iterator[BinaryIO]:
+    """A data file for reading as bytes, unpacked if it is gzipped (told by its first bytes, not by its name).
 
-    Returns the splits, each a list of entries as described above, in the file's order.
-    Raises `InputError` when the file is missing, cut short, not UTF-8, not JSON or not in the format.
+    Raises `InputError`, also while it is read, when the file is missing, cannot be read or is cut short.
     """
-    path = Path(path)
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        corpus = json.loads(data.decode("utf-8-sig"))
+        with open(path, "rb") as file:
+            gzipped = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            with gzip.open(file) if gzipped else nullcontext(file) as data:
+                yield data
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give a .json or .json.gz file, or its address") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise InputError(f"{path}: the gzip data is damaged or cut short; fetch the file again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
+
+
+def parse_json(data: bytes, name: str) -> object:
+    """The value that JSON text in UTF-8 spells. Raises `InputError`, which begins with ``name``, when it is none."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+        raise InputError(f"{name}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         cure = "it is cut short, fetch it again" if error.pos >= len(error.doc.rstrip()) else "mend the JSON there"
         place = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{path}: not JSON at {place} ({error.msg}); {cure}") from None
+        raise InputError(f"{name}: not JSON at {place} ({error.msg}); {cure}") from None
     except RecursionError:
-        raise InputError(f"{path}: nested too deeply for a data set; the format has six levels") from None
+        raise InputError(f"{name}: nested too deeply for a data set; the format has six levels") from None
+
+
+def read_corpus(path: str | Path) -> dict[str, list[dict]]:
+    """Read and check a data file, ``.json`` or gzipped.
+
+    Returns the splits, each a list of entries as described above, in the file's order.
+    Raises `InputError` when the file is missing, cut short, not UTF-8, not JSON or not in the format.
+    """
+    with open_data(path) as file:
+        data = file.read()
+    corpus = parse_json(data, str(path))
     check_corpus(corpus, path)
     return corpus
 

@@ -1,13 +1,24 @@
-"""One annotated entry of the data format; run with a file, a check of that file.
+"""One annotated entry of the data format; run with a file, a check of that file, or its conversion to the format.
 
-    python example_entry.py                prints the entry below as JSON
-    python example_entry.py MY_DATA.json   says what the file holds, or what is wrong with it and where
+    python example_entry.py                          prints the entry below as JSON
+    python example_entry.py MY_DATA.json             says what the file holds, or what is wrong with it and where
+    python example_entry.py --convert IN OUT.json    writes OUT.json, in this format, of dialogs in another one
 """
 
 import argparse
+import gzip
 import json
+import logging
+import os
+from itertools import chain
+from pathlib import Path
 
-from corpora import command, read_corpus, require_split
+import numpy as np
+from tqdm import tqdm
+
+from corpora import InputError, command, read_corpus, require_split
+from distractors import HOW, draw_distractors
+from readers import TARGETS, beginning, divided, fraction, one_side, read_any
 
 # A dialog of two people, A and the bot, written from the bot's side. Each of the bot's turns is one element of
 # "utterances": the dialog up to that turn, and what could be said next.
@@ -64,19 +75,87 @@ def describe(path: str) -> None:
         print(f"{split}: {len(entries):,} dialogs ({personas:,} with a persona), {len(turns):,} turns, "
               f"{span} candidates a turn")
         if even:
-            print(f"  note: {even:,} turns have a history of even length: the bot's own words come last in it")
+            print(f"  note: {even:,} turns have a history of even length: the bot's own words come first in it")
     print(f"{path}: well-formed")
 
 
+def convert(source: Path, out: Path, target: str, distractors: str, train_frac: float | None, seed: int) -> None:
+    """Write ``out``, JSON in the data format, of a file or folder of dialogs in another.
+
+    ``target``: whose turns to keep. A source with splits keeps them, unless ``train_frac`` asks to divide its training
+    and validation dialogs anew. Raises `InputError` when ``source`` cannot be read or ``out`` not be written.
+    """
+    if out.exists() and source.exists() and out.samefile(source):
+        raise InputError(f"{out}: would be written over what it is made of; give the converted file another name")
+    splits = {split: list(one_side(entries, target)) for split, entries in read_any(source).items()}
+    if "" in splits or train_frac is not None:
+        dialogs = chain.from_iterable(splits.pop(split, []) for split in ("", "train", "valid"))
+        splits = divided(dialogs, 0.85 if train_frac is None else train_frac, seed, source) | splits
+    elif missing := {"train", "valid"} - splits.keys():
+        raise InputError(f"{source}: has no {' or '.join(sorted(missing))} split; add it beside the others, or let "
+                         "--train_frac 0.85 divide the dialogs that are there")
+    for entries in splits.values():
+        if distractors != "none":
+            add_distractors(entries, distractors, seed)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    try:
+        with (gzip.open if out.suffix == ".gz" else open)(unfinished, "wt", encoding="utf-8", errors="replace") as file:
+            for number, (split, entries) in enumerate(splits.items()):
+                file.write(f"{',' if number else '{'}\n{json.dumps(split)}: [")
+                for index, entry in enumerate(tqdm(entries, desc=f"Writing {split}", unit=" entries", delay=1)):
+                    file.write((",\n" if index else "\n") + json.dumps(entry, ensure_ascii=False))
+                file.write("]")
+            file.write("\n}\n")
+        os.replace(unfinished, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); name a place you may write to") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def add_distractors(entries: list[dict], how: str, seed: int) -> None:
+    """Put distractors before the reply of every turn that has only its reply, in place."""
+    numbers: dict[str, int] = {}
+    dialogs: dict[tuple[str, str], int] = {}
+    turns = [turn for entry in entries for turn in entry["utterances"]]
+    replies = [numbers.setdefault(turn["candidates"][-1], len(numbers)) for turn in turns]
+    of = [dialogs.setdefault(beginning(entry), len(dialogs)) for entry in entries for _ in entry["utterances"]]
+    texts = list(numbers)
+    drawn = draw_distractors(np.array(replies), np.array(of), texts, how, seed=seed)
+    for turn, wrong in zip(turns, drawn.tolist(), strict=True):
+        if len(turn["candidates"]) == 1:
+            turn["candidates"][:0] = [texts[number] for number in wrong if number >= 0]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", nargs="?", help="a .json or .json.gz data file to check")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog='--convert reads JSON lines of {"personas": [[…], […]], "turns": […]}; plain text, an utterance a line '
+        "and an empty line between dialogs; ParlAI's text; and the releases of PERSONA-CHAT, DailyDialog, "
+        "EmpatheticDialogues and BlendedSkillTalk")
+    add = parser.add_argument
+    add("file", nargs="?", help="a .json or .json.gz data file to check")
+    add("--convert", nargs=2, metavar=("IN", "OUT.json"), type=Path,
+        help="write the dialogs of the file or folder IN in the data format, then check that")
+    add("--target", default="both", choices=TARGETS,
+        help="whose turns are learnt: both people's, or only of who speaks second or first (default: %(default)s)")
+    add("--distractors", default="random", choices=HOW,
+        help="wrong candidates for turns without any: replies of other dialogs, by chance, or those that share most "
+        "with the right one (default: %(default)s)")
+    add("--train_frac", type=fraction, metavar="F",
+        help="divide the dialogs anew, that share for training (default: a folder keeps its splits, one file is "
+        "divided at 0.85)")
+    add("--seed", type=int, default=0, help="of what is left to chance (default: %(default)s)")
     args = parser.parse_args()
-    if args.file:
+    if args.convert:
+        convert(*args.convert, args.target, args.distractors, args.train_frac, args.seed)
+        describe(args.convert[1])
+    elif args.file:
         describe(args.file)
     else:
         print(json.dumps(EXAMPLE_ENTRY, indent=1))
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
     command(main)

@@ -1,0 +1,311 @@
+"""Readers of published corpora and of people's own files, the conversion to our format, and distractors."""
+
+import csv
+import gzip
+import json
+import logging
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import error_line, script, shared
+from hypothesis import given
+from hypothesis import strategies as st
+
+import readers
+from corpora import InputError, check_corpus, read_corpus
+from distractors import draw_distractors, words
+from example_entry import convert
+from readers import HISTORY, Dialog, Turn, divided, entries, one_side, read_any
+
+
+def entries_of(path, content: str, target: str = "both") -> list[dict]:
+    """What `read_any` makes of a file without splits."""
+    path.write_text(content)
+    return list(one_side(read_any(path)[""], target))
+
+
+def pairs(found: list[dict]) -> list[tuple]:
+    """(personality, history, gold) of each turn."""
+    return [(entry["personality"], turn["history"], turn["candidates"][-1])
+            for entry in found for turn in entry["utterances"]]
+
+
+# ---------------------------------------------------------------------------------------------- one file each layout
+
+
+def test_both_sides_are_learnt_each_with_its_own_persona(tmp_path):
+    dialog = {"personas": [["i open ."], ["i answer ."]], "turns": ["hi !", "hello .", "tea ?", "yes ."]}
+    found = entries_of(tmp_path / "own.jsonl", json.dumps(dialog))
+    assert found == [
+        {"personality": ["i answer ."], "utterances": [
+            {"history": ["hi !"], "candidates": ["hello ."]},
+            {"history": ["hi !", "hello .", "tea ?"], "candidates": ["yes ."]}]},
+        {"personality": ["i open ."], "utterances": [{"history": ["hi !", "hello ."], "candidates": ["tea ?"]}]}]
+    assert pairs(entries_of(tmp_path / "own.jsonl", json.dumps(dialog), "second")) == pairs(found[:1])
+    assert pairs(entries_of(tmp_path / "own.jsonl", json.dumps(dialog), "first")) == pairs(found[1:])
+
+
+def test_utterances_of_one_speaker_merge_and_silence_is_nobodys_turn(tmp_path):
+    dialog = {"turns": ["__SILENCE__", "hi_comma_ you !", "still\there ?", "yes .", " ", "go on ."],
+              "speakers": [0, 1, 1, 0, 1, 0]}
+    assert pairs(entries_of(tmp_path / "own.jsonl", json.dumps(dialog))) == [
+        ([], ["hi, you ! still here ?"], "yes . go on .")]
+
+
+def test_plain_text(tmp_path):
+    found = entries_of(tmp_path / "own.txt", "\n\nhi !\nhello .\r\n \n\n1 plum or 2 ?\ntwo .\nno plum is left .\n")
+    assert pairs(found) == [([], ["hi !"], "hello ."), ([], ["1 plum or 2 ?"], "two ."),
+                            ([], ["1 plum or 2 ?", "two ."], "no plum is left .")]
+
+
+def test_dailydialog(tmp_path):
+    found = entries_of(tmp_path / "dialogues_train.txt",
+                       "Say , Jim ! __eou__ Yes ? __eou__ A beer ? __eou__\n"
+                       "Hi . __eou__ __eou__ Anybody ? __eou__ No . __eou__\n")
+    assert pairs(found) == [([], ["Say , Jim !"], "Yes ?"), ([], ["Say , Jim !", "Yes ?"], "A beer ?"),
+                            ([], ["Hi . Anybody ?"], "No .")]
+
+
+ED = ("conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags\n"
+      "hit:1_conv:2,1,afraid,A bang.,31,I heard a bang.,5|5|5_2|2|5,\n"
+      'hit:1_conv:2,2,afraid,A bang.,7,Oh_comma_ a "gun"?,5|5|5_2|2|5,\n'
+      "hit:1_conv:2,3,afraid,A bang.,7,Or a car?,5|5|5_2|2|5,\n"
+      "hit:1_conv:3,1,proud,My cat.,31,My cat won.,5|5|5_2|2|5,\n"
+      "hit:1_conv:3,2,proud,My cat.,7,Well done cat,5|5|5_2|2|5,,one|two\n")
+
+
+def test_empathetic_dialogues(tmp_path):
+    assert pairs(entries_of(tmp_path / "train.csv", ED)) == [
+        ([], ["I heard a bang."], 'Oh, a "gun"? Or a car?'), ([], ["My cat won."], "Well done cat")]
+
+
+BST = {"personas": [["i mend bikes ."], ["i bake ."]], "free_turker_utterance": "bikes ?",
+       "guided_turker_utterance": "no , bread .", "dialog": [[0, "rye ?"], [1, "wheat ."]]}
+
+
+def test_blended_skill_talk(tmp_path):
+    assert pairs(entries_of(tmp_path / "train.json", json.dumps([BST]))) == [
+        (["i bake ."], ["bikes ?"], "no , bread ."),
+        (["i bake ."], ["bikes ?", "no , bread .", "rye ?"], "wheat ."),
+        (["i mend bikes ."], ["bikes ?", "no , bread ."], "rye ?")]
+
+
+PARLAI = ("1 your persona: i have two dogs.\n2 partner's persona: i am old.\n3 your persona: so it goes...\n"
+          "4 hi !\thello .\t\tno .|hello .|yes .\n5 dogs ?\ttwo .\n"
+          "1 __SILENCE__\tanybody ?\t\tx|anybody ?\n2 me .\tand me .\t1\tand me .|q\n")
+
+
+def test_parlai_text_with_and_without_candidates(tmp_path):
+    found = entries_of(tmp_path / "valid_self_original.txt", PARLAI)
+    assert found == [
+        {"personality": ["i have two dogs .", "so it goes..."], "utterances": [
+            {"history": ["hi !"], "candidates": ["no .", "yes .", "hello ."]},
+            {"history": ["hi !", "hello .", "dogs ?"], "candidates": ["two ."]}]},
+        {"personality": [], "utterances": [{"history": ["anybody ?", "me ."], "candidates": ["q", "and me ."]}]}]
+
+
+def test_parlai_text_is_the_published_json_of_the_same_dialogs():
+    text = shared("data/personachat/ConvAI2/valid_self_original.txt")
+    published = read_corpus(shared("data/personachat/personachat_self_original.json"))["valid"]
+    assert list(read_any(text)[""]) == published
+
+
+def test_the_published_jsons_silence_is_no_utterance(tmp_path):
+    turns = [{"history": ["__ SILENCE __"], "candidates": ["b", "hi !"]},
+             {"history": ["__ SILENCE __", "hi !", "you ?"], "candidates": ["c", "fine ."]}]
+    (tmp_path / "personachat_self_original.json").write_text(
+        json.dumps({"train": [{"personality": ["p"], "utterances": turns}]}))
+    assert list(read_any(tmp_path)["train"]) == [
+        {"personality": ["p"], "utterances": [{"history": ["hi !", "you ?"], "candidates": ["c", "fine ."]}]}]
+
+
+# ------------------------------------------------------------------------------------------- the real files, counted
+
+
+def beginnings(dialogs: list[list[str]]) -> Counter:
+    """Each dialog up to each of its utterances but the first: what there is to learn, counted."""
+    return Counter(tuple(dialog[:end]) for dialog in dialogs for end in range(2, len(dialog) + 1))
+
+
+def learnt(found: list[dict]) -> Counter:
+    return Counter((*history, gold) for _, history, gold in pairs(found))
+
+
+def test_every_utterance_of_the_real_dailydialog_is_there():
+    folder = shared("data/dailydialog")
+    corpus = read_any(folder)
+    for split, file in (("train", "train"), ("valid", "validation"), ("test", "test")):
+        text = (folder / f"dialogues_{file}.txt").read_text("utf-8")
+        dialogs = [[" ".join(said.split()) for said in line.split("__eou__") if said.strip()]
+                   for line in text.split("\n")]
+        assert learnt(list(corpus[split])) == beginnings(dialogs)
+
+
+def test_every_utterance_of_the_real_empathetic_dialogues_is_there():
+    folder = shared("data/empatheticdialogues")
+    corpus = read_any(folder)
+    for split in ("train", "valid", "test"):
+        dialogs: dict[str, list[str]] = {}
+        with open(folder / f"{split}.csv", encoding="utf-8", newline="\n") as file:
+            for row in csv.DictReader(file, quoting=csv.QUOTE_NONE):
+                said = " ".join(row["utterance"].replace("_comma_", ",").split())
+                dialogs.setdefault(row["conv_id"], []).extend([said] if said else [])
+        assert learnt(list(corpus[split])) == beginnings(list(dialogs.values()))
+
+
+def test_the_blended_skill_talk_sample_is_read():
+    corpus = {split: list(found) for split, found in read_any(shared("data/blended_skill_talk")).items()}
+    assert {split: learnt(found).total() for split, found in corpus.items()} == {"train": 17, "valid": 7, "test": 5}
+    check_corpus(corpus)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name, content, complaint", [
+    ("train.csv", ED.replace("Or a car?", "Or, a, car?"), "line 4 has 10 fields, not 8"),
+    ("train.csv", ED.replace(",speaker_idx", ""), "line 1 is not the release's header"),
+    ("dialogues_train.txt", "a __eou__ b __eou__\n0 1 2\n", "line 2 has no __eou__"),
+    ("own.txt", PARLAI + "persona\n", "line 8 does not begin with its number"),
+    ("own.jsonl", '{"turns": ["a", "b"]}\n{"turns": ["a", 3]}', "line 2 is not a dialog (turns is not a list"),
+    ("own.jsonl", '{"turns": ["a", "b"]}\n{"turn": []}', 'line 2 is not a dialog (no "turns")'),
+    ("own.jsonl", '{"turns": ["a"], "speakers": [2]}', "line 1 is not a dialog (speakers is not"),
+    ("own.jsonl", '{"turns": ["a"], "personas": ["i am"]}', "line 1 is not a dialog (personas[0] is not"),
+    ("own.jsonl", '{"turns": ["a", "b"]}\n{"turns": ["a"', "line 2: not JSON at line 1, column 15"),
+    ("own.jsonl", '{"turns": []}' + "[" * 100_000, "line 1: "),
+    ("train.json", json.dumps([BST, {**BST, "personas": 1}]), "dialog 1, counted from 0, is not as in the release"),
+    ("train.json", json.dumps([BST, {"personas": []}]), "dialog 1, counted from 0, has no 'free_turker_utterance'"),
+    ("train.json", json.dumps([3]), "dialog 0, counted from 0, is not as in the release"),
+    ("own.txt", b"hi\nhe\xffllo\n", "line 2 is not UTF-8 at byte 2"),
+    ("own.txt", gzip.compress(b"hi\nhello\n" * 99)[:30], "the gzip data is damaged"),
+    ("own.zip", b"PK\3\4....", "is an archive; unpack it"),
+    ("own.txt", b"a" * (readers.LONGEST_LINE + 1), "line 1 is longer than 16 MiB"),
+])
+def test_wrong_files_are_refused_with_file_line_and_cure(tmp_path, name, content, complaint):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as refusal:
+        for split in read_any(path).values():
+            list(split)
+    message = str(refusal.value)
+    assert message.startswith(f"{path}: {complaint}") and "; " in message and "\n" not in message
+
+
+def test_dialogs_that_teach_nothing_are_counted_and_shown(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = entries_of(tmp_path / "own.txt", "hi !\n\nhello ?\nyes .\n\n__SILENCE__\nalone .\n")
+    assert pairs(found) == [([], ["hello ?"], "yes .")]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'own.txt'}: 2 dialogs left out because in them nobody answers anybody; the first at line 1"]
+    caplog.clear()
+    crowd = Dialog("line 7", [Turn(who, "x") for who in "abc"])
+    assert list(entries([crowd], "f")) == [] and "more than two people speak; the first at line 7" in caplog.text
+
+
+def test_a_dialog_without_end_takes_room_in_proportion(tmp_path):
+    (tmp_path / "own.txt").write_text("word\n" * 3001)
+    found = list(read_any(tmp_path / "own.txt")[""])
+    lengths = [len(turn["history"]) for entry in found for turn in entry["utterances"]]
+    assert len(lengths) == 3000 and max(lengths) <= HISTORY
+    assert sum(length % 2 for length in lengths) == 1500  # sides stay apart
+
+
+@given(st.one_of(st.binary(max_size=300), st.lists(st.sampled_from(
+    [b"1 ", b"2 your persona: a.", b"\t", b"|", b"\n", b"__SILENCE__", b"x", b"\\n", b"__eou__", b'["a"]}',
+     b"conv_id,utterance_idx,context,prompt,speaker_idx,utterance", b",,,,,,,", b"\xff", b"[", b"\x1f\x8b",
+     b'{"turns": ', "é\u2028".encode()]), max_size=30).map(b"".join)))
+def test_whatever_the_file_holds_it_is_entries_or_one_clear_line(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("any") / "file"
+    path.write_bytes(content)
+    try:
+        corpus = {split: list(found) for split, found in read_any(path).items()}
+    except InputError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        check_corpus(corpus)
+
+
+# ------------------------------------------------------------------------------------- conversion, splits, distractors
+
+
+def test_your_own_dialogs_converted_by_the_command(tmp_path):
+    (tmp_path / "own.jsonl").write_text("".join(
+        json.dumps({"personas": [["i am ä ."], []], "turns": [f"question {n} ?", f"answer {n} .", "bye ."]}) + "\n"
+        for n in range(20)))
+    said = script("example_entry.py", "--convert", "own.jsonl", "own.json", "--target", "second", cwd=tmp_path)
+    assert "train: 17 dialogs (0 with a persona), 17 turns, 17 candidates a turn" in said
+    assert "valid: 3 dialogs" in said and "own.json: well-formed" in said
+    corpus = read_corpus(tmp_path / "own.json")
+    for split, found in corpus.items():
+        golds = {turn["candidates"][-1] for entry in found for turn in entry["utterances"]}
+        for entry in found:
+            (turn,) = entry["utterances"]
+            assert turn["history"][0].split()[1] == turn["candidates"][-1].split()[1]
+            assert len(set(turn["candidates"])) == len(turn["candidates"]) == len(golds) <= 20, split
+            assert set(turn["candidates"]) == golds
+    assert "would be written over" in error_line("example_entry.py", "--convert", "own.json", "own.json", cwd=tmp_path)
+    again = (tmp_path / "own.json").read_text()
+    convert(tmp_path / "own.jsonl", tmp_path / "again.json", "second", "random", None, 0)
+    assert (tmp_path / "again.json").read_text() == again
+    convert(tmp_path / "own.jsonl", tmp_path / "other.json", "second", "random", None, 1)
+    assert (tmp_path / "other.json").read_text() != again
+
+
+def test_a_folder_keeps_its_splits_unless_asked(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    for split, count in (("train", 6), ("valid", 3), ("test", 2)):
+        (own / f"{split}.txt").write_text("".join(f"{split} {n}\nyes\nno\n\n" for n in range(count)))
+
+    def openings(**how) -> dict[str, list[str]]:
+        how = {"target": "second", "distractors": "none", "train_frac": None, "seed": 0} | how
+        convert(own, tmp_path / "out.json.gz", **how)
+        return {split: [entry["utterances"][0]["history"][0] for entry in found]
+                for split, found in read_corpus(tmp_path / "out.json.gz").items()}
+
+    assert openings() == {split: [f"{split} {n}" for n in range(count)]
+                          for split, count in (("train", 6), ("valid", 3), ("test", 2))}
+    mixed = openings(train_frac=0.5)
+    assert len(mixed["train"]) == 4 and len(mixed["valid"]) == 5 and mixed["test"] == ["test 0", "test 1"]
+    assert sorted(mixed["train"] + mixed["valid"]) == sorted(f"train {n}" for n in range(6)) + [
+        f"valid {n}" for n in range(3)]
+    both = openings(target="both", train_frac=0.5)
+    assert not set(both["train"]) & set(both["valid"])  # a dialog's two sides stay together
+    (own / "valid.txt").unlink()
+    with pytest.raises(InputError, match="own: has no valid split; .*--train_frac"):
+        openings()
+    with pytest.raises(InputError, match="too few to train on some"):
+        divided([], 0.5, 0, "own")
+
+
+def test_random_distractors_come_from_other_dialogs_as_often_as_they_were_said():
+    texts = ["common", *(f"rare {n}" for n in range(50))]
+    replies = np.array([0] * 50 + list(range(1, 51)))
+    dialogs = np.arange(100) // 2
+    drawn = draw_distractors(replies, dialogs, texts, count=5, seed=3)
+    for turn, wrong in enumerate(drawn.tolist()):
+        own = {reply for reply, dialog in zip(replies, dialogs, strict=True) if dialog == dialogs[turn]}
+        assert len(set(wrong)) == 5 and -1 not in wrong and not own & set(wrong)
+    assert (drawn[50:] == 0).any(1).mean() > 0.9  # half of what was said
+    assert (draw_distractors(replies, dialogs, texts, count=5, seed=3) == drawn).all()
+    assert (draw_distractors(replies, dialogs, texts, count=5, seed=4) != drawn).any()
+    few = draw_distractors(np.array([0, 1, 2]), np.array([0, 0, 1]), texts, count=4)
+    assert few.tolist()[:2] == [[2, -1, -1, -1]] * 2 and sorted(few[2].tolist()) == [-1, -1, 0, 1]
+
+
+@pytest.mark.parametrize("texts, hardest", [
+    (["my dog eats a blue plum", "your dog eats it", "a cat sleeps", "a cat eats", "it is the blue plum of my dog"], 4),
+    (["我的狗吃苹果", "猫在睡觉", "你喜欢茶吗", "他的狗也吃肉", "今天下雨"], 3),
+])
+def test_hard_distractors_share_words_with_the_reply(texts, hardest):
+    texts = [*texts, *(f"filler {n}" for n in range(40))]
+    replies = np.arange(len(texts))
+    drawn = draw_distractors(replies, replies, texts, "hard", count=3)
+    assert drawn[0, 0] == hardest
+    assert all(len(set(row)) == 3 and turn not in row and -1 not in row for turn, row in enumerate(drawn.tolist()))
+
+
+def test_words_of_scripts_with_and_without_spaces():
+    assert words("Isn't it 3 o'clock, Äiti?") == ["isn", "t", "it", "3", "o", "clock", "äiti"]
+    assert words("我爱tea。") == ["我", "爱", "tea"]
