@@ -7,19 +7,34 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, GPT2DoubleHeadsModel, OpenAIGPTConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationConfig,
+    GPT2DoubleHeadsModel,
+    OpenAIGPTConfig,
+    initialization,
+)
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.utils import ModelOutput
 
 from corpora import InputError
 from inputs import IGNORED, NO_CANDIDATE
-from utils import ATTR_TO_SPECIAL_TOKEN, quiet_transformers, read_config, resolve_checkpoint, write_tensors
+from utils import (
+    ATTR_TO_SPECIAL_TOKEN,
+    SPECIAL_TOKENS,
+    quiet_transformers,
+    read_config,
+    resolve_checkpoint,
+    write_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,29 +61,35 @@ class DoubleHeadsOutput(ModelOutput):
     past_key_values: object = None
 
 
-class DoubleHeadsModel(GPT2DoubleHeadsModel):
-    """GPT-2 with both heads, transformers' own but for `forward`, which reads packed rows.
+class DoubleHeads:
+    """Mixed into a language model of transformers, the `forward` that reads packed rows and asks both heads.
 
     ``generate()`` works with ``token_type_ids`` and the key-value cache.
     """
 
-    architecture = "GPT2DoubleHeadsModel"  # what plain transformers opens our folders as
+    architecture: str  # what plain transformers opens our folders as
     renamed: dict[str, str] = {}  # checkpoint's weight names → ours
-
-    def __init__(self, config):
-        super().__init__(config)
-        self._fuse_activations()
+    apart: tuple[str, ...] = ()  # modules that the plain architecture lacks; saved in a file of their own
 
     @property
     def history_start(self) -> int:
         """The position at which the dialog history always begins; 0: wherever the persona ends. See `build_context`."""
         return getattr(self.config, "history_start", 0)
 
-    def _fuse_activations(self) -> None:
-        """The tanh GELU of both families as one kernel: the same function."""
-        for block in self.transformer.h:
-            if isinstance(block.mlp.act, NewGELUActivation):
-                block.mlp.act = nn.GELU(approximate="tanh")
+    def read(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
+        """The body's ``last_hidden_state`` (batch, positions, hidden) and ``past_key_values``."""
+        raise NotImplementedError
+
+    def vocabulary_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (…, hidden) → what the language-model head says of the next token, (…, vocabulary)."""
+        logits, config = self.get_output_embeddings()(states), self.config.get_text_config()
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if scale := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scale
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     def forward(self, input_ids, token_type_ids=None, position_ids=None, attention_mask=None, segment_ids=None,
                 labels=None, mc_token_ids=None, mc_labels=None, past_key_values=None, use_cache=None,
@@ -76,21 +97,21 @@ class DoubleHeadsModel(GPT2DoubleHeadsModel):
         """Score packed turns, the batches of `inputs.collate`; without ``segment_ids``, give logits for decoding."""
         packed = segment_ids is not None
         if packed:
-            attention_mask, use_cache = candidate_mask(segment_ids), False
-        body = self.transformer(
+            attention_mask, use_cache = self.packed_masks(segment_ids, position_ids), False
+        body = self.read(
             input_ids, token_type_ids=token_type_ids, position_ids=position_ids, attention_mask=attention_mask,
             past_key_values=past_key_values, use_cache=use_cache, **kwargs,
         )
         states = body.last_hidden_state
         if not packed:
-            logits = self.lm_head(states[:, -logits_to_keep:])
+            logits = self.vocabulary_logits(states[:, -logits_to_keep:])
             return DoubleHeadsOutput(logits=logits, past_key_values=body.past_key_values)
 
         out = DoubleHeadsOutput()
         if labels is not None:
             # The state at one position predicts the token at the next. Only gold tokens need the vocabulary's logits.
             predicting, gold = labels[:, 1:] != IGNORED, labels[:, 1:]
-            out.logits = self.lm_head(states[:, :-1][predicting]).float()
+            out.logits = self.vocabulary_logits(states[:, :-1][predicting]).float()
             token_nll = F.cross_entropy(out.logits, gold[predicting], reduction="none")
             out.tokens = predicting.sum(1)
             turn = torch.arange(len(labels), device=labels.device).repeat_interleave(out.tokens)
@@ -110,6 +131,42 @@ class DoubleHeadsModel(GPT2DoubleHeadsModel):
             out.gold_rank = (out.mc_logits >= gold_score).sum(1) - 1
             out.mc_loss = F.cross_entropy(out.mc_logits, mc_labels)
         return out
+
+    def packed_masks(self, segment_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor | dict:
+        """`candidate_mask` as the body takes it; where its layers see unequally far, one for each kind of layer.
+
+        A sliding window counts positions, not places in the row: between a candidate and its context lie its siblings.
+        """
+        config = self.config.get_text_config()
+        mask, window = candidate_mask(segment_ids), getattr(config, "sliding_window", None)
+        masks = {"full_attention": mask}
+        if window:
+            masks["sliding_attention"] = mask & (position_ids[:, None, :, None] - position_ids[:, None, None] < window)
+        if config._attn_implementation == "eager":  # which adds its mask to the scores
+            masks = {kind: torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+                     for kind, mask in masks.items()}
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+        masks = {kind: masks[kind] for kind in set(kinds)}
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+class DoubleHeadsModel(DoubleHeads, GPT2DoubleHeadsModel):
+    """GPT-2 with both heads, of any size."""
+
+    architecture = "GPT2DoubleHeadsModel"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._fuse_activations()
+
+    def read(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
+        return self.transformer(input_ids, token_type_ids=token_type_ids, **inputs)
+
+    def _fuse_activations(self) -> None:
+        """The tanh GELU of both families as one kernel: the same function."""
+        for block in self.transformer.h:
+            if isinstance(block.mlp.act, NewGELUActivation):
+                block.mlp.act = nn.GELU(approximate="tanh")
 
 
 class PostNormBlock(GPT2Block):
@@ -152,7 +209,58 @@ class PostNormDoubleHeadsModel(DoubleHeadsModel):
         self.post_init()
 
 
+class ChoiceHead(nn.Module):
+    """One number from the last of some states: (…, states, hidden) → (…, 1). GPT-2's own head, for everybody else."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.first_dropout, self.summary = nn.Dropout(0.1), nn.Linear(hidden_size, 1)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.summary(self.first_dropout(states[..., -1, :]))
+
+
+class TokenTypes(nn.Embedding):
+    """What is added to a token's embedding for its speaker: two rows, which start at 0."""
+
+
+class AnyDecoder(DoubleHeads):
+    """Both heads and token types on a causal language model of transformers; `decoder_class` says on which.
+
+    Other families have no token types, and GPT-2's way, the speaker's own token embedding added to every token, would
+    disturb a pretrained model at random until it is learnt. So each speaker gets a row of its own, which is 0 at first:
+    training begins at exactly the pretrained model. ``config.speaker_ids`` says which ids the types are.
+    """
+
+    apart = ("multiple_choice_head", "token_types")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.multiple_choice_head = ChoiceHead(self.get_output_embeddings().weight.shape[1])
+        self.token_types = TokenTypes(2, self.get_input_embeddings().weight.shape[1])
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TokenTypes):
+            initialization.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
+
+    def read(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
+        embedded = self.get_input_embeddings()(input_ids)
+        if token_type_ids is not None:
+            embedded = embedded + self.token_types((token_type_ids == self.config.speaker_ids[1]).long())
+        return self.base_model(inputs_embeds=embedded, **inputs)
+
+
 MODELS = {"gpt2": DoubleHeadsModel, "openai-gpt": PostNormDoubleHeadsModel}
+
+
+@cache
+def decoder_class(config_class: type) -> type[AnyDecoder]:
+    """The double-heads model of a family that transformers knows as a causal language model by ``config_class``."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    return type(f"DoubleHeads{causal.__name__}", (AnyDecoder, causal), {"architecture": causal.__name__})
 
 
 def candidate_mask(segment_ids: torch.Tensor) -> torch.Tensor:
@@ -184,39 +292,52 @@ def autocast(device: str, fp16: str = "") -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def load_model(model_checkpoint: str) -> DoubleHeadsModel:
-    """The double-heads model of a checkpoint, in evaluation mode on the CPU.
+def load_model(model_checkpoint: str) -> DoubleHeads:
+    """The double-heads model of a checkpoint, in evaluation mode and float32, on the CPU.
 
     ``model_checkpoint`` is what `utils.resolve_checkpoint` takes: a hub name, a run folder of ours or of 2019, or a
     folder without weights, which starts at random with a warning. Weights are read as tensors only; no pickled code
-    runs. Raises `InputError` when there is none or it cannot be read.
+    runs. Raises `InputError` when there is none, it cannot be read, or it cannot read packed rows.
     """
     checkpoint = resolve_checkpoint(model_checkpoint)
-    model_class = MODELS[read_config(checkpoint).model_type]
+    config = read_config(checkpoint)
+    model_class = MODELS.get(config.model_type) or decoder_class(type(config))
     try:
-        with quiet_transformers():
-            config = model_class.config_class.from_pretrained(checkpoint, num_labels=1, attn_implementation="sdpa")
+        if config.model_type in MODELS:
+            with quiet_transformers():
+                config = model_class.config_class.from_pretrained(checkpoint, num_labels=1, attn_implementation="sdpa")
         if getattr(config, "n_special", 0):  # control tokens counted apart, as before 2019
             config.vocab_size, config.n_special = config.vocab_size + config.n_special, 0
         if os.path.isdir(checkpoint) and not _weight_files(checkpoint):
             logger.warning("%s has no weights: starting from RANDOM ones", checkpoint)
-            return model_class(config).eval()
-        with quiet_transformers():
-            model, found = model_class.from_pretrained(
-                checkpoint, config=config, key_mapping=model_class.renamed, output_loading_info=True
-            )
+            config.dtype = torch.float32
+            model, missing = model_class(config), set()
+        else:
+            with quiet_transformers():
+                model, found = model_class.from_pretrained(checkpoint, config=config, key_mapping=model_class.renamed,
+                                                           dtype=torch.float32, output_loading_info=True)
+            tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+            missing = set(found["missing_keys"]) - tied
+            if (heads := Path(checkpoint, HEADS)).is_file():
+                model.load_state_dict(load_file(heads), strict=False)
+                missing -= load_file(heads).keys()
     except Exception as error:  # torch, safetensors and transformers each raise their own for damaged files
         reason = str(error).strip().split("\n")[0][:160]
         raise InputError(f"--model_checkpoint {checkpoint}: its weights cannot be loaded ({reason}); "
                          "fetch or train the model again") from None
-    fresh = {name.split(".")[0] for name in found["missing_keys"]} - {"lm_head"}
-    if "transformer" in fresh:
+    fresh = {name.split(".")[0] for name in missing} - {"multiple_choice_head", "token_types"}
+    if fresh:
         raise InputError(f"--model_checkpoint {checkpoint}: its weights are not those of a whole "
                          f"{config.model_type} model; fetch or train the model again")
-    if fresh:
+    if missing:
         logger.info("%s has no choice head: starting it at random", checkpoint)
     model.generation_config = GenerationConfig()  # decoding has flags; what a 2019 config wished for is not one
+    if isinstance(model, AnyDecoder):
+        _check_packing(model.eval(), checkpoint)
     return model.eval()
+
+
+HEADS = "double_heads.safetensors"  # in a run folder: the modules that the plain architecture lacks
 
 
 def _weight_files(folder: str) -> list[Path]:
@@ -224,30 +345,67 @@ def _weight_files(folder: str) -> list[Path]:
             and path.name.startswith(("model", "pytorch_model")) and path.name != "model_training_args.bin"]
 
 
-def add_special_tokens_(model: DoubleHeadsModel, tokenizer) -> None:
+@torch.no_grad()
+def _check_packing(model: AnyDecoder, checkpoint: str) -> None:
+    """Whether the model says of a packed candidate what its family's own code says of the same candidate alone.
+
+    So it is for attention over positions that can be given (learnt ones, rotations), and not where distance is counted
+    in the row (ALiBi) or a state is handed from token to token (Mamba). Raises `InputError` for those.
+    """
+    context, reply = [1, 2, 3, 4, 5], [6, 7, 8, 9]
+    row = {"input_ids": [*context, 9, 8, 7, *reply], "position_ids": [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8],
+           "segment_ids": [0] * 5 + [1] * 3 + [2] * 4, "labels": [IGNORED] * 9 + reply[1:]}
+    config, agrees = model.config.get_text_config(), False
+    try:
+        packed = model(**{name: torch.tensor([values]) for name, values in row.items()}).logits
+        alone = super(DoubleHeads, model).forward(input_ids=torch.tensor([context + reply])).logits[0, 5:8].float()
+        agrees = torch.allclose(packed, alone, rtol=0, atol=1e-4 * alone.std().item() + 1e-6)
+        reason = "a packed candidate comes out differently than alone"
+    except KeyError as kind:
+        reason = f"it has layers of {kind}"
+    except Exception as error:  # each family has its own way to fail
+        reason = str(error).strip().split("\n")[0][:160]
+    if getattr(config, "alibi", not hasattr(config, "max_position_embeddings")) or \
+            "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's window, which no short row shows
+        agrees, reason = False, "it counts distances in the row"
+    if not agrees:
+        raise InputError(f"--model_checkpoint {checkpoint}: a '{config.model_type}' model cannot read a turn as one "
+                         f"row ({reason}); choose a decoder with positions: llama, qwen3, gpt_neox, opt, …")
+
+
+SPARE_ROWS = 1024  # at most; vocabularies are padded to a round number, Phi-2's by 905
+
+
+def add_special_tokens_(model: DoubleHeads, tokenizer) -> None:
     """Give the model's vocabulary room for the tokenizer's control tokens, in place; new rows start at random.
 
     Raises `InputError` when the model's vocabulary is neither the tokenizer's nor that without its control tokens.
     """
     tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
-    have, want = model.config.vocab_size, len(tokenizer)
-    if have == want:
-        return
-    if have != tokenizer.vocab_size:
+    have, want = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if not want - len(SPECIAL_TOKENS) <= have <= want + SPARE_ROWS:
         raise InputError(f"--model_checkpoint: the model knows {have:,} tokens and its tokenizer {want:,} (control "
                          "tokens included); put the tokenizer's files that the model was trained with into its folder")
-    model.resize_token_embeddings(want, mean_resizing=False)
+    if have < want:
+        model.resize_token_embeddings(want, mean_resizing=False)
+    model.config.speaker_ids = tokenizer.convert_tokens_to_ids(ATTR_TO_SPECIAL_TOKEN["additional_special_tokens"])
 
 
-def save_model(model: DoubleHeadsModel, folder: str | Path) -> None:
-    """Write ``model.safetensors`` and ``config.json`` as plain transformers reads them, each complete or not at all."""
+def save_model(model: DoubleHeads, folder: str | Path) -> None:
+    """Write ``model.safetensors`` and ``config.json`` as plain transformers reads them, each complete or not at all.
+
+    What the plain architecture lacks goes to ``double_heads.safetensors`` beside them.
+    """
     folder = Path(folder)
     names = {ours: theirs for theirs, ours in model.renamed.items()}
-    weights = {}
+    weights, heads = {}, {}
     for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-            weights[".".join(names.get(part, part) for part in name.split("."))] = tensor.contiguous().cpu()
+        if name not in model.all_tied_weights_keys:
+            file = heads if name.split(".")[0] in model.apart else weights
+            file[".".join(names.get(part, part) for part in name.split("."))] = tensor.contiguous().cpu()
     write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
+    if heads:
+        write_tensors(heads, folder / HEADS, {"format": "pt"})
     config = model.config.to_diff_dict() | {"architectures": [model.architecture]}
     (folder / "config.json.unfinished").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(folder / "config.json.unfinished", folder / "config.json")

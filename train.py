@@ -49,7 +49,7 @@ def training(args: Namespace) -> Path | None:
     add_special_tokens_(model, tokenizer)
     model.to(args.device)
     if args.compile:
-        model.transformer.compile(dynamic=True)  # batches differ in length
+        model.base_model.compile(dynamic=True)  # batches differ in length
     train_loader, valid_loader = get_dataflow(args, tokenizer, model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-6, weight_decay=0.0, fused=True)

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from tqdm import tqdm
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from corpora import InputError, read_corpus
 
@@ -137,14 +138,15 @@ def _unpack(archive: Path) -> Path:
 
 
 class _Prepared:
-    """A transformers tokenizer whose text goes through ``prepare`` first and never becomes a control token."""
+    """Mixed into a tokenizer of transformers: text goes through ``prepare`` first and never becomes a control token."""
 
     def prepare(self, text: str) -> str:
         return text.strip()  # as the 2019 tokenizers did
 
     def first_piece(self, word: str, after_space: bool) -> int | None:
         """Id of the first token of a word that stands alone or after a space; None where no token can spell it."""
-        ids = self.backend_tokenizer.encode(" " * after_space + word, add_special_tokens=False).ids
+        before = self.backend_tokenizer.encode("a", add_special_tokens=False).ids if after_space else []
+        ids = self.backend_tokenizer.encode("a " * after_space + word, add_special_tokens=False).ids[len(before):]
         return ids[0] if ids and ids[0] != self.unk_token_id else None
 
     def _clean(self, text: str) -> str:
@@ -153,6 +155,7 @@ class _Prepared:
     def _encode_plus(self, text, *args, is_split_into_words=False, **kwargs):
         if not is_split_into_words:
             text = self._clean(text) if isinstance(text, str) else [self._clean(one) for one in text]
+        kwargs["add_special_tokens"] = False  # some would put a beginning before every text; inputs.py puts them
         return super()._encode_plus(text, *args, is_split_into_words=is_split_into_words, **kwargs)
 
 
@@ -204,6 +207,15 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
 TOKENIZERS = {"openai-gpt": OpenAIGPTTokenizer, "gpt2": GPT2Tokenizer}
 
 
+def _prepared(tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedTokenizerBase:
+    """Another family's tokenizer made one of ours, in place."""
+    family = type(tokenizer)
+    tokenizer.__class__ = type(family.__name__, (_Prepared, family), {
+        # Another process could not import a class that was made here: it makes it again.
+        "__reduce__": lambda self: (_prepared, (family.__new__(family),), self.__dict__)})
+    return tokenizer
+
+
 def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with the five control tokens in its vocabulary.
 
@@ -211,12 +223,19 @@ def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase
     ``config.json``) decides the class. Raises `InputError` when there is no usable config or tokenizer.
     """
     checkpoint = resolve_checkpoint(model_checkpoint)
-    tokenizer_class = TOKENIZERS[read_config(checkpoint).model_type]
+    family = read_config(checkpoint).model_type
     try:
-        tokenizer = tokenizer_class.from_pretrained(checkpoint, split_special_tokens=True)
+        if family in TOKENIZERS:
+            tokenizer = TOKENIZERS[family].from_pretrained(checkpoint, split_special_tokens=True)
+        else:
+            with quiet_transformers():
+                tokenizer = _prepared(transformers.AutoTokenizer.from_pretrained(
+                    checkpoint, split_special_tokens=True, trust_remote_code=False))
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         raise InputError(f"{checkpoint}: its tokenizer cannot be read ({_short(str(error))}); the folder needs "
                          "vocab.json and merges.txt, or tokenizer.json") from None
+    if not tokenizer.is_fast:
+        raise InputError(f"{checkpoint}: its tokenizer has no tokenizer.json; convert it to one first")
     if len(tokenizer) < 50:  # transformers makes an empty tokenizer of a folder without files
         raise InputError(f"{checkpoint}: no tokenizer files; add vocab.json and merges.txt, or tokenizer.json")
     tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
@@ -253,15 +272,15 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
             if family:
                 config = transformers.CONFIG_MAPPING[family].from_pretrained(checkpoint, num_labels=1)
             else:
-                config = transformers.AutoConfig.from_pretrained(checkpoint)
+                config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:  # a damaged file can make the library raise anything
         where = "its config.json cannot be read" if os.path.isdir(checkpoint) else \
             "neither a folder here nor a model the hub would give"
         raise InputError(f"--model_checkpoint {checkpoint}: {where} ({_short(str(error))}); "
                          "name a run folder, or a hub name with the network up") from None
-    if config.model_type not in TOKENIZERS:
-        raise InputError(f"--model_checkpoint {checkpoint}: is a '{config.model_type}' model; "
-                         f"known are {', '.join(TOKENIZERS)}")
+    if config.model_type not in {*TOKENIZERS, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}:
+        raise InputError(f"--model_checkpoint {checkpoint}: is a '{config.model_type}' model, no decoder that "
+                         "transformers knows; known are gpt2, openai-gpt, llama, qwen3, gpt_neox, opt and others")
     return config
 
 

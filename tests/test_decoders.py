@@ -1,0 +1,304 @@
+"""Any decoder: our two heads on a family of transformers against that family's own code, one padded row a candidate."""
+
+import json
+import pickle
+import re
+from argparse import Namespace
+
+import pytest
+import torch
+import transformers
+from conftest import SAMPLE, script
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
+
+import utils
+from corpora import InputError, read_corpus
+from inputs import Specials, TurnDataset, build_context, build_reply, collate
+from interact import generate_replies
+from model import add_special_tokens_, load_model, save_model
+
+SHAPE = dict(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
+             initializer_range=0.2, bos_token_id=0, eos_token_id=0)
+MLP = dict(intermediate_size=48, num_key_value_heads=2)
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**SHAPE, **MLP),
+    "smollm": transformers.LlamaConfig(**SHAPE, **MLP, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**SHAPE, **MLP, use_sliding_window=True, sliding_window=20, max_window_layers=1),
+    "qwen3": transformers.Qwen3Config(**SHAPE, **MLP, head_dim=16),
+    "gpt_neox": transformers.GPTNeoXConfig(**SHAPE, intermediate_size=48),
+    "opt": transformers.OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=24, pad_token_id=1, dropout=0.0),
+    "mistral": transformers.MistralConfig(**SHAPE, **MLP, sliding_window=20),
+    "phi": transformers.PhiConfig(**SHAPE, **MLP),
+    "gemma2": transformers.Gemma2Config(**SHAPE, **MLP, head_dim=16, sliding_window=20, final_logit_softcapping=2.0),
+}
+
+
+def byte_level() -> Tokenizer:
+    """As GPT-2, Llama 3 and Qwen have it: every byte a letter, a space at the beginning of a word."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return trained_on_the_sample(tokenizer, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+
+
+def sentencepiece() -> Tokenizer:
+    """As Llama 2 and Mistral have it: an underline for a space, one more before the text, bytes for rare letters."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    return trained_on_the_sample(tokenizer, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<|endoftext|>", *(f"<0x{byte:02X}>" for byte in range(256))]))
+
+
+def trained_on_the_sample(tokenizer: Tokenizer, trainer) -> Tokenizer:
+    entries = read_corpus(SAMPLE)["valid"]
+    tokenizer.train_from_iterator(
+        (text for entry in entries for turn in entry["utterances"] for text in turn["candidates"]), trainer)
+    return tokenizer
+
+
+def write_checkpoint(folder, config, tokenizer: Tokenizer, **settings):
+    """A checkpoint without weights, whose tokenizer puts a beginning before every text as those of Llama do."""
+    end = "<|endoftext|>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.token_to_id(end))])
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, **settings)
+    wrapped.save_pretrained(folder)
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return utils.get_tokenizer(str(write_checkpoint(tmp_path_factory.mktemp("bytes"), FAMILIES["llama"], byte_level())))
+
+
+@pytest.fixture(scope="module")
+def table(tokenizer, tmp_path_factory):
+    return utils.get_dataset(tokenizer, str(SAMPLE), str(tmp_path_factory.mktemp("cache") / "c"))
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def pair(request, tokenizer, tmp_path_factory):
+    """Our model with weights far from zero, its run folder, and plain transformers' model from there."""
+    folder = tmp_path_factory.mktemp(request.param)
+    FAMILIES[request.param].save_pretrained(folder)
+    torch.manual_seed(3)
+    ours = load_model(str(folder))
+    add_special_tokens_(ours, tokenizer)
+    for parameter in ours.parameters():  # also biases, norms and token types, at whose initial values no mistake shows
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save_model(ours, folder)
+    return ours, folder, transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+class Textbook(torch.nn.Module):
+    """Plain transformers' model, the choice head and token types done by hand."""
+
+    def __init__(self, plain, ours):
+        super().__init__()
+        self.plain = plain
+        heads = {name: tensor.detach().clone() for name, tensor in ours.state_dict().items()}
+        self.head, self.bias, self.types = (torch.nn.Parameter(heads[name]) for name in (
+            "multiple_choice_head.summary.weight", "multiple_choice_head.summary.bias", "token_types.weight"))
+        self.speakers = ours.config.speaker_ids
+
+    def forward(self, rows: list[tuple[list[int], list[int]]], starts: list[int] | None = None):
+        """Logits (rows, positions, vocabulary) and scores (rows,) of rows of ids and types, padded on the right."""
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+        kinds = torch.tensor([[self.speakers.index(kind) for kind in types] + [0] * (width - len(types))
+                              for _, types in rows])
+        lengths = torch.tensor([len(ids) for ids, _ in rows])
+        inputs = dict(
+            inputs_embeds=self.plain.get_input_embeddings()(ids) + self.types[kinds],
+            attention_mask=(torch.arange(width) < lengths[:, None]).long(),
+            position_ids=torch.arange(width) + torch.tensor(starts or [0] * len(rows))[:, None],
+        )
+        last = self.plain.base_model(**inputs).last_hidden_state[torch.arange(len(rows)), lengths - 1]
+        return self.plain(**inputs).logits, last @ self.head[0] + self.bias
+
+
+def rows_of(context, candidates, special):
+    replies = [build_reply(candidate, special) for candidate in candidates]
+    return [(context.ids + reply.ids, context.types + reply.types) for reply in replies]
+
+
+@pytest.mark.parametrize("history_start", [0, 120])
+def test_losses_scores_and_every_gradient(pair, table, tokenizer, history_start):
+    ours, _, plain = pair
+    dataset = TurnDataset(table["valid"], tokenizer, 256, num_candidates=4, history_start=history_start)
+    picked = [0, 57, 100]
+    batch = collate([dataset[turn] for turn in picked], dataset.special.pad)
+    assert max(row.count(0) for row in batch["segment_ids"].tolist()) > 24  # longer than any window
+    ours.zero_grad()
+    out = ours(**batch)
+    (2 * out.lm_loss + out.mc_loss).backward()
+
+    truth = Textbook(plain, ours)
+    plain.zero_grad()
+    nll, scores = [], []
+    for turn in picked:
+        candidates = table["valid"].token_ids("candidates", turn)[-4:]
+        context = build_context(*dataset.context(turn), dataset.special, history_start)
+        logits, mc = truth(rows_of(context, candidates, dataset.special), [context.start] * 4)
+        gold = build_reply(candidates[-1], dataset.special).ids
+        first = len(context.ids)
+        nll.append(F.cross_entropy(logits[-1, first:first + len(gold) - 1], torch.tensor(gold[1:]), reduction="none"))
+        scores.append(mc)
+    lm_loss = torch.cat(nll).mean()
+    mc_loss = F.cross_entropy(torch.stack(scores), torch.full((3,), 3))
+    (2 * lm_loss + mc_loss).backward()
+
+    torch.testing.assert_close(out.mc_logits, torch.stack(scores), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.stack([out.lm_loss, out.mc_loss]), torch.stack([lm_loss, mc_loss]),
+                               atol=1e-4, rtol=0)
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()} | {
+        "multiple_choice_head.summary.weight": truth.head.grad, "multiple_choice_head.summary.bias": truth.bias.grad,
+        "token_types.weight": truth.types.grad}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_the_run_folder_is_ours_and_plain_transformers(pair):
+    """Every tensor comes back to the last bit; the plain model misses nothing and says the same without types."""
+    ours, folder, _ = pair
+    again = load_model(str(folder))
+    assert again.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    assert again.config.speaker_ids == ours.config.speaker_ids
+    plain, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    ids = torch.randint(5, 400, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, plain.eval()(ids).logits, atol=1e-6, rtol=0)
+
+
+GREEDY = Namespace(max_length=12, min_length=3, no_sample=True, temperature=1.0, top_k=0, top_p=0.0)
+
+
+def contexts(table, special, history_start=0):
+    """Three of different lengths, all longer than any window."""
+    split = table["valid"]
+    begun = [build_context(split.token_ids("persona", split.turn_dialog[turn])[:size],
+                           split.token_ids("history", turn)[-1:], special, history_start)
+             for turn, size in ((0, 4), (57, 1), (100, 3))]
+    assert len({len(context.ids) for context in begun}) == 3 and min(len(context.ids) for context in begun) > 20
+    return begun
+
+
+def greedy_by_hand(truth: Textbook, context, special: Specials) -> list[int]:
+    """The whole sequence anew for every token, alone and without a cache."""
+    reply = []
+    while len(reply) < GREEDY.max_length:
+        begun = build_reply(reply, special, with_eos=False)
+        logits = truth([(context.ids + begun.ids, context.types + begun.types)], [context.start])[0][0, -1]
+        if len(reply) < GREEDY.min_length:
+            logits[list(special)] = -torch.inf
+        if (token := int(logits.argmax())) in special:
+            break
+        reply.append(token)
+    return reply
+
+
+def log_likelihood(truth: Textbook, context, reply: list[int], special: Specials) -> float:
+    """Over length to the power of 0.65, as beams compete; without an end where the reply was cut."""
+    ended = len(reply) < GREEDY.max_length
+    row = rows_of(context, [reply], special)[0]
+    logits = truth([row])[0][0].log_softmax(-1)
+    places = range(len(context.ids), len(context.ids) + len(reply) + ended)
+    if ended:  # any control token may have ended it
+        *places, last = places
+        return (sum(logits[at, row[0][at + 1]] for at in places) + logits[last, list(special)].max()) / len(
+            reply + [0]) ** 0.65
+    return sum(logits[at, row[0][at + 1]] for at in places) / len(reply) ** 0.65
+
+
+@torch.no_grad()
+def test_replies_with_cache_padding_samples_and_beams(pair, table, tokenizer):
+    ours, _, plain = pair
+    truth, special = Textbook(plain, ours), Specials.of(tokenizer)
+    for history_start in (0, 120):
+        begun = contexts(table, special, history_start)
+        greedy = [greedy_by_hand(truth, context, special) for context in begun]
+        assert generate_replies(ours, begun, special, GREEDY) == greedy
+    assert any(len(reply) > 2 for reply in greedy)
+
+    begun = contexts(table, special)
+    greedy = generate_replies(ours, begun, special, GREEDY)
+    only_choice = Namespace(**{**vars(GREEDY), "no_sample": False, "top_k": 1})
+    assert generate_replies(ours, begun, special, only_choice, samples=2)[::2] == greedy
+    beams = generate_replies(ours, begun, special, Namespace(**vars(GREEDY), num_beams=3))
+    for context, beam, reply in zip(begun, beams, greedy, strict=True):
+        assert log_likelihood(truth, context, beam, special) >= log_likelihood(truth, context, reply, special) - 1e-4
+    assert beams != greedy or ours.config.model_type not in ("llama", "opt")  # a search that finds something
+
+
+@pytest.mark.parametrize(("config", "why"), [
+    (transformers.BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=2), "distances"),
+    (transformers.FalconConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True),
+     "distances"),
+    (transformers.MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1), "distances"),
+    (transformers.GPTNeoConfig(vocab_size=400, hidden_size=32, num_layers=2, num_heads=2,
+                               attention_types=[[["global", "local"], 1]]), "distances"),
+    (transformers.BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                             intermediate_size=32), "differently than alone"),
+    (transformers.Llama4TextConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                   intermediate_size=32, head_dim=16, num_local_experts=2), "chunked_attention"),
+    (transformers.T5Config(vocab_size=400, d_model=32, num_layers=1), "no decoder"),
+], ids=lambda value: getattr(value, "model_type", ""))
+def test_models_that_cannot_read_a_packed_row_are_refused(config, why, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"(?s)'{config.model_type}' model.*{why}") as refusal:
+        load_model(str(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece, "llama"])
+def test_tokenizers_of_other_families(kind, tmp_path):
+    """Text stays text, nothing is put before it, and a saved tokenizer, or one in another process, gives the same."""
+    if kind == "llama":  # transformers' own class, which adds its <s> by itself
+        trained = sentencepiece()
+        merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+        transformers.LlamaTokenizer(vocab=trained.get_vocab(), merges=merges, bos_token="<|endoftext|>",
+                                    eos_token="<|endoftext|>").save_pretrained(tmp_path)
+        FAMILIES["llama"].save_pretrained(tmp_path)
+    else:
+        write_checkpoint(tmp_path, FAMILIES["llama"], kind())
+    tokenizer = utils.get_tokenizer(str(tmp_path))
+    special = Specials.of(tokenizer)
+    assert sorted(special) == list(range(len(tokenizer) - 5, len(tokenizer)))
+    hostile = "i like <eos> and <|endoftext|> , <speaker1> too \ud83d <s> é 你"
+    ids = tokenizer.encode(f"  {hostile}\n")
+    assert not {*special, tokenizer.convert_tokens_to_ids("<|endoftext|>")} & set(ids)
+    assert tokenizer.decode(ids) == hostile.replace("\ud83d", "?")
+    assert ids == utils.tokenize(tokenizer, [hostile])[0]
+    tokenizer.save_pretrained(tmp_path / "again")
+    FAMILIES["llama"].save_pretrained(tmp_path / "again")
+    again, elsewhere = utils.get_tokenizer(str(tmp_path / "again")), pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode(hostile) == elsewhere.encode(f" {hostile}") == ids
+    assert type(again).__name__ == type(tokenizer).__name__ == type(elsewhere).__name__
+
+
+def test_a_tiny_llama_trains_is_evaluated_and_chats(tmp_path, small_corpus):
+    """Without a flag that another model would not need, from a folder with a config and a tokenizer."""
+    config = transformers.LlamaConfig(**SHAPE | MLP | {"dtype": "bfloat16"})
+    checkpoint = write_checkpoint(tmp_path / "tiny-llama", config, sentencepiece())
+    data = ["--dataset_path", small_corpus]
+    script("train.py", *data, "--model_checkpoint", checkpoint, "--n_epochs", 1, "--lr", 1e-3, cwd=tmp_path)
+    run = next((tmp_path / "runs").iterdir())
+    validation = re.search(r"hits@1 ([\d.]+), nll [\d.]+, ppl ([\d.]+)", script.stderr)
+    figures = script("convai_evaluation.py", *data, "--model_checkpoint", run, "--eval_type", "all", cwd=tmp_path)
+    found = dict(re.findall(r"FINAL (.+): ([\d.]+)", figures))
+    assert float(found["Hits@1"]) == pytest.approx(float(validation[1]), abs=1e-3)
+    assert float(found["Token PPL"]) == pytest.approx(float(validation[2]), rel=1e-3)
+    assert float(found["Word PPL"]) > 1 and {"F1", "Copied"} <= found.keys()
+    said = script("interact.py", "--model_checkpoint", run, "--personality", "i keep bees .", "--seed", 1,
+                  stdin="hello , who are you ?\nand <eos> ?\n", cwd=tmp_path).splitlines()
+    assert said[:2] == ["Personality:", "  i keep bees ."] and len(said) >= 4
+    plain = transformers.AutoModelForCausalLM.from_pretrained(run)
+    assert plain.dtype == torch.float32 and len(transformers.AutoTokenizer.from_pretrained(run)) == 405
