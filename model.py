@@ -6,11 +6,13 @@ Knows token ids, positions and segments; knows nothing about text or files of di
 import json
 import logging
 import os
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -25,11 +27,13 @@ from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.utils import ModelOutput
 
-from corpora import InputError
+from corpora import InputError, command
 from inputs import IGNORED, NO_CANDIDATE
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     SPECIAL_TOKENS,
+    adapter_base,
+    get_tokenizer,
     quiet_transformers,
     read_config,
     resolve_checkpoint,
@@ -295,11 +299,14 @@ def autocast(device: str, fp16: str = "") -> torch.autocast:
 def load_model(model_checkpoint: str) -> DoubleHeads:
     """The double-heads model of a checkpoint, in evaluation mode and float32, on the CPU.
 
-    ``model_checkpoint`` is what `utils.resolve_checkpoint` takes: a hub name, a run folder of ours or of 2019, or a
-    folder without weights, which starts at random with a warning. Weights are read as tensors only; no pickled code
-    runs. Raises `InputError` when there is none, it cannot be read, or it cannot read packed rows.
+    ``model_checkpoint`` is what `utils.resolve_checkpoint` takes: a hub name, a run folder of ours or of 2019, a folder
+    without weights, which starts at random with a warning, or that of a PEFT adapter, which is merged into the model
+    that it names. Weights are read as tensors only; no pickled code runs. Raises `InputError` when there is none, it
+    cannot be read, or it cannot read packed rows.
     """
     checkpoint = resolve_checkpoint(model_checkpoint)
+    if base := adapter_base(checkpoint):
+        return _adapted(checkpoint, base)
     config = read_config(checkpoint)
     model_class = MODELS.get(config.model_type) or decoder_class(type(config))
     try:
@@ -391,12 +398,69 @@ def add_special_tokens_(model: DoubleHeads, tokenizer) -> None:
     model.config.speaker_ids = tokenizer.convert_tokens_to_ids(ATTR_TO_SPECIAL_TOKEN["additional_special_tokens"])
 
 
+def add_lora_(model: DoubleHeads, tokenizer, rank: int, model_checkpoint: str) -> None:
+    """Freeze the model, in place, but for low-rank updates of its linear layers (Hu et al. 2021).
+
+    Trained whole beside them: the choice head, the token types and the control tokens' own rows.
+    ``model_checkpoint``: what the model was loaded from, which the adapter will name as its base. Raises `InputError`
+    when that has no weights.
+    """
+    base = resolve_checkpoint(model_checkpoint)
+    if os.path.isdir(base) and not adapter_base(base) and not _weight_files(base):
+        raise InputError(f"--lora: {base} has no weights, and random ones would not be there to adapt when the adapter "
+                         "is loaded; train it without --lora, or name a model with weights")
+    names = {module: name for name, module in model.named_modules()}
+    tables = {model.get_input_embeddings(), *([] if model.all_tied_weights_keys else [model.get_output_embeddings()])}
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.1, target_modules="all-linear",
+        exclude_modules=r"multiple_choice_head\..*", fan_in_fan_out=model.config.model_type in MODELS,  # their Conv1D
+        modules_to_save=["multiple_choice_head", *(["token_types"] if isinstance(model, AnyDecoder) else [])],
+        trainable_token_indices={names[table]: tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS) for table in tables},
+        base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base, task_type="CAUSAL_LM",
+    )
+    with quiet_transformers():
+        get_peft_model(model, config)
+    model.train(model.training)  # the new layers too
+    model.peft_config["default"].exclude_modules = None  # the layers that it adapts go by their names now
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info("LoRA of rank %s: %s parameters are trained", rank, f"{trained:,}")
+
+
+def _adapted(checkpoint: str, base: str) -> DoubleHeads:
+    """The model of an adapter's folder: its base as it was trained on, with the adapter merged into it."""
+    try:
+        model = load_model(base)
+    except InputError as error:
+        raise InputError(f"--model_checkpoint {checkpoint}: adapts {base}: {error}") from None
+    config = read_config(checkpoint)
+    if config.vocab_size > model.get_input_embeddings().weight.shape[0]:  # room for control tokens
+        model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+    for name in {"history_start", "speaker_ids"} & vars(config).keys():
+        setattr(model.config, name, getattr(config, name))
+    try:
+        with quiet_transformers():
+            model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+    except Exception as error:  # peft and torch each raise their own
+        reason = str(error).strip().split("\n")[0][:160]
+        raise InputError(f"--model_checkpoint {checkpoint}: its adapter does not fit {base} ({reason}); "
+                         "fetch or train it again") from None
+    return model.eval()
+
+
 def save_model(model: DoubleHeads, folder: str | Path) -> None:
     """Write ``model.safetensors`` and ``config.json`` as plain transformers reads them, each complete or not at all.
 
-    What the plain architecture lacks goes to ``double_heads.safetensors`` beside them.
+    What the plain architecture lacks goes to ``double_heads.safetensors`` beside them. Of a model under `add_lora_`
+    only the adapter is written, as PEFT does, and ``config.json``.
     """
     folder = Path(folder)
+    if adapters := getattr(model, "peft_config", None):
+        adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
+        adapter = {f"base_model.model.{name}": tensor.contiguous().cpu() for name, tensor in adapter.items()}
+        write_tensors(adapter, folder / "adapter_model.safetensors", {"format": "pt"})
+        adapters["default"].save_pretrained(folder)
+        _write_config(model, folder)
+        return
     names = {ours: theirs for theirs, ours in model.renamed.items()}
     weights, heads = {}, {}
     for name, tensor in model.state_dict().items():
@@ -406,6 +470,32 @@ def save_model(model: DoubleHeads, folder: str | Path) -> None:
     write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
     if heads:
         write_tensors(heads, folder / HEADS, {"format": "pt"})
+    _write_config(model, folder)
+
+
+def _write_config(model: DoubleHeads, folder: Path) -> None:
     config = model.config.to_diff_dict() | {"architectures": [model.architecture]}
     (folder / "config.json.unfinished").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(folder / "config.json.unfinished", folder / "config.json")
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Merge the adapter that `train.py --lora` made into its base model.")
+    parser.add_argument("run", help="the adapter's run folder")
+    parser.add_argument("merged", type=Path, help="the ordinary run folder to write")
+    args = parser.parse_args()
+    if not adapter_base(resolve_checkpoint(args.run)):
+        raise InputError(f"{args.run}: has no adapter_config.json; there is nothing to merge")
+    model, tokenizer = load_model(args.run), get_tokenizer(args.run)
+    add_special_tokens_(model, tokenizer)
+    try:
+        args.merged.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(args.merged)
+        save_model(model, args.merged)
+    except OSError as error:
+        raise InputError(f"{args.merged}: cannot be written ({error.strerror or error})") from None
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    command(main)

@@ -23,7 +23,16 @@ from torch.utils.data import DataLoader
 
 from corpora import command, require_split
 from inputs import TurnDataset, build_input_from_segments, get_loader, longest_persona
-from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, add_special_tokens_, autocast, load_model, save_model
+from model import (
+    HALF,
+    DoubleHeadsModel,
+    DoubleHeadsOutput,
+    add_lora_,
+    add_special_tokens_,
+    autocast,
+    load_model,
+    save_model,
+)
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     SPECIAL_TOKENS,
@@ -47,6 +56,10 @@ def training(args: Namespace) -> Path | None:
     tokenizer = get_tokenizer(args.model_checkpoint)
     model = load_model(args.model_checkpoint)
     add_special_tokens_(model, tokenizer)
+    if args.lora:
+        add_lora_(model, tokenizer, args.lora, args.model_checkpoint)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
     model.to(args.device)
     if args.compile:
         model.base_model.compile(dynamic=True)  # batches differ in length
@@ -192,6 +205,9 @@ def parse_args() -> Namespace:
     add("--n_epochs", type=whole_number, default=3, help="0: only evaluate (default: %(default)s)")
     add("--eval_before_start", action="store_true", help="evaluate before the first epoch, too")
     add("--fp16", default="", choices=["", "O0", *HALF], help="half precision: apex's names, or bf16 (default: none)")
+    add("--lora", type=whole_number, default=0, metavar="RANK",
+        help="train low-rank updates of the model instead of all of it, and save those alone (default: 0, off)")
+    add("--gradient_checkpointing", action="store_true", help="compute states twice to save memory")
     add("--compile", action="store_true", help="compile the network first (gain not measured on GPUs)")
     add("--local_rank", type=int, default=-1, help="set by the 2019 launcher, which one process does without")
     add("--num_workers", type=whole_number, default=0, help="processes that build batches (default: %(default)s)")

@@ -12,6 +12,7 @@ import re
 import socket
 import tarfile
 import tempfile
+import warnings
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,13 +107,25 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
         return str(_unpack(download(model_checkpoint)))
     path = Path(model_checkpoint)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not adapter_base(str(path)):
             raise InputError(f"{path}: has no config.json; --model_checkpoint takes a run folder, or a folder with a "
                              "model's config.json and tokenizer files")
         return str(path)
     if path.exists() or model_checkpoint.count("/") > 1 or model_checkpoint.startswith((".", "/", "~")):
         raise InputError(f"{path}: no such folder; --model_checkpoint takes a run folder or a hub name")
     return model_checkpoint
+
+
+def adapter_base(checkpoint: str) -> str | None:
+    """The checkpoint that the PEFT adapter in a folder adapts; None where there is no adapter.
+
+    Raises `InputError` when its configuration cannot be read.
+    """
+    path = Path(checkpoint, "adapter_config.json")
+    try:
+        return str(json.loads(path.read_text("utf-8"))["base_model_name_or_path"]) if path.is_file() else None
+    except (ValueError, KeyError, TypeError, OSError):
+        raise InputError(f"{path}: names no base_model_name_or_path, the model to adapt; add it") from None
 
 
 def _unpack(archive: Path) -> Path:
@@ -252,7 +265,8 @@ def quiet_transformers():
     log.disable_progress_bar()
     hub.setLevel(logging.ERROR)  # it announces each of five tries to reach a hub that is not there
     try:
-        yield
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # what one library tells another
+            yield
     finally:
         log.set_verbosity(level)
         log.enable_progress_bar()
@@ -263,6 +277,8 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
     """The configuration of a resolved checkpoint. Raises `InputError` when there is none or its family is unknown."""
     family = None
     try:
+        if not Path(checkpoint, "config.json").is_file() and (base := adapter_base(checkpoint)):
+            return read_config(resolve_checkpoint(base))
         if not os.path.isdir(checkpoint):
             logger.info("Asking the hub for %s", checkpoint)
         elif "model_type" not in (settings := json.loads(Path(checkpoint, "config.json").read_text("utf-8"))):

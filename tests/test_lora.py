@@ -1,0 +1,111 @@
+"""--lora: what is trained and what is not, the adapter on disk, in plain PEFT, and merged."""
+
+import json
+import re
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import SAMPLE, TINY, error_line, make_checkpoint, script
+from test_decoders import FAMILIES, byte_level, write_checkpoint
+
+import model as network
+import utils
+from corpora import InputError
+from inputs import Specials, TurnDataset, collate
+from model import add_lora_, add_special_tokens_, load_model, save_model
+
+SMALL = dict(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.2)
+BASES = {name: FAMILIES[name] for name in ("llama", "smollm", "opt", "gpt_neox")} | {
+    "gpt2": transformers.GPT2Config(**SMALL), "openai-gpt": transformers.OpenAIGPTConfig(**SMALL)}
+
+
+def run_main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["model.py", *map(str, args)])
+    network.main()
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_an_adapter_from_training_to_merging(family, tmp_path, monkeypatch):
+    torch.manual_seed(4)
+    base = write_checkpoint(tmp_path / "base", BASES[family], byte_level())
+    if family == "openai-gpt":  # its tokenizer is of another make
+        base = make_checkpoint(tmp_path / "gpt", **{**SMALL, "vocab_size": 1146})
+    save_model(load_model(str(base)), base)
+    tokenizer = utils.get_tokenizer(str(base))
+    special = Specials.of(tokenizer)
+    model = load_model(str(base))
+    add_special_tokens_(model, tokenizer)
+    pretrained = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    add_lora_(model, tokenizer, 4, str(base))
+
+    table = utils.get_dataset(tokenizer, str(SAMPLE), str(tmp_path / "cache"))
+    dataset = TurnDataset(table["valid"], tokenizer, 256, num_candidates=3)
+    batch = collate([dataset[turn] for turn in (0, 57)], special.pad)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    for _ in range(3):
+        out = model(**batch)
+        (out.lm_loss + out.mc_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        trained = model(**batch)
+    untouched = {re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", name): parameter
+                 for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert untouched.keys() <= pretrained.keys() and len(untouched) > len(pretrained) / 2
+    assert all(torch.equal(parameter, pretrained[name]) for name, parameter in untouched.items())
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(map(torch.numel, learning)) < sum(map(torch.numel, pretrained.values())) / 3
+
+    run = tmp_path / "run"
+    run.mkdir()
+    save_model(model, run)
+    tokenizer.save_pretrained(run)
+    assert sorted(path.name for path in run.glob("*.safetensors")) == ["adapter_model.safetensors"]
+    assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+
+    run_main(monkeypatch, run, tmp_path / "merged")
+    merged = [load_model(str(folder)) for folder in (run, tmp_path / "merged")]
+    for again in merged:
+        with torch.no_grad():
+            out = again(**batch)
+        for figure in ("mc_logits", "logits"):
+            torch.testing.assert_close(out[figure], trained[figure], atol=1e-4, rtol=1e-4)
+    assert all(map(torch.equal, merged[0].state_dict().values(), merged[1].state_dict().values()))
+    assert type(merged[0]) is type(merged[1]) is type(load_model(str(base)))
+
+    if family != "openai-gpt":  # which plain transformers spells otherwise
+        plain = peft.AutoPeftModelForCausalLM.from_pretrained(run).eval()
+        ids = torch.tensor([[*special, *range(10, 30)]])
+        with torch.no_grad():
+            torch.testing.assert_close(plain(ids).logits, merged[0](ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_train_evaluate_and_refusals(trained, small_corpus, tmp_path, monkeypatch):
+    """On a run folder, with states computed twice; the figures of training and of the adapter's folder agree."""
+    flags = ["--dataset_path", small_corpus, "--n_epochs", 1]
+    script("train.py", *flags, "--model_checkpoint", trained, "--lora", 4, "--lr", 1e-2, "--gradient_checkpointing",
+           "--gradient_accumulation_steps", 1, cwd=tmp_path)
+    assert "LoRA of rank 4" in script.stderr
+    last = [line for line in script.stderr.splitlines() if "train: Validation: " in line][-1]
+    run = next((tmp_path / "runs").iterdir())
+    script("train.py", "--dataset_path", small_corpus, "--n_epochs", 0, "--model_checkpoint", run, cwd=tmp_path)
+    assert [line for line in script.stderr.splitlines() if "train: Validation: " in line] == [last]
+
+    complaint = error_line("train.py", *flags, "--model_checkpoint", TINY, "--lora", 4, cwd=tmp_path)
+    assert "has no weights" in complaint and "--lora" in complaint
+    with pytest.raises(InputError, match="nothing to merge"):
+        run_main(monkeypatch, trained, tmp_path / "merged")
+    settings = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/no/such/model"}))
+    with pytest.raises(InputError, match="adapts /no/such/model: .*no such folder"):
+        load_model(str(run))
+    (run / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="adapter_config.json: names no base_model_name_or_path"):
+        load_model(str(run))
+    (run / "adapter_config.json").write_text(json.dumps(settings))
+    (run / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="its adapter does not fit"):
+        load_model(str(run))
