@@ -42,7 +42,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/test-installed: $(VENV)/installed requirements-web.txt requirements-test.txt
+$(VENV)/test-installed: $(VENV)/installed requirements-web.txt requirements-feedback.txt requirements-test.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-test.txt
 	touch $@
 

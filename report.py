@@ -111,26 +111,36 @@ def _page(report: dict) -> str:
     parts = [f"<h1>Evaluation of {escape(str(report['settings']['model_checkpoint']))}</h1>"
              f"<p class=faint>{report['turns']:,} validation turns</p><dl>{figures}</dl>"]
     if "ranks" in report:
-        parts.append("<h2>Rank of the gold reply</h2>" + _bars(
+        parts.append("<h2>Rank of the gold reply</h2>" + bars(
             ["rank", "turns"], [([str(rank), f"{count:,}"], count) for rank, count in enumerate(report["ranks"], 1)]))
         parts.append(
             "<h2>Calibration of the choice head</h2>"
             "<p>How often the likeliest candidate was the gold reply, by the probability it was given. "
-            f"Expected calibration error: {report['calibration_error']:.3f}.</p>" + _bars(
-                ["given", "on average", "turns", "was gold"],
-                [([f"{one['from']:.1f} to {one['to']:.1f}", f"{one['confidence']:.2f}", f"{one['turns']:,}",
-                   f"{one['accuracy']:.2f}"], one["accuracy"]) for one in report["calibration"]], largest=1.0))
+            f"Expected calibration error: {report['calibration_error']:.3f}.</p>" +
+            calibration_table(report["calibration"], "turns", "was gold"))
         parts.append(f"<h2>The {len(report['worst'])} worst turns</h2>" + "".join(map(_turn, report["worst"])))
     if "replies" in report:
         rows = "".join(f"<tr><td>{escape(' '.join(one['history']))}</td><td class=gold>{escape(one['gold'])}</td>"
                        f"<td>{escape(one['reply'])}</td></tr>" for one in report["replies"])
         parts.append("<h2>Replies</h2><table><tr><th>to</th><th>gold</th><th>generated</th></tr>" + rows + "</table>")
     parts.append(f"<h2>Settings</h2><dl>{settings}</dl>")
+    return html("Evaluation", parts)
+
+
+def html(title: str, parts: list[str]) -> str:
+    """A whole page of ``parts``."""
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>Evaluation</title><style>{STYLE}</style><body>" + "\n".join(parts) + "</body></html>\n")
+            f"<title>{title}</title><style>{STYLE}</style><body>" + "\n".join(parts) + "</body></html>\n")
 
 
-def _bars(names: list[str], rows: list[tuple[list[str], float]], largest: float | None = None) -> str:
+def calibration_table(bins: list[dict], unit: str, right: str) -> str:
+    """`calibration`'s bins as a table with bars."""
+    rows = [([f"{one['from']:.1f} to {one['to']:.1f}", f"{one['confidence']:.2f}", f"{one['turns']:,}",
+              f"{one['accuracy']:.2f}"], one["accuracy"]) for one in bins]
+    return bars(["given", "on average", unit, right], rows, largest=1.0)
+
+
+def bars(names: list[str], rows: list[tuple[list[str], float]], largest: float | None = None) -> str:
     """A table with a bar at each row's end."""
     largest = largest or max(value for _, value in rows) or 1
     head = "".join(f"<th class=number>{name}</th>" for name in names) + "<th></th>"

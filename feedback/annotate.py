@@ -1,0 +1,392 @@
+"""Ask people which of two replies is better, in the terminal or, with --web, in the browser.
+
+    python -m feedback.annotate --pairs pairs.jsonl --answers answers.jsonl --annotator anna [--questions] [--web]
+
+Each answer is on the disk before the next question appears; started again, it goes on with what is not answered yet.
+Several people may share a file of answers: how far they agree is shown at the end. ``--simulate`` answers by a rule.
+This file also reads answers; it knows nothing of models.
+"""
+
+import json
+import logging
+import random
+import sys
+import textwrap
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import combinations
+from pathlib import Path
+from threading import Lock
+
+from corpora import InputError, command
+from feedback.metrics import asks_question
+from feedback.pairs import append_lines, read_lines, read_pairs, report_left_out
+
+QUESTIONS = ("empathy", "relevance", "fluency")
+CHOICES = (0, 1, "tie", "bad")  # the first reply of the pair, the second, equally good, both bad
+KEYS = {"a": 0, "b": 1, "t": "tie", "x": "bad"}  # of the reply shown first, shown second
+logger = logging.getLogger("feedback.annotate")
+
+
+# ----------------------------------------------------------------------------------------------------- answers
+
+
+def is_answer(record: dict) -> bool:
+    """Whether a line of JSON has an answer's fields with their types."""
+    questions = record.get("questions", {})
+    return (isinstance(record.get("pair"), str) and bool(record.get("annotator"))
+            and isinstance(record["annotator"], str) and _is_choice(record.get("choice"))
+            and isinstance(questions, dict) and all(name in QUESTIONS and _is_choice(value) and value != "bad"
+                                                    for name, value in questions.items()))
+
+
+def _is_choice(value: object) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool) and value in CHOICES
+
+
+def read_answers(paths: Iterable[str | Path], pairs: dict[str, dict]) -> dict[tuple[str, str], dict]:
+    """Answers by (annotator, pair name).
+
+    Named, counted and left out are: lines that are no answer, such as half ones; answers to pairs that ``pairs`` has
+    not, as of another model or an edited file; and those that contradict another one of the same person, both of them.
+    Raises `InputError` when a file cannot be read.
+    """
+    answers: dict[tuple[str, str], dict] = {}
+    for path in map(Path, paths):
+        problems: dict[str, list[int]] = {}
+        places: dict[tuple[str, str], list[int]] = {}
+        contradicted = set()
+        for number, record in read_lines(path):
+            if record is None or not is_answer(record):
+                problems.setdefault("that are no whole answer", []).append(number)
+                continue
+            if record["pair"] not in pairs:
+                problems.setdefault("about pairs that the file of pairs has not (another model's, or edited)",
+                                    []).append(number)
+                continue
+            key = record["annotator"], record["pair"]
+            places.setdefault(key, []).append(number)
+            if key in answers and answers[key]["choice"] != record["choice"]:
+                contradicted.add(key)
+            answers[key] = record
+        for key in sorted(contradicted):
+            problems.setdefault("that contradict each other, of one person about one pair", []).extend(places[key])
+            del answers[key]
+        report_left_out(path, problems)
+    return answers
+
+
+def preferences(pairs: dict[str, dict], answers: dict[tuple[str, str], dict]) -> tuple[list[tuple[dict, int]], Counter]:
+    """What most people prefer: (pair, number of its better reply), in the order of ``pairs``.
+
+    And how many pairs have no better reply, by the reason.
+    """
+    votes: dict[str, Counter] = {}
+    for (_, name), answer in answers.items():
+        votes.setdefault(name, Counter())[answer["choice"]] += 1
+    better, without = [], Counter({"not answered": len(pairs) - len(votes)})
+    for name, pair in pairs.items():
+        if name not in votes:
+            continue
+        first, second = votes[name][0], votes[name][1]
+        if first != second:
+            better.append((pair, int(second > first)))
+        elif first:
+            without["people who disagree"] += 1
+        else:
+            without["a tie" if votes[name]["tie"] else "both bad"] += 1
+    return better, +without
+
+
+def cohen_kappa(first: list, second: list) -> float:
+    """Agreement of two people beyond chance (Cohen 1960): 1 always, 0 as by chance; NaN where chance is certain."""
+    total = len(first)
+    observed = sum(a == b for a, b in zip(first, second, strict=True)) / total
+    counts = Counter(first), Counter(second)
+    chance = sum(counts[0][value] * counts[1][value] for value in counts[0]) / total ** 2
+    return (observed - chance) / (1 - chance) if chance < 1 else float("nan")
+
+
+def agreement(answers: dict[tuple[str, str], dict]) -> list[str]:
+    """A line each two annotators, choices and questions: in how many pairs both answered, and their kappa."""
+    lines = []
+    people = list(dict.fromkeys(person for person, _ in answers))
+    for one, other in combinations(people, 2):
+        common = [(answers[one, name], answers[other, name]) for person, name in answers
+                  if person == one and (other, name) in answers]
+        for what in ("choice", *QUESTIONS):
+            values = [tuple(answer["choice"] if what == "choice" else answer.get("questions", {}).get(what)
+                            for answer in two) for two in common]
+            values = [two for two in values if None not in two]
+            if values:
+                kappa = cohen_kappa(*map(list, zip(*values, strict=True)))
+                lines.append(f"{one} and {other}, {what}: {len(values):,} pairs, kappa {kappa:.2f}")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------- questions
+
+
+class Session:
+    """What one file of answers still lacks, and writing to it.
+
+    Every annotator gets the pairs in the same order, so that those of several people overlap from the first on, and
+    sides shuffled in an order of their own; both follow from ``seed``.
+    """
+
+    def __init__(self, pairs: dict[str, dict], path: Path, seed: int, questions: bool):
+        self.pairs, self.path, self.seed, self.questions = pairs, path, seed, questions
+        self.order = sorted(pairs, key=lambda name: random.Random(f"{seed} {name}").random())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_lines(path, [])  # whether it can be written is better known before the work than after
+        self.answered = {key: answer["choice"] for key, answer in read_answers([path], pairs).items()}
+        self.lock = Lock()
+
+    def sides(self, annotator: str, name: str) -> list[int]:
+        """Numbers of the replies as this annotator sees them: [0, 1] or [1, 0]."""
+        return random.Random(f"{self.seed} {annotator} {name}").sample([0, 1], 2)
+
+    def done(self, annotator: str) -> int:
+        return sum(person == annotator for person, _ in self.answered)
+
+    def next(self, annotator: str) -> str | None:
+        """Name of the next pair; None when all are answered."""
+        return next((name for name in self.order if (annotator, name) not in self.answered), None)
+
+    def question(self, annotator: str) -> dict:
+        """What to show: ``pair``, ``context`` (a line each, who said it and what) and ``replies``; ``progress``."""
+        done = self.done(annotator)
+        progress = f"{done:,} of {len(self.order):,} answered"
+        if (name := self.next(annotator)) is None:
+            return {"pair": None, "progress": progress}
+        pair = self.pairs[name]
+        context = [["persona", text] for text in pair["persona"]]
+        for back, text in zip(range(len(pair["history"]), 0, -1), pair["history"], strict=True):
+            context.append(["person" if back % 2 else "bot", text])
+        return {"pair": name, "progress": progress, "context": context,
+                "replies": [pair["replies"][number]["text"] for number in self.sides(annotator, name)],
+                "questions": list(QUESTIONS) if self.questions else []}
+
+    def answer(self, annotator: str, name: str, key: str, questions: dict[str, str]) -> bool:
+        """Write an answer given by `KEYS`; it is on the disk when this returns.
+
+        False, and nothing is written, when it is not one: an unknown pair, one answered already, or an unknown key.
+        """
+        with self.lock:
+            asked = QUESTIONS if self.questions else ()
+            if (not annotator or name not in self.pairs or (annotator, name) in self.answered or key not in KEYS
+                    or set(questions) != set(asked) or not all(value in KEYS and value != "x"
+                                                               for value in questions.values())):
+                return False
+            sides = self.sides(annotator, name)
+
+            def choice(key: str):
+                value = KEYS[key]
+                return sides[value] if isinstance(value, int) else value
+
+            record = {"pair": name, "annotator": annotator, "choice": choice(key), "shown": sides}
+            if asked:
+                record["questions"] = {question: choice(value) for question, value in questions.items()}
+            append_lines(self.path, [record])
+            self.answered[annotator, name] = record["choice"]
+            return True
+
+
+# ----------------------------------------------------------------------------------------------------- terminal
+
+
+@contextmanager
+def single_keys() -> Iterator[None]:
+    """A terminal gives each key at once, without Enter and without showing it."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios  # not on Windows, where only pipes and --web work
+    import tty
+
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin, termios.TCSANOW)  # keys that were pressed already stay
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def read_key() -> str:
+    """The next key, lower case; from a pipe the first letter of the next line. Raises ``EOFError`` at the end."""
+    key = sys.stdin.read(1) if sys.stdin.isatty() else sys.stdin.readline()
+    if key in ("", "\x04"):
+        raise EOFError
+    return key.strip()[:1].lower()
+
+
+def ask(prompt: str, keys: Iterable[str]) -> str:
+    """One of ``keys``, asked for until it is one."""
+    while True:
+        print(prompt, end=" ", flush=True)
+        key = read_key()
+        print(key if key.isprintable() else "")
+        if key in keys:
+            return key
+        print(f"  {key!r} is none of {' '.join(keys)}")
+
+
+def printable(text: str) -> str:
+    """No terminal escapes, whoever wrote the file."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def in_terminal(session: Session, annotator: str) -> None:
+    """Ask until all is answered, ``q`` or the end of the input."""
+    names = {"persona": "   ", "person": "  –", "bot": "  ="}
+    with suppress(EOFError), single_keys():
+        while (question := session.question(annotator))["pair"]:
+            print(f"\n{question['progress']}")
+            for who, text in question["context"]:
+                print(textwrap.fill(printable(text), 100, initial_indent=f"{names[who]} ", subsequent_indent="    "))
+            for letter, text in zip("AB", question["replies"], strict=True):
+                print(textwrap.fill(printable(text), 100, initial_indent=f"\n  {letter}  ", subsequent_indent="     "))
+            key = ask("\nThe better reply: a, b, t tie, x both bad, q stop?", (*KEYS, "q"))
+            if key == "q":
+                break
+            details = {name: ask(f"  {name}: a, b, t?", "abt") for name in question["questions"]}
+            session.answer(annotator, question["pair"], key, details)
+    print(f"\n{session.question(annotator)['progress']}; the answers are in {session.path}")
+
+
+# ------------------------------------------------------------------------------------------------------ browser
+
+PAGE = Path(__file__).with_name("annotate.html")
+
+
+def web_server(session: Session, port: int) -> ThreadingHTTPServer:
+    """A server of the page on this machine alone; ``port`` 0: any free one. Raises `InputError` when it is taken."""
+    page = PAGE.read_bytes()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/":
+                self.reply(200, page, "text/html; charset=utf-8")
+            else:
+                self.reply(404, b"", "text/plain")
+
+        def do_POST(self) -> None:
+            """An answer, or nothing, in; the next question out. 409 when the answer was not taken."""
+            # Only our own page can send this type: a stranger's page would have to ask the browser's leave first.
+            if self.path != "/" or self.headers.get("Content-Type") != "application/json":
+                return self.reply(404, b"", "text/plain")
+            try:
+                sent = json.loads(self.rfile.read(min(int(self.headers["Content-Length"]), 10_000)))
+                annotator = sent["annotator"].strip()[:100]
+                taken = "pair" not in sent or session.answer(annotator, sent["pair"], sent["key"], sent["questions"])
+            except (KeyError, TypeError, ValueError, AttributeError):
+                return self.reply(400, b"", "text/plain")
+            self.reply(200 if taken else 409, json.dumps(session.question(annotator)).encode(), "application/json")
+
+        def reply(self, status: int, body: bytes, kind: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args) -> None:
+            """Nothing: the terminal shows the address."""
+
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        raise InputError(f"--port {port}: cannot be used ({error.strerror}); give another, or 0 for any") from None
+
+
+# ------------------------------------------------------------------------------------------- simulated annotators
+
+
+def rule_score(reply: str) -> float:
+    """How much the simulated annotator likes a reply: its words, and a question counts as ten."""
+    return len(reply.split()) + 10.0 * asks_question(reply)
+
+
+def by_rule(pair: dict, draw: random.Random, noise: float) -> int | str:
+    """The reply of the higher `rule_score`; the other one with probability ``noise``."""
+    first, second = (rule_score(reply["text"]) for reply in pair["replies"])
+    if first == second:
+        return "tie"
+    return int((second > first) != (draw.random() < noise))
+
+
+def by_coin(pair: dict, draw: random.Random, noise: float) -> int:
+    """Either reply, whatever they are: the control, from which nothing can be learnt."""
+    return draw.randrange(2)
+
+
+SIMULATED: dict[str, Callable] = {"rule": by_rule, "coin": by_coin}
+
+
+def simulate(session: Session, annotator: str, how: str, noise: float) -> None:
+    """Answer all that is not answered yet, seeded by session and pair."""
+
+    def answers() -> Iterator[dict]:
+        for name in session.order:
+            if (annotator, name) not in session.answered:
+                draw = random.Random(f"{session.seed} {how} {name}")
+                yield {"pair": name, "annotator": annotator, "choice": SIMULATED[how](session.pairs[name], draw, noise)}
+
+    append_lines(session.path, list(answers()))
+
+
+# --------------------------------------------------------------------------------------------- the command line
+
+
+def _probability(text: str) -> float:
+    try:
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    except ValueError:
+        pass
+    raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+
+
+def annotate(args: Namespace) -> None:
+    session = Session(read_pairs(args.pairs), Path(args.answers), args.seed, args.questions)
+    if args.simulate:
+        simulate(session, args.annotator or args.simulate, args.simulate, args.noise)
+    elif args.web:
+        with web_server(session, args.port) as server:
+            print(f"Open http://127.0.0.1:{server.server_address[1]}/ ; Ctrl-C ends it.", flush=True)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                print()
+    elif not args.annotator:
+        raise InputError("--annotator: who is answering? Give a name; only the page (--web) asks for it itself")
+    else:
+        in_terminal(session, args.annotator)
+    answers = read_answers([args.answers], session.pairs)
+    people = Counter(person for person, _ in answers)
+    print(*(f"{person}: {count:,} of {len(session.pairs):,} pairs" for person, count in people.items()),
+          *agreement(answers), sep="\n")
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m feedback.annotate", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--pairs", default="pairs.jsonl", metavar="FILE", help="of feedback.collect (default: %(default)s)")
+    add("--answers", default="answers.jsonl", metavar="FILE", help="where the answers go (default: %(default)s)")
+    add("--annotator", default="", metavar="NAME", help="who is answering")
+    add("--questions", action="store_true", help=f"also ask which reply is better in {', '.join(QUESTIONS)}")
+    add("--web", action="store_true", help="ask in the browser; everybody who opens the page gives a name there")
+    add("--port", type=int, default=8000, help="of the page, 0: any free one (default: %(default)s)")
+    add("--simulate", choices=SIMULATED, metavar="HOW",
+        help="answer everything: by the rule that longer answers that ask a question win, or by coin")
+    add("--noise", type=_probability, default=0.1, help="how often the rule's answer is turned (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of order, sides and simulation (default: %(default)s)")
+    annotate(parser.parse_args())
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    command(main)

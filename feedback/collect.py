@@ -1,0 +1,167 @@
+"""Collect pairs of replies to compare: two or more replies of one model to each of many contexts.
+
+    python -m feedback.collect --model_checkpoint RUN --dataset_path DATA.json --pairs pairs.jsonl
+
+Stopped and started again with the same flags, it goes on. A line of the file is one pair, with all that is needed to
+make it again: see `collect`.
+"""
+
+import hashlib
+import logging
+import os
+import shlex
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from corpora import InputError, command, require_split
+from feedback.pairs import append_lines, is_pair, pair_name, read_lines
+from inputs import TurnDataset
+from interact import add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
+from model import DoubleHeadsModel
+from utils import add_common_flags, get_dataset, positive_number
+
+DECODING = ("no_sample", "max_length", "min_length", "temperature", "top_k", "top_p", "num_beams", "length_penalty",
+            "no_repeat_ngram_size")
+logger = logging.getLogger("feedback.collect")
+
+
+def model_hash(model: DoubleHeadsModel) -> str:
+    """A name for a model's weights: the same for the same weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def decoders(args: Namespace) -> list[Namespace]:
+    """The command line's decoder, or one a ``--decoder``, each the command line's with its own flags on top."""
+    parser = ArgumentParser(prog="--decoder", add_help=False)
+    add_decoding_flags(parser)
+    parser.set_defaults(**{name: getattr(args, name) for name in (*DECODING, "fp16", "seed")})
+    return [parser.parse_args(shlex.split(flags)) for flags in args.decoder or [""]]
+
+
+def collect(args: Namespace) -> int:
+    """Write ``--pairs``; returns how many there are in the file.
+
+    A line has ``pair``, its name (`pair_name`); ``persona`` and ``history`` as texts; two ``replies``, each with its
+    ``text``, token ``ids``, whether it ``ended`` by itself, and its number among the ``decoders``; and how it was made:
+    ``checkpoint`` and ``model`` (`model_hash`), ``data``, ``split``, ``dialog`` and ``turn``, ``max_history``, the
+    flags of each decoder, and the ``batch`` of turns that was decoded at once under ``seed``.
+
+    Batches are decoded in a fixed order, each under a seed of its own, so that what a kill interrupts can be made
+    again: the last batch in the file is, when collecting goes on.
+    """
+    model, tokenizer = load_checkpoint(args)
+    table = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
+    split = require_split(table, args.split, args.dataset_path)
+    dataset = TurnDataset(split, tokenizer, model.config.max_position_embeddings, max_history=args.max_history,
+                          history_start=model.history_start)
+    if args.contexts > len(dataset):
+        logger.warning("--contexts %s: the '%s' split has only %s turns", args.contexts, args.split, len(dataset))
+    order = np.random.default_rng(args.seed).permutation(len(dataset))[:args.contexts].tolist()
+    batches = [order[start:start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+    ways = decoders(args)
+    made = {
+        "checkpoint": args.model_checkpoint, "model": model_hash(model),
+        "data": table.metadata["key"][:16], "split": args.split, "max_history": args.max_history,
+        "decoders": [{name: getattr(way, name) for name in DECODING} for way in ways],
+    }
+
+    path, skipped = Path(args.pairs), Counter()
+    kept = _kept(path, made, batches, args.seed)
+    for number in tqdm(range(_batches_done(kept, args.seed), len(batches)), desc="Collecting", unit=" batches"):
+        turns = batches[number]
+        lines = []
+        contexts = [fitted_context(model, *dataset.context(turn), dataset.special, args.max_length) for turn in turns]
+        torch.manual_seed(args.seed + number)
+        said: list[list[dict]] = [[] for _ in turns]  # of each context, its replies
+        for way_number, way in enumerate(ways):
+            ids = generate_replies(model, contexts, dataset.special, way, samples=args.replies)
+            for place, reply in enumerate(ids):
+                said[place // args.replies].append({
+                    "text": readable(tokenizer, reply), "ids": reply, "ended": len(reply) < way.max_length,
+                    "decoder": way_number})
+        for turn, replies in zip(turns, said, strict=True):
+            dialog = int(split.turn_dialog[turn])
+            for pair in combinations(replies, 2):
+                if pair[0]["text"] == pair[1]["text"]:
+                    skipped["the same words"] += 1
+                    continue
+                record = made | {
+                    "dialog": dialog, "turn": turn, "seed": args.seed + number, "batch": turns,
+                    "persona": split.texts("persona", dialog),
+                    "history": split.texts("history", turn)[-dataset.num_utterances:], "replies": list(pair)}
+                lines.append({"pair": pair_name(record)} | record)
+        append_lines(path, lines)
+        kept += lines
+    if skipped:
+        logger.info("%s pairs were %s twice: nothing to compare", f"{skipped.total():,}", *skipped)
+    logger.info("%s: %s pairs of %s contexts", path, f"{len(kept):,}", f"{len(order):,}")
+    return len(kept)
+
+
+def _kept(path: Path, made: dict, batches: list[list[int]], seed: int) -> list[dict]:
+    """What an earlier start has left of whole batches; the file is cut there.
+
+    Raises `InputError` when the file was made another way or holds anything else.
+    """
+    if not path.exists():
+        return []
+    lines = list(read_lines(path))
+    if lines and lines[-1][1] is None:  # half written
+        lines.pop()
+    for number, record in lines:
+        if record is None or not is_pair(record):
+            raise InputError(f"{path}: line {number} is no pair; mend it, or name another file with --pairs")
+        place = record.get("seed", 0) - seed
+        same_batch = 0 <= place < len(batches) and record.get("batch") == batches[place]
+        if other := [name for name, value in made.items() if record.get(name) != value and name != "checkpoint"]:
+            raise InputError(f"{path}: line {number} was made with another {', '.join(other)}; give the same flags to "
+                             "go on, or name another file with --pairs")
+        if not same_batch:
+            raise InputError(f"{path}: line {number} is of another choice of contexts; give the same --seed, "
+                             "--contexts and --batch_size to go on, or name another file with --pairs")
+    records = [record for _, record in lines]
+    last = max((record["seed"] for record in records), default=0)
+    records = [record for record in records if record["seed"] < last]
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.unlink(missing_ok=True)
+    append_lines(unfinished, records)
+    os.replace(unfinished, path)
+    return records
+
+
+def _batches_done(kept: list[dict], seed: int) -> int:
+    return max((record["seed"] - seed + 1 for record in kept), default=0)
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m feedback.collect", description=__doc__.splitlines()[0])
+    add_common_flags(parser, model_checkpoint="")
+    add_decoding_flags(parser)
+    add = parser.add_argument
+    add("--pairs", default="pairs.jsonl", metavar="FILE", help="where the pairs go (default: %(default)s)")
+    add("--split", default="valid", help="of the data, whose contexts are answered (default: %(default)s)")
+    add("--contexts", type=positive_number, default=500, metavar="N", help="how many (default: %(default)s)")
+    add("--replies", type=positive_number, default=2, metavar="N",
+        help="a context and decoder, computed once; each two make a pair (default: %(default)s)")
+    add("--decoder", action="append", metavar="FLAGS",
+        help="compare decoders: decoding flags in quotes, '--temperature 0.7'; may be given several times")
+    add("--batch_size", type=positive_number, default=32, help="contexts at once (default: %(default)s)")
+    args = parser.parse_args()
+    if args.replies * len(args.decoder or [""]) < 2:
+        raise InputError("--replies 1 and one decoder: there is nothing to compare; ask for 2, or give two --decoder")
+    collect(args)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    command(main)

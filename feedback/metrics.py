@@ -1,0 +1,140 @@
+"""Qualities of an utterance that can be measured without asking anybody, and how dialogs usually go on in them.
+
+The metrics are those of Saleh et al. (2020, "Hierarchical reinforcement learning for open-domain dialog"); DYME (von
+Unold et al. 2021) learns from dialogs which values the next utterance should have. Texts only, no network. Libraries
+are imported where they are used: each takes a second, and who annotates needs none.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+
+QUESTION_WORDS = frozenset(
+    "who whom whose what when where why which how "
+    "is are am was were do does did have has had can could will would shall should may might "
+    "isn't aren't wasn't weren't don't doesn't didn't haven't hasn't hadn't can't couldn't won't wouldn't "
+    "shouldn't".split())
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words, apostrophes within them kept."""
+    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
+
+
+# Each metric takes the utterance and the dialog so far, oldest first, and gives a number, the more the better.
+
+
+def sentiment(utterance: str, history: Sequence[str] = ()) -> float:
+    """-1 (negative) to 1 (positive): VADER's compound score (Hutto and Gilbert 2014)."""
+    return _vader().polarity_scores(utterance)["compound"]
+
+
+def question(utterance: str, history: Sequence[str] = ()) -> float:
+    """1 if it asks something: has a question mark and a question word."""
+    return float(asks_question(utterance))
+
+
+def asks_question(utterance: str) -> bool:
+    return "?" in utterance and not QUESTION_WORDS.isdisjoint(word.replace("’", "'") for word in words(utterance))
+
+
+def repetition(utterance: str, history: Sequence[str] = ()) -> float:
+    """-1 (says nothing new) to 0: less the share of its words that the speaker has said before.
+
+    Before: earlier in the utterance, or in the speaker's own turns, every second one of ``history`` counted back.
+    Words of fewer than four letters do not count: they are taken for grammar, which repeats.
+    """
+    said = {word for text in list(history)[-2::-2] for word in words(text)}
+    repeated = total = 0
+    for word in words(utterance):
+        if len(word) >= 4:
+            repeated, total = repeated + (word in said), total + 1
+            said.add(word)
+    return -repeated / total if total else 0.0
+
+
+def similarity(utterance: str, history: Sequence[str] = ()) -> float:
+    """0 to 1: cosine of the words and word pairs of the utterance and of what the other person said last."""
+    if not history:
+        return 0.0
+    rows = _vectorizer().transform([utterance, history[-1]])
+    return float(rows[0].multiply(rows[1]).sum())
+
+
+def toxicity(utterance: str, history: Sequence[str] = ()) -> float:
+    """-1 (abusive) to 0: less the probability that profanity-check's linear model gives."""
+    from profanity_check import predict_prob  # half a second to import
+
+    return -float(predict_prob([utterance])[0]) if utterance.strip() else 0.0
+
+
+METRICS: dict[str, Callable[..., float]] = {one.__name__: one for one in
+                                            (sentiment, question, repetition, similarity, toxicity)}
+WEIGHTS = {"sentiment": 0.15, "question": 0.25, "repetition": 0.5, "similarity": 0.05, "toxicity": 0.05}
+
+
+@cache
+def _vader():
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
+
+
+@cache
+def _vectorizer():
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    return HashingVectorizer(ngram_range=(1, 2), alternate_sign=False)
+
+
+def measure(utterance: str, history: Sequence[str]) -> np.ndarray:
+    """All metrics, (5,), in the order of `METRICS`."""
+    return np.array([metric(utterance, history) for metric in METRICS.values()])
+
+
+def weighted(utterance: str, history: Sequence[str], weights: dict[str, float] = WEIGHTS) -> float:
+    """The metrics as one reward."""
+    return float(sum(weights[name] * metric(utterance, history) for name, metric in METRICS.items() if weights[name]))
+
+
+class Dyme:
+    """How the metrics of the next utterance follow from the dialog so far.
+
+    A ridge regression from the metrics of the last ``WINDOW`` utterances (0 where there are fewer), how many there are,
+    and the lengths of the last two, to the metrics of the next one. (von Unold et al. use a neural network.) An
+    utterance is good when its metrics are what people's would be at that place.
+    """
+
+    WINDOW = 3
+
+    def __init__(self, dialogs: Sequence[Sequence[str]]):
+        """Learn from whole dialogs, each a list of utterances."""
+        seen, following = [], []
+        for dialog in dialogs:
+            measured = [measure(text, dialog[:place]) for place, text in enumerate(dialog)]
+            for place in range(1, len(dialog)):
+                seen.append(self._features(dialog[:place], measured[:place]))
+                following.append(measured[place])
+        following = np.array(following)
+        self.spread = following.std(0).clip(min=1e-6)  # metrics vary differently: deviations count in these
+        from sklearn.linear_model import Ridge
+
+        self.model = Ridge(alpha=1.0).fit(np.array(seen), following / self.spread)
+
+    def _features(self, history: Sequence[str], measured: Sequence[np.ndarray]) -> np.ndarray:
+        window = np.zeros((self.WINDOW, len(METRICS)))
+        for back, values in enumerate(reversed(measured[-self.WINDOW:])):
+            window[back] = values
+        lengths = [len(words(text)) / 10 for text in history[-2:]]
+        return np.concatenate([window.ravel(), [min(len(history), 10) / 10, *lengths, *[0.0] * (2 - len(lengths))]])
+
+    def expected(self, history: Sequence[str]) -> np.ndarray:
+        """Metrics of the next utterance in units of their deviation among people's utterances, (5,)."""
+        measured = [measure(text, history[:place]) for place, text in enumerate(history)]
+        return self.model.predict(self._features(history, measured)[None])[0]
+
+    def deviation(self, utterance: str, history: Sequence[str]) -> float:
+        """Mean absolute difference of an utterance's metrics from the expected ones, in those units."""
+        return float(np.abs(measure(utterance, history) / self.spread - self.expected(history)).mean())

@@ -1,0 +1,103 @@
+"""Files of JSON lines, and pairs of replies in them: writing that survives a kill, reading that loses nothing.
+
+What `feedback.collect` writes and all others read; knows no models and no opinions.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from corpora import InputError
+
+logger = logging.getLogger("feedback.pairs")
+
+
+def append_lines(path: Path, records: list[dict]) -> None:
+    """Add a line a record, on the disk when this returns. A half line that a kill has left is kept as a line."""
+    try:
+        with open(path, "ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+                file.write(b"\n")
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); name a place with room that can be "
+                         "written to") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
+    """Line numbers, from 1, and the objects there; None where a line is no JSON object. Empty lines are passed over."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name a file of JSON lines") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # ValueError: not JSON, or not UTF-8
+            record = None
+        yield number, record if isinstance(record, dict) else None
+
+
+def report_left_out(path: Path, problems: dict[str, list[int]]) -> None:
+    """A warning a kind of problem: how many lines have it, and where the first are. The file stays as it is."""
+    for problem, numbers in problems.items():
+        where = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+        logger.warning("%s: %s %s %s (line %s); left out, the file keeps %s", path, f"{len(numbers):,}",
+                       "line" if len(numbers) == 1 else "lines", problem, where,
+                       "it" if len(numbers) == 1 else "them")
+
+
+# ------------------------------------------------------------------------------------------------------- pairs
+
+
+def pair_name(pair: dict) -> str:
+    """What a pair is called in files of answers: a hash of what people saw and of the model that said it."""
+    content = [pair["model"], pair["persona"], pair["history"], [reply["text"] for reply in pair["replies"]]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def is_pair(record: dict) -> bool:
+    """Whether a line of JSON has a pair's fields with their types."""
+
+    def sentences(value: object) -> bool:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+    replies = record.get("replies")
+    return (isinstance(record.get("pair"), str) and isinstance(record.get("model"), str)
+            and sentences(record.get("persona")) and sentences(record.get("history")) and bool(record["history"])
+            and isinstance(record.get("turn"), int) and isinstance(record.get("dialog"), int)
+            and isinstance(replies, list) and len(replies) == 2
+            and all(isinstance(reply, dict) and isinstance(reply.get("text"), str)
+                    and isinstance(reply.get("ended"), bool) and isinstance(reply.get("ids"), list)
+                    and all(isinstance(one, int) and one >= 0 for one in reply["ids"]) for reply in replies))
+
+
+def read_pairs(path: str | Path) -> dict[str, dict]:
+    """Pairs by name, in the file's order. Lines that are none, or were edited since, are named, counted, left out.
+
+    Raises `InputError` when the file cannot be read or holds no pair.
+    """
+    path, pairs, problems = Path(path), {}, {}
+    for number, record in read_lines(path):
+        if record is None or not is_pair(record):
+            problems.setdefault("that are no pair", []).append(number)
+        elif pair_name(record) != record["pair"]:
+            problems.setdefault("edited since they were collected", []).append(number)
+        else:
+            pairs[record["pair"]] = record
+    report_left_out(path, problems)
+    if not pairs:
+        raise InputError(f"{path}: holds no pair of replies; write one with python -m feedback.collect")
+    models = Counter(pair["model"] for pair in pairs.values())
+    if len(models) > 1:
+        logger.warning("%s: pairs of %s models: %s", path, len(models),
+                       ", ".join(f"{count:,} of {model}" for model, count in models.most_common()))
+    return pairs
