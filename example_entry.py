@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from corpora import InputError, command, read_corpus, require_split
+from corpora import InputError, command, printable, read_corpus, require_split
 from distractors import HOW, draw_distractors
 from readers import TARGETS, beginning, divided, fraction, one_side, read_any
 
@@ -76,7 +76,7 @@ def describe(path: str) -> None:
               f"{span} candidates a turn")
         if even:
             print(f"  note: {even:,} turns have a history of even length: the bot's own words come first in it")
-    print(f"{path}: well-formed")
+    print(f"{printable(str(path))}: well-formed")
 
 
 def convert(source: Path, out: Path, target: str, distractors: str, train_frac: float | None, seed: int) -> None:

@@ -4,6 +4,7 @@ Reads lines from a person or a pipe, keeps the last exchanges as history, and an
 """
 
 import logging
+import os
 import random
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -20,7 +21,7 @@ from transformers import (
     TextStreamer,
 )
 
-from corpora import InputError, command
+from corpora import LONGEST_SENTENCE, InputError, command, printable, read_pieces
 from inputs import Segment, Specials, build_context, build_reply, fit_context
 from model import HALF, DoubleHeadsModel, add_special_tokens_, half_dtype, load_model
 from utils import (
@@ -33,6 +34,7 @@ from utils import (
 )
 
 LENGTH_PENALTY = 0.65  # ParlAI's
+LARGEST_PERSONALITY = 1 << 20  # bytes of a file; no model has positions for a tenth of it
 logger = logging.getLogger("interact")
 
 
@@ -207,12 +209,12 @@ class ReplyStreamer(TextStreamer):
                          clean_up_tokenization_spaces=_joins(tokenizer))
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        super().on_finalized_text(_printable(text), stream_end)
+        super().on_finalized_text(printable(text), stream_end)
 
 
 def readable(tokenizer, reply: list[int]) -> str:
     """A whole reply for a person's eyes, as `ReplyStreamer` prints it."""
-    return _printable(tokenizer.decode(reply, clean_up_tokenization_spaces=_joins(tokenizer))).strip()
+    return printable(tokenizer.decode(reply, clean_up_tokenization_spaces=_joins(tokenizer))).strip()
 
 
 def _joins(tokenizer) -> bool:
@@ -220,20 +222,17 @@ def _joins(tokenizer) -> bool:
     return isinstance(tokenizer, OpenAIGPTTokenizer)
 
 
-def _printable(text: str) -> str:
-    """No terminal escapes."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
 def chat(model: DoubleHeadsModel, tokenizer, personality: list[str], args: Namespace) -> None:
     """Read utterances from standard input until it ends, or says ``--end_command``, and print a reply to each."""
     special = Specials.of(tokenizer)
     persona, history = [tokenizer.encode(sentence) for sentence in personality], []
-    prompt = ">>> " if sys.stdin.isatty() else ""
     while True:
-        text = input(prompt)
+        text = _line()
         if text.strip() == args.end_command:
             return
+        if len(text) > LONGEST_SENTENCE:
+            print(f"Please say less: the line has more than {LONGEST_SENTENCE:,} letters.")
+            continue
         said = tokenizer.encode(text)
         if not said:
             print("Please say something: the line is empty.")
@@ -247,23 +246,31 @@ def chat(model: DoubleHeadsModel, tokenizer, personality: list[str], args: Names
         history.append(reply)
 
 
+def _line() -> str:
+    """The next line of standard input; of an endless one no more than shows that it is too long."""
+    if sys.stdin.isatty():
+        return input(">>> ")
+    text = piece = sys.stdin.readline(LONGEST_SENTENCE + 2)
+    if not text:
+        raise EOFError
+    while piece and not piece.endswith("\n"):
+        piece = sys.stdin.readline(LONGEST_SENTENCE)
+    return text.removesuffix("\n")
+
+
 def choose_personality(args: Namespace, tokenizer) -> list[str]:
     """``--personality``'s sentences, or those of a random dialog of the data set."""
     if args.personality is None:
         table = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
         split, dialog = random.choice([(split, dialog) for split in table.values() for dialog in range(len(split))])
         return split.texts("persona", dialog)
-    text, path = args.personality, Path(args.personality)
-    if text and not any(map(str.isspace, text)) and ("/" in text or path.suffix):  # no sentence: a file's name
+    text = args.personality
+    one_word = text and not any(map(str.isspace, text))
+    if one_word and ("/" in text or Path(text).suffix) or os.path.isfile(text):  # no sentence: a file's name
         try:
-            text = path.read_text("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(f"--personality {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-        except OSError as error:
-            raise InputError(f"--personality {path}: cannot be read ({error.strerror}); "
-                             "name a file with a sentence a line, or write the sentences themselves") from None
-    elif text and len(text) < 256 and path.is_file():
-        text = path.read_text("utf-8-sig", errors="replace")
+            text = "".join(read_pieces(text, largest=LARGEST_PERSONALITY))
+        except InputError as error:
+            raise InputError(f"--personality {error}, or write the sentences themselves") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
@@ -328,7 +335,7 @@ def main() -> None:
         model, tokenizer = load_checkpoint(args)
         model.to(half_dtype(args.device, args.fp16))  # each token reads all weights: half the bytes, half the time
         personality = choose_personality(args, tokenizer)
-        print("Personality:", *(personality or ["(none)"]), sep="\n  ")
+        print("Personality:", *map(printable, personality or ["(none)"]), sep="\n  ")
         if sys.stdin.isatty():
             import readline  # noqa: F401  arrow keys and history in input()
 

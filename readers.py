@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from corpora import InputError, open_data, parse_json, read_corpus
+from corpora import InputError, Json, open_data, read_corpus, read_pieces
 
 HISTORY = 100  # utterances kept before a turn, or 99, so that who opens the list is who opened the dialog
 LONGEST_LINE = 1 << 24  # bytes
@@ -211,11 +211,10 @@ def read_empathetic_dialogues(path: str | Path) -> Iterator[Dialog]:
 
 def read_blended_skill_talk(path: str | Path) -> Iterator[Dialog]:
     """BlendedSkillTalk's JSON: ``personas`` of two people, an utterance of each to begin with, and their ``dialog``."""
-    with open_data(path) as file:
-        dialogs = parse_json(file.read(), str(path))
-    if not isinstance(dialogs, list):
+    text = Json(read_pieces(path), path)
+    if text.next_letter() != "[":
         raise InputError(f"{path}: is not a list of dialogs; name the release's train.json, valid.json or test.json")
-    for number, dialog in enumerate(dialogs):
+    for number, dialog in enumerate(text.elements()):
         try:
             turns = [(0, dialog["free_turker_utterance"]), (1, dialog["guided_turker_utterance"]), *dialog["dialog"]]
             yield _checked(f"dialog {number}", dialog["personas"], [text for _, text in turns],
@@ -234,7 +233,7 @@ def read_jsonl(path: str | Path) -> Iterator[Dialog]:
     for number, line in lines(path):
         if not line.strip():
             continue
-        dialog = parse_json(line.encode(), f"{path}: line {number}")
+        dialog = Json(iter([line]), f"{path}: line {number}").only_value()
         try:
             if not isinstance(dialog, dict) or "turns" not in dialog:
                 raise ValueError("no \"turns\"")

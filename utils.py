@@ -3,6 +3,7 @@
 Text comes in here and leaves as token ids; nothing in this file knows a model's weights.
 """
 
+import gzip
 import hashlib
 import json
 import logging
@@ -13,12 +14,14 @@ import socket
 import tarfile
 import tempfile
 import warnings
+import zlib
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pooch
@@ -32,9 +35,11 @@ from tokenizers import pre_tokenizers
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from corpora import InputError, read_corpus
+from corpora import MOST_GROWTH, InputError, read_corpus
 
 PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
+LARGEST_DOWNLOAD = 64 << 30  # bytes
+MOST_MEMBERS = 1_000  # of an archive; a run folder has a dozen
 HF_FINETUNED_MODEL = (
     "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
 )
@@ -59,17 +64,18 @@ def download(address: str) -> Path:
 
     The file is checked against ``#sha256=…`` at the address's end if that is there, else against the MD5 that S3
     publishes as the entity tag, and always against the announced length.
-    Raises `InputError` when the address cannot be reached or what came is not what was announced.
+    Raises `InputError` when the address cannot be reached, what came is not what was announced, or it is larger than
+    `LARGEST_DOWNLOAD`.
     """
     url, _, fragment = address.partition("#")
     folder = Path(os.environ.get("TRANSFERTRANSFO_CACHE") or pooch.os_cache("transfertransfo"))
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{Path(url).name}"
+    name = f"{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()[:16]}-{Path(url).name[-80:]}"
     try:
         checksum = fragment.replace("=", ":", 1) or None
         if checksum is None and not (folder / name).exists():
             checksum = _published_md5(url)
         pooch.get_logger().setLevel(logging.WARNING)
-        fetch = pooch.HTTPDownloader(progressbar=True, timeout=30)
+        fetch = _BoundedDownloader(progressbar=True, timeout=30)
         return Path(pooch.retrieve(url, checksum, fname=name, path=folder, downloader=fetch))
     except requests.RequestException as error:
         raise InputError(f"{url}: cannot be downloaded ({_short(str(error))}); check the network, or fetch the file by "
@@ -79,6 +85,21 @@ def download(address: str) -> Path:
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); "
                          "set TRANSFERTRANSFO_CACHE to a folder that can") from None
+
+
+class _BoundedDownloader(pooch.HTTPDownloader):
+    """pooch's, given up when more comes than there is use for: a server may send without end."""
+
+    def __call__(self, url, output_file, pooch, check_only=False):
+        with open(output_file, "wb") as file:
+            write = file.write
+
+            def bounded_write(chunk: bytes) -> None:
+                write(chunk)
+                if file.tell() > LARGEST_DOWNLOAD:
+                    raise requests.RequestException(f"more than {LARGEST_DOWNLOAD:,} bytes came")
+
+            return super().__call__(url, SimpleNamespace(write=bounded_write, flush=lambda: None), pooch)
 
 
 def _published_md5(url: str) -> str | None:
@@ -106,12 +127,12 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
     if model_checkpoint.startswith(("http://", "https://")):
         return str(_unpack(download(model_checkpoint)))
     path = Path(model_checkpoint)
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not adapter_base(str(path)):
+    if os.path.isdir(path):
+        if not os.path.isfile(path / "config.json") and not adapter_base(str(path)):
             raise InputError(f"{path}: has no config.json; --model_checkpoint takes a run folder, or a folder with a "
                              "model's config.json and tokenizer files")
         return str(path)
-    if path.exists() or model_checkpoint.count("/") > 1 or model_checkpoint.startswith((".", "/", "~")):
+    if os.path.exists(path) or model_checkpoint.count("/") > 1 or model_checkpoint.startswith((".", "/", "~")):
         raise InputError(f"{path}: no such folder; --model_checkpoint takes a run folder or a hub name")
     return model_checkpoint
 
@@ -135,9 +156,8 @@ def _unpack(archive: Path) -> Path:
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=archive.parent) as unfinished:
                 try:
-                    with tarfile.open(archive) as tar:
-                        tar.extractall(f"{unfinished}/out", filter="data")  # refuses what would land outside
-                except (tarfile.TarError, EOFError, OSError) as error:
+                    _unpack_into(Path(unfinished, "out"), archive)
+                except (tarfile.TarError, EOFError, zlib.error, ValueError, RecursionError, OSError) as error:
                     raise InputError(f"{archive}: not a usable .tar.gz ({_short(str(error))}); "
                                      "delete it and try again") from None
                 os.rename(f"{unfinished}/out", folder)
@@ -145,6 +165,33 @@ def _unpack(archive: Path) -> Path:
     if not configs:
         raise InputError(f"{archive}: holds no config.json; --model_checkpoint takes an archive of a run folder")
     return configs[0].parent
+
+
+class _SmallReads(gzip.GzipFile):
+    """A gzipped tar file as tarfile reads it: in small pieces, unless a header announces a name of gigabytes."""
+
+    LARGEST = 16 << 10
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self.LARGEST:
+            raise tarfile.ReadError("a header of unlikely size")
+        return super().read(size)
+
+
+def _unpack_into(folder: Path, archive: Path) -> None:
+    """Unpack a ``.tar.gz``. Raises ``TarError`` when it holds what no run folder does, or more."""
+    folder.mkdir()
+    room = max(100 << 20, MOST_GROWTH * archive.stat().st_size)
+    with _SmallReads(archive) as file, tarfile.open(fileobj=file, mode="r:", copybufsize=file.LARGEST) as tar:
+        for number, member in enumerate(tar):
+            room -= member.size
+            if room < 0:
+                raise tarfile.TarError(f"it unpacks to more than {MOST_GROWTH} times its size")
+            if number == MOST_MEMBERS:
+                raise tarfile.TarError(f"it holds more than {MOST_MEMBERS:,} files")
+            if not (member.isreg() or member.isdir()):  # without links, no name leads elsewhere than it says
+                raise tarfile.TarError(f"{member.name} is neither a file nor a folder")
+            tar.extract(member, folder, filter="data")  # refuses names that lie outside
 
 
 # --------------------------------------------------------------------------------------------------- tokenizers
@@ -189,6 +236,7 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
 
     _PLAIN = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
     _SET_APART = re.compile(r'(-+|~+|!+|"+|;+|\?+|\++|,+|\)+|\(+|\\+|/+|\*+|\[+|\]+|}+|{+|\|+|_+)')
+    _ENDLESS_WORD = re.compile(r"(\S{200})(?=\S)")  # spaCy takes minutes over twenty thousand exclamation marks
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -206,8 +254,9 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
     def prepare(self, text: str) -> str:
         text = self._fix_text(text).translate(self._PLAIN)
         text = self._SET_APART.sub(r" \1 ", text)
-        text = re.sub(r"\s*\n\s*", " \n ", text)
-        text = re.sub(r"[^\S\n]+", " ", text).strip()
+        text = re.sub(r"[^\S\n]+", " ", text)
+        text = re.sub(r" ?\n\s*", " \n ", text).strip()
+        text = self._ENDLESS_WORD.sub(r"\1 ", text)
         return " ".join(word.text.strip(" ").lower() for word in self._split_words(text))
 
 

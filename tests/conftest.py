@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 # Tests run beside each other (pytest-xdist), each on one thread: threads that wait for each other by spinning would
@@ -75,6 +77,41 @@ def trained(tmp_path_factory, small_corpus) -> Path:
     script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 2,
            "--lr", 1e-3, "--gradient_accumulation_steps", 1, cwd=work)
     return next((work / "runs").iterdir())
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server; ``files`` maps paths to (body, headers), ``redirects`` to addresses; ``asked`` lists requests."""
+    monkeypatch.setenv("TRANSFERTRANSFO_CACHE", str(tmp_path / "downloads"))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked.append(f"{self.command} {self.path}")
+            if self.path in server.redirects:
+                self.send_response_only(302)
+                self.send_header("Location", server.redirects[self.path])
+                return self.end_headers()
+            body, headers = server.files.get(self.path, (None, {}))
+            if body is None:
+                return self.send_error(404)
+            self.send_response_only(200)
+            for name, value in ({"Content-Length": len(body)} | headers).items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.redirects, server.asked = {}, {}, []
+    server.address = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
 
 
 def script(name: str, *args, cwd: Path, stdin: str | bytes = "", status: int = 0, env: dict | None = None) -> str:

@@ -5,45 +5,12 @@ import hashlib
 import io
 import socket
 import tarfile
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import SAMPLE, TINY, error_line, script
 
 import utils
 from corpora import InputError
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A web server; ``server.files`` maps paths to (body, headers); ``server.asked`` lists the requests."""
-    monkeypatch.setenv("TRANSFERTRANSFO_CACHE", str(tmp_path / "downloads"))
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            server.asked.append(f"{self.command} {self.path}")
-            body, headers = server.files.get(self.path, (None, {}))
-            if body is None:
-                return self.send_error(404)
-            self.send_response_only(200)
-            for name, value in ({"Content-Length": len(body)} | headers).items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.asked = {}, []
-    server.address = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
 
 
 def test_a_file_is_fetched_once(server):
