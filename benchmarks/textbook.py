@@ -94,8 +94,9 @@ class Bench:
         }
 
 
-def alternate(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each side, run in turns after one warm-up, so that a slow minute of the machine hits all."""
+def alternate(sides: dict[str, Callable[[], None]], repeats: int,
+              average: Callable[[list[float]], float] = statistics.median) -> dict[str, float]:
+    """Average seconds of each side, run in turns after one warm-up, so that a slow minute of the machine hits all."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, side in sides.items():
@@ -104,7 +105,7 @@ def alternate(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, f
             side()
             if repeat:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: average(values) for name, values in times.items()}
 
 
 def close(ours: float, reference: float, tolerance: float, what: str) -> None:

@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import pytest
+import warm
 
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)  # no timed assertions
 hypothesis.settings.load_profile("project")
@@ -115,19 +115,20 @@ def server(tmp_path, monkeypatch):
 
 
 def script(name: str, *args, cwd: Path, stdin: str | bytes = "", status: int = 0, env: dict | None = None) -> str:
-    """Run one of our scripts as a user would, offline, and return standard output.
+    """Run one of our scripts as a user would, offline, and return standard output; in a warm process, see warm.py.
 
     Fails unless it exits with ``status`` and without a traceback; ``script.stderr`` keeps standard error.
     """
-    done = subprocess.run(
-        [sys.executable, ROOT / name, *map(str, args)], cwd=cwd, capture_output=True, timeout=300,
-        input=stdin if isinstance(stdin, bytes) else stdin.encode(),
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", **(env or {})},
-    )
-    script.stderr = done.stderr.decode()
-    assert done.returncode == status, script.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+        for stream, content in zip(streams, (stdin if isinstance(stdin, bytes) else stdin.encode(), b"", b""),
+                                   strict=True):
+            stream.write_bytes(content)
+        exit_status = warm.run(ROOT / name, list(map(str, args)), cwd, {**os.environ, **(env or {})}, streams, 600)
+        output, script.stderr = (stream.read_bytes().decode() for stream in streams[1:])
+    assert exit_status == status, script.stderr
     assert "Traceback" not in script.stderr, script.stderr
-    return done.stdout.decode()
+    return output
 
 
 def error_line(name: str, *args, cwd: Path, **kwargs) -> str:

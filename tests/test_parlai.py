@@ -14,21 +14,19 @@ DIALOGS = 28
 needs_parlai = pytest.mark.skipif(not PYTHON.exists(), reason="needs the real ParlAI: `make parlai` installs it")
 
 
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory) -> tuple[Path, Path]:
+def cut_corpora(folder: Path, dialogs: int) -> tuple[Path, Path]:
     """The first dialogs of the validation split, in ParlAI's layout and in ours."""
     theirs = shared("data/personachat/ConvAI2")
     ours = shared("data/personachat/personachat_self_original.json")
-    folder = tmp_path_factory.mktemp("parlai")
-    (folder / "ConvAI2").mkdir()
+    (folder / "ConvAI2").mkdir(parents=True)
     shutil.copyfile(theirs / ".built", folder / "ConvAI2" / ".built")  # without it ParlAI would download
     kept, dialog = [], 0
     for line in (theirs / "valid_self_original.txt").read_text().splitlines(keepends=True):
         dialog += line.startswith("1 ")
-        kept += [line] * (dialog <= DIALOGS)
+        kept += [line] * (dialog <= dialogs)
     (folder / "ConvAI2" / "valid_self_original.txt").write_text("".join(kept))
     corpus = json.loads(ours.read_text())
-    (folder / "cut.json").write_text(json.dumps({"train": corpus["train"][:5], "valid": corpus["valid"][:DIALOGS]}))
+    (folder / "cut.json").write_text(json.dumps({"train": corpus["train"][:5], "valid": corpus["valid"][:dialogs]}))
     return folder, folder / "cut.json"
 
 
@@ -69,8 +67,8 @@ def native(kind: str, run: Path, data: Path, cwd: Path, *more) -> list[dict]:
 
 
 @needs_parlai
-def test_the_same_choices(run_2019, corpora, tmp_path):
-    folder, data = corpora
+def test_the_same_choices(run_2019, tmp_path):
+    folder, data = cut_corpora(tmp_path / "data", DIALOGS)
     report, acts = parlai(folder, run_2019, tmp_path)
     records = native("hits@1", run_2019, data, tmp_path)
     figures = json.loads((tmp_path / "report" / "report.json").read_text())["figures"]
@@ -85,10 +83,12 @@ def test_the_same_choices(run_2019, corpora, tmp_path):
 
 
 @needs_parlai
-@pytest.mark.parametrize("how", [["--no_sample", "--batch_size", 1],
-                                 ["--num_beams", 3, "--no_repeat_ngram_size", 2, "--max_length", 8]])
-def test_the_same_replies(run_2019, corpora, tmp_path, how):
-    folder, data = corpora
+@pytest.mark.parametrize("dialogs, how", [
+    (DIALOGS, ["--no_sample", "--batch_size", 1, "--max_length", 6]),
+    (6, ["--num_beams", 3, "--no_repeat_ngram_size", 2, "--max_length", 8]),
+], ids=["greedy", "beams"])
+def test_the_same_replies(run_2019, tmp_path, dialogs, how):
+    folder, data = cut_corpora(tmp_path / "data", dialogs)
     report, acts = parlai(folder, run_2019, tmp_path, "--eval_type", "f1", *how)
     records = native("f1", run_2019, data, tmp_path, *how)
     figures = json.loads((tmp_path / "report" / "report.json").read_text())["figures"]
