@@ -44,7 +44,7 @@ from interact import (
 )
 from model import DoubleHeadsModel, autocast, half_dtype
 from report import gold_rank, write_report
-from utils import Split, TokenTable, add_common_flags, get_dataset, positive_number, tokenize
+from utils import Split, TokenTable, add_common_flags, dataset_of, positive_number, tokenize
 
 try:
     from parlai.core.agents import Agent
@@ -304,15 +304,16 @@ def evaluate(args: Namespace) -> dict[str, float]:
         with _writing(f"--report {args.report}"):
             Path(args.report).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_checkpoint(args)
-    table = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
-    split = require_split(table, "valid", args.dataset_path)
+    table = dataset_of(args, tokenizer)
+    split = require_split(table, "valid", args.dataset or args.dataset_path)
     kinds = ["hits@1", "ppl", "f1"] if args.eval_type == "all" else [args.eval_type]
     records: dict[str, list[dict]] = {}
     figures: dict[str, float] = {}
 
     def dataset(num_candidates: int) -> TurnDataset:
-        return TurnDataset(split, tokenizer, model.config.max_position_embeddings, max_history=args.max_history,
-                           num_candidates=num_candidates, history_start=model.history_start)
+        return TurnDataset(split, tokenizer, model.max_positions, max_history=args.max_history,
+                           num_candidates=num_candidates, history_start=model.history_start,
+                           no_persona=model.no_persona)
 
     def collect(stream: Iterator[tuple[int, dict]], name: str) -> list[dict]:
         """Records in the order of the turns."""
@@ -470,13 +471,13 @@ class TransformerAgent(Agent):
 
     def _ids(self, observation) -> tuple[list[list[int]], list[list[int]]]:
         """Persona and history as token ids."""
-        return tokenize(self.tokenizer, observation["persona"]), tokenize(self.tokenizer, observation["history"])
+        persona = [] if self.model.no_persona else observation["persona"]
+        return tokenize(self.tokenizer, persona), tokenize(self.tokenizer, observation["history"])
 
     @torch.inference_mode()
     def _rank(self, acts, observations) -> None:
-        config = self.model.config
         rows = [pack_turn(*self._ids(one), tokenize(self.tokenizer, list(one["label_candidates"])), self.special,
-                          config.max_position_embeddings, self.model.history_start) for one in observations]
+                          self.model.max_positions, self.model.history_start) for one in observations]
         with autocast(self.args.device, self.args.fp16):
             batch = collate(rows, self.special.pad)
             out = self.model(**{name: tensor.to(self.args.device) for name, tensor in batch.items()})
@@ -498,7 +499,7 @@ class TransformerAgent(Agent):
         The dictionary is that of ``--dataset_path``.
         """
         if not hasattr(self, "shares"):
-            table = get_dataset(self.tokenizer, self.args.dataset_path, self.args.dataset_cache)
+            table = dataset_of(self.args, self.tokenizer)
             self.shares = word_shares(count_words(table), self.tokenizer, self.args.legacy_gpt2_words)
         beginning = tokenize(self.tokenizer, [" ".join(partial_out)])[0] if partial_out else []
         context = fitted_context(self.model, *self._ids(self.observation), self.special, len(beginning) + 1)

@@ -17,28 +17,29 @@ STRETCH = 1 << 14  # turns drawn for at once
 
 
 def draw_distractors(replies: np.ndarray, dialogs: np.ndarray, texts: Sequence[str], how: str = "random",
-                     count: int = COUNT, seed: int = 0) -> np.ndarray:
-    """Numbers of ``count`` different wrong replies to each turn, -1 where there are no more.
+                     count: int = COUNT, seed: int = 0, of: np.ndarray | None = None) -> np.ndarray:
+    """Numbers of ``count`` different wrong replies to the turns ``of`` (default: all), -1 where there are no more.
 
     ``replies`` (turns,): the right ones, as numbers of strings in ``texts``; ``dialogs`` (turns,): which dialog a turn
     is of, whose replies are no distractors for it. ``how``: "random", each reply as likely as it is frequent; or
     "hard", those that share most with the right one, its words weighted by their rarity (tf-idf), filled up by chance.
-    Returns (turns, count), of the dtype of ``replies``.
+    Returns (turns of ``of``, count), of the dtype of ``replies``.
     """
     rng = np.random.default_rng(seed)
-    out = np.full((len(replies), count), -1, replies.dtype)
+    of = np.arange(len(replies)) if of is None else of
+    out = np.full((len(of), count), -1, replies.dtype)
     alike = _Alike(replies, texts, rng) if how == "hard" else None
-    stretches = range(0, len(replies), STRETCH)
+    stretches = range(0, len(of), STRETCH)
     for start in tqdm(stretches, desc=f"Drawing {how} distractors", delay=1, unit_scale=STRETCH,
                       unit=" turns"):
-        turns = np.arange(start, min(start + STRETCH, len(replies)))
+        turns = of[start:start + STRETCH]
         drawn = rng.integers(len(replies), size=(len(turns), 2 * count))
-        for turn, chance in zip(turns, drawn, strict=True):
+        for row, (turn, chance) in enumerate(zip(turns, drawn, strict=True), start):
             places = np.concatenate([alike.best(turn, 2 * count), chance]) if alike else chance
             chosen = _usable(places, turn, replies, dialogs)
             if len(chosen) < count:  # few replies to draw from
                 chosen = _usable(np.append(places, rng.permutation(len(replies))[:FOLLOWED]), turn, replies, dialogs)
-            out[turn, :min(count, len(chosen))] = chosen[:count]
+            out[row, :min(count, len(chosen))] = chosen[:count]
     return out
 
 

@@ -185,13 +185,14 @@ class TurnDataset(Dataset):
 
     ``num_candidates``: how many, from the end of the list; 0: all. ``max_history``: exchanges kept, that is
     ``2 * max_history + 1`` utterances. ``permutations``: each turn that many times, the persona rotated by one
-    sentence each time. ``max_positions``: the model's; ``history_start`` as in `build_context`.
+    sentence each time. ``no_persona``: leave it out. ``max_positions``: the model's; ``history_start`` as in
+    `build_context`.
     """
 
     def __init__(self, split: Split, tokenizer, max_positions: int, num_candidates: int = 0, max_history: int = 2,
-                 permutations: int = 1, history_start: int = 0):
+                 permutations: int = 1, history_start: int = 0, no_persona: bool = False):
         self.split, self.special, self.max_positions = split, Specials.of(tokenizer), max_positions
-        self.history_start = history_start
+        self.history_start, self.no_persona = history_start, no_persona
         self.num_candidates, self.num_utterances = num_candidates, 2 * max_history + 1
         self.permutations = permutations
 
@@ -200,7 +201,7 @@ class TurnDataset(Dataset):
 
     def context(self, turn: int, rotation: int = 0) -> tuple[list, list]:
         """Persona and history of a turn as lists of token-id lists."""
-        persona = self.split.token_ids("persona", self.split.turn_dialog[turn])
+        persona = [] if self.no_persona else self.split.token_ids("persona", self.split.turn_dialog[turn])
         cut = len(persona) - rotation % len(persona) if persona else 0
         return persona[cut:] + persona[:cut], self.split.token_ids("history", turn)[-self.num_utterances:]
 
@@ -231,7 +232,7 @@ class TurnDataset(Dataset):
             largest = np.maximum.reduceat(values, np.stack([start, offsets[1:]], 1).ravel())[::2]
             return total[offsets[1:]] - total[start], largest
 
-        persona = 1 + ragged("persona", 0, 0)[0][self.split.turn_dialog]
+        persona = 1 + ragged("persona", 0, 0)[0][self.split.turn_dialog] * (not self.no_persona)
         history = ragged("history", self.num_utterances, 1)[0]
         candidates, longest = ragged("candidates", self.num_candidates, 2)
         too_long = (self.history_start or persona) + history + longest > self.max_positions

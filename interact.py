@@ -27,7 +27,7 @@ from model import HALF, DoubleHeadsModel, add_special_tokens_, half_dtype, load_
 from utils import (
     OpenAIGPTTokenizer,
     add_common_flags,
-    get_dataset,
+    dataset_of,
     get_tokenizer,
     positive_number,
     whole_number,
@@ -191,7 +191,7 @@ def sample_sequence(personality, history, tokenizer, model, args, current_output
 
 def fitted_context(model: DoubleHeadsModel, persona, history, special: Specials, reply_length: int) -> Segment:
     """`build_context`, its oldest part left out where a reply of ``reply_length`` tokens would not fit behind it."""
-    room, history_start = model.config.max_position_embeddings - reply_length - 1, model.history_start
+    room, history_start = model.max_positions - reply_length - 1, model.history_start
     if room < max(2, history_start + 1):
         raise InputError(f"--max_length {reply_length}: the model has {room + reply_length + 1} positions for context "
                          "and reply together; ask for a shorter reply")
@@ -258,10 +258,12 @@ def _line() -> str:
     return text.removesuffix("\n")
 
 
-def choose_personality(args: Namespace, tokenizer) -> list[str]:
-    """``--personality``'s sentences, or those of a random dialog of the data set."""
+def choose_personality(args: Namespace, model: DoubleHeadsModel, tokenizer) -> list[str]:
+    """``--personality``'s sentences, or those of a random dialog of the data set, or none if the model knows none."""
+    if args.personality is None and model.no_persona:
+        return []
     if args.personality is None:
-        table = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
+        table = dataset_of(args, tokenizer)
         split, dialog = random.choice([(split, dialog) for split in table.values() for dialog in range(len(split))])
         return split.texts("persona", dialog)
     text = args.personality
@@ -315,6 +317,8 @@ def load_checkpoint(args: Namespace) -> tuple[DoubleHeadsModel, object]:
     tokenizer = get_tokenizer(args.model_checkpoint)
     model = load_model(args.model_checkpoint)
     add_special_tokens_(model, tokenizer)
+    if args.max_len:
+        model.config.max_len = args.max_len
     return model.to(args.device), tokenizer
 
 
@@ -324,7 +328,8 @@ def main() -> None:
     add_decoding_flags(parser)
     add_family_flag(parser)
     parser.add_argument("--personality", metavar="TEXT_OR_FILE",
-                        help="who the bot is, a sentence a line; \"\" for nobody (default: somebody of the data set)")
+                        help="who the bot is, a sentence a line; \"\" for nobody (default: somebody of the data set; "
+                             "nobody for a model trained without personas)")
     parser.add_argument("--end_command", default="Abort!", help="what ends the chat (default: %(default)s)")
     args = parser.parse_args()
     if args.seed:
@@ -334,7 +339,7 @@ def main() -> None:
     try:
         model, tokenizer = load_checkpoint(args)
         model.to(half_dtype(args.device, args.fp16))  # each token reads all weights: half the bytes, half the time
-        personality = choose_personality(args, tokenizer)
+        personality = choose_personality(args, model, tokenizer)
         print("Personality:", *map(printable, personality or ["(none)"]), sep="\n  ")
         if sys.stdin.isatty():
             import readline  # noqa: F401  arrow keys and history in input()

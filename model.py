@@ -5,6 +5,7 @@ Knows token ids, positions and segments; knows nothing about text or files of di
 
 import json
 import logging
+import math
 import os
 from argparse import ArgumentParser
 from dataclasses import dataclass
@@ -79,6 +80,16 @@ class DoubleHeads:
     def history_start(self) -> int:
         """The position at which the dialog history always begins; 0: wherever the persona ends. See `build_context`."""
         return getattr(self.config, "history_start", 0)
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that a row may take: what the run was limited to by ``--max_len``, or else all there are."""
+        return min(getattr(self.config, "max_len", None) or math.inf, self.config.max_position_embeddings)
+
+    @property
+    def no_persona(self) -> bool:
+        """Whether the run was trained without personas."""
+        return getattr(self.config, "no_persona", False)
 
     def read(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
         """The body's ``last_hidden_state`` (batch, positions, hidden) and ``past_key_values``."""

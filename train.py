@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import PiecewiseLinear, ProgressBar, global_step_from_engine
+from ignite.handlers import ProgressBar, global_step_from_engine
 from ignite.handlers.tensorboard_logger import TensorboardLogger
 from ignite.metrics import Average, Metric, MetricsLambda, RunningAverage
 from ignite.utils import convert_tensor, manual_seed
@@ -33,11 +33,12 @@ from model import (
     load_model,
     save_model,
 )
+from schedule import Decay, add_schedule_flags
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     SPECIAL_TOKENS,
     add_common_flags,
-    get_dataset,
+    dataset_of,
     get_tokenizer,
     make_logdir,
     positive_number,
@@ -78,8 +79,7 @@ def training(args: Namespace) -> Path | None:
     def shuffle_anew(engine: Engine) -> None:
         train_loader.batch_sampler.set_epoch(engine.state.epoch)
 
-    # The learning rate falls linearly to 0 over all iterations.
-    decay = PiecewiseLinear(optimizer, "lr", [(0, args.lr), (args.n_epochs * len(train_loader), 0.0)])
+    decay = Decay(optimizer, args.n_epochs * len(train_loader), args)
     trainer.add_event_handler(Events.ITERATION_STARTED, decay)
 
     RunningAverage(output_transform=lambda out: out["loss"]).attach(trainer, "loss")
@@ -97,7 +97,7 @@ def training(args: Namespace) -> Path | None:
     curves = TensorboardLogger(log_dir=run)  # writes through tensorboardX
     curves.attach_output_handler(trainer, Events.ITERATION_COMPLETED, tag="training", output_transform=lambda out: out)
     curves.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, optimizer, param_name="lr")
-    curves.attach_output_handler(evaluator, Events.COMPLETED, tag="validation", metric_names=["hits@1", "nll", "ppl"],
+    curves.attach_output_handler(evaluator, Events.COMPLETED, tag="validation", metric_names="all",
                                  global_step_transform=global_step_from_engine(trainer))
     with curves:
         trainer.run(train_loader, max_epochs=args.n_epochs)
@@ -107,21 +107,27 @@ def training(args: Namespace) -> Path | None:
 
 def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel) -> tuple[DataLoader, DataLoader]:
     """Loaders of training and validation batches; training sees ``--num_candidates``, validation all."""
-    table = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
-    max_positions = model.config.max_position_embeddings
-    if args.history_first:  # evaluation and chat find it in the run's config
-        model.config.history_start = min(max(map(longest_persona, table.values())), max_positions // 2)
+    table = dataset_of(args, tokenizer)
+    # What evaluation and chat find in the run's config:
+    if args.max_len:
+        model.config.max_len = args.max_len
+    longest = max(map(longest_persona, table.values()))
+    model.config.no_persona = args.no_persona or longest == 1
+    if args.history_first:
+        model.config.history_start = min(longest, model.max_positions // 2)
     loaders = []
     for split in ("train", "valid"):
-        require_split(table, split, args.dataset_path)
+        require_split(table, split, args.dataset or args.dataset_path)
         training_only = {"num_candidates": args.num_candidates, "permutations": args.personality_permutations}
-        dataset = TurnDataset(table[split], tokenizer, max_positions, max_history=args.max_history,
-                              history_start=model.history_start, **(training_only if split == "train" else {}))
+        otherwise = {"num_candidates": 0 if args.mc_coef else 1}
+        dataset = TurnDataset(table[split], tokenizer, model.max_positions, max_history=args.max_history,
+                              history_start=model.history_start, no_persona=model.no_persona,
+                              **(training_only if split == "train" else otherwise))
         lengths, too_long = dataset.lengths()
         logger.info("%s: %s turns, %.0f tokens each", split, f"{len(dataset):,}", lengths.mean())
         if too_long:
             logger.warning("%s: %s turns exceed the model's %s positions and lose their oldest context",
-                           split, f"{too_long:,}", max_positions)
+                           split, f"{too_long:,}", model.max_positions)
         loaders.append(get_loader(
             dataset, lengths,
             batch_size=args.train_batch_size if split == "train" else args.valid_batch_size,
@@ -168,7 +174,7 @@ def create_evaluator(model: DoubleHeadsModel, args: Namespace) -> Engine:
     evaluator = Engine(score)
     nll, tokens = mean_over_turns(lambda out: out.nll), mean_over_turns(lambda out: out.tokens)
     metrics = {
-        "hits@1": mean_over_turns(lambda out: out.gold_rank == 0),
+        **({"hits@1": mean_over_turns(lambda out: out.gold_rank == 0)} if args.mc_coef else {}),
         "nll": nll / tokens,  # a token: total negative log-likelihood over total gold tokens
         "ppl": MetricsLambda(math.exp, nll / tokens),
     }
@@ -192,15 +198,16 @@ def parse_args() -> Namespace:
     add("--num_candidates", type=positive_number, default=2, help="a turn, in training (default: %(default)s)")
     add("--history_first", action="store_true",
         help="begin the dialog history at the same position whatever the persona's length, as in the competition")
+    add("--no_persona", action="store_true", help="leave personas out; evaluation and chat of the run then do, too")
     add("--personality_permutations", type=positive_number, default=1, metavar="N",
         help="see each training turn N times, the persona's sentences rotated (default: %(default)s)")
     add("--train_batch_size", type=positive_number, default=4, help="turns (default: %(default)s)")
     add("--valid_batch_size", type=positive_number, default=4, help="turns (default: %(default)s)")
     add("--gradient_accumulation_steps", type=positive_number, default=8, metavar="N",
         help="batches that make one optimizer step (default: %(default)s)")
-    add("--lr", type=float, default=6.25e-5, help="learning rate; falls linearly to 0 (default: %(default)s)")
+    add_schedule_flags(parser)
     add("--lm_coef", type=float, default=1.0, help="weight of the language-modelling loss (default: %(default)s)")
-    add("--mc_coef", type=float, default=1.0, help="weight of the multiple-choice loss (default: %(default)s)")
+    add("--mc_coef", type=float, default=1.0, help="of the choice loss; 0: no distractors (default: %(default)s)")
     add("--max_norm", type=float, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
     add("--n_epochs", type=whole_number, default=3, help="0: only evaluate (default: %(default)s)")
     add("--eval_before_start", action="store_true", help="evaluate before the first epoch, too")
@@ -212,7 +219,10 @@ def parse_args() -> Namespace:
     add("--local_rank", type=int, default=-1, help="set by the 2019 launcher, which one process does without")
     add("--num_workers", type=whole_number, default=0, help="processes that build batches (default: %(default)s)")
     add("--seed", type=whole_number, default=42, help="of weights, order and dropout (default: %(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.mc_coef:
+        args.num_candidates, args.distractors = 1, "none"
+    return args
 
 
 if __name__ == "__main__":

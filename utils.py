@@ -14,12 +14,15 @@ import socket
 import tarfile
 import tempfile
 import warnings
+import zipfile
 import zlib
-from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,8 +39,10 @@ from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from corpora import MOST_GROWTH, InputError, read_corpus
+from distractors import COUNT, HOW, draw_distractors
+from readers import RELEASES, TARGETS, Release, divided, find_release, fraction, one_side, read_any, read_release
 
-PERSONACHAT_URL = "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json"
+PERSONACHAT_URL = RELEASES["personachat"][0].address
 LARGEST_DOWNLOAD = 64 << 30  # bytes
 MOST_MEMBERS = 1_000  # of an archive; a run folder has a dozen
 HF_FINETUNED_MODEL = (
@@ -125,7 +130,11 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
     if not model_checkpoint:
         return download_pretrained_model()
     if model_checkpoint.startswith(("http://", "https://")):
-        return str(_unpack(download(model_checkpoint)))
+        archive = download(model_checkpoint)
+        configs = sorted(_unpack(archive).rglob("config.json"))
+        if not configs:
+            raise InputError(f"{archive}: holds no config.json; --model_checkpoint takes an archive of a run folder")
+        return str(configs[0].parent)
     path = Path(model_checkpoint)
     if os.path.isdir(path):
         if not os.path.isfile(path / "config.json") and not adapter_base(str(path)):
@@ -150,21 +159,47 @@ def adapter_base(checkpoint: str) -> str | None:
 
 
 def _unpack(archive: Path) -> Path:
-    """Unpack a tar file beside itself, once, and return the folder in it that holds ``config.json``."""
+    """Unpack a tar or zip file, and zip files within, beside itself, once; returns the folder."""
     folder = archive.with_name(archive.name + ".unpacked")
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=archive.parent) as unfinished:
                 try:
                     _unpack_into(Path(unfinished, "out"), archive)
-                except (tarfile.TarError, EOFError, zlib.error, ValueError, RecursionError, OSError) as error:
-                    raise InputError(f"{archive}: not a usable .tar.gz ({_short(str(error))}); "
+                except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, ValueError, RecursionError,
+                        OSError) as error:
+                    raise InputError(f"{archive}: not a usable .tar.gz or .zip ({_short(str(error))}); "
                                      "delete it and try again") from None
                 os.rename(f"{unfinished}/out", folder)
-    configs = sorted(folder.rglob("config.json"))
-    if not configs:
-        raise InputError(f"{archive}: holds no config.json; --model_checkpoint takes an archive of a run folder")
-    return configs[0].parent
+    return folder
+
+
+def find_corpus(name: str, data_dir: str) -> tuple[Release, dict[str, Path]]:
+    """A published corpus, as `find_release` finds it: under ``data_dir``, its archive there, or else downloaded.
+
+    Raises `InputError` when it is nowhere.
+    """
+    known = RELEASES[name]
+    places = [Path(data_dir, folder) for folder in dict.fromkeys(one for release in known for one in release.folders)]
+    archives = [folder / Path(release.address).name for release in known for folder in (Path(data_dir), *places)]
+    for folder in places:
+        if found := find_release(name, folder):
+            return found
+    for archive in filter(Path.is_file, archives):
+        if found := find_release(name, _unpack(archive)):
+            return found
+    logger.info("%s is not in %s: fetching %s", name, places[0], known[0].address)
+    try:
+        file = download(known[0].address)
+    except InputError as error:
+        reason = str(error).partition(";")[0]
+        raise InputError(f"--dataset {name}: is not in {places[0]}, and {reason}; put the release's files or its "
+                         "archive there, or name the folder above it with --data_dir") from None
+    if "" in known[0].files:
+        return known[0], {"": file}
+    if found := find_release(name, _unpack(file)):
+        return found
+    raise InputError(f"{file}: has none of {', '.join(known[0].files.values())}; put the release into {places[0]}")
 
 
 class _SmallReads(gzip.GzipFile):
@@ -178,10 +213,21 @@ class _SmallReads(gzip.GzipFile):
         return super().read(size)
 
 
-def _unpack_into(folder: Path, archive: Path) -> None:
-    """Unpack a ``.tar.gz``. Raises ``TarError`` when it holds what no run folder does, or more."""
+def _unpack_into(folder: Path, archive: Path, nested: bool = True) -> None:
+    """Unpack a ``.tar.gz``, or a ``.zip`` and, if ``nested``, those within, as DailyDialog's.
+
+    Raises ``TarError`` when it holds what no run folder or corpus does, or more.
+    """
     folder.mkdir()
     room = max(100 << 20, MOST_GROWTH * archive.stat().st_size)
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            if sum(member.file_size for member in file.infolist()) > room or len(file.infolist()) > MOST_MEMBERS:
+                raise tarfile.TarError(f"it holds more than {MOST_MEMBERS:,} files or {MOST_GROWTH} times its size")
+            file.extractall(folder)  # what lies outside by its name lands inside; links come as files
+        for inner in sorted(folder.rglob("*.zip")) if nested else []:
+            _unpack_into(inner.with_name(f"{inner.name}.unpacked"), inner, nested=False)
+        return
     with _SmallReads(archive) as file, tarfile.open(fileobj=file, mode="r:", copybufsize=file.LARGEST) as tar:
         for number, member in enumerate(tar):
             room -= member.size
@@ -433,22 +479,28 @@ class Split(Sequence):
         return {"personality": self.token_ids("persona", dialog), "utterances": turns}
 
 
-def get_dataset(tokenizer, dataset_path: str, dataset_cache: str) -> TokenTable:
+def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str = "", data_dir: str = "data",
+                target: str = "both", distractors: str = "none", train_frac: float | None = None) -> TokenTable:
     """The tokenised data set of a path, an address, or ``""`` for PERSONA-CHAT; read from the cache if it is there.
 
-    The cache file's name starts with ``dataset_cache`` and ends in a key made of the data's hash, the tokenizer's
-    fingerprint and the format's version, so a stale or foreign file is never taken for ours. One process builds it,
-    the others wait. Raises `InputError` as `read_corpus` and `download` do, or when the cache cannot be written.
+    ``dataset``: instead of a path, names of `RELEASES` with commas between, the mix of which is looked for under
+    ``data_dir`` (`find_corpus`). ``target``: whose turns, of `TARGETS`; ``distractors``: how they are drawn, of `HOW`,
+    for turns that bring none; ``train_frac``: divide training and validation dialogs anew, that share for training.
+
+    The cache file's name starts with ``dataset_cache`` and ends in a key made of the data's hash and these choices, the
+    tokenizer's fingerprint and the format's version, so a stale or foreign file is never taken for ours. One process
+    builds it, the others wait. Raises `InputError` as the readers and `download` do, or when the cache cannot be
+    written.
     """
-    dataset_path = dataset_path or PERSONACHAT_URL
-    path = download(dataset_path) if dataset_path.startswith(("http://", "https://")) else Path(dataset_path)
-    try:
-        with open(path, "rb") as file:
-            data_hash = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        read_corpus(path)  # says what is wrong with the path
-        raise
-    key = hashlib.sha256("\n".join([TokenTable.FORMAT, data_hash, _fingerprint(tokenizer)]).encode()).hexdigest()
+    if dataset:
+        corpora = [find_corpus(name, data_dir) for name in dataset.split(",")]
+        files = [path for _, found in corpora for path in found.values()]
+    else:
+        dataset_path = dataset_path or PERSONACHAT_URL
+        files = [download(dataset_path) if dataset_path.startswith(("http://", "https://")) else Path(dataset_path)]
+    how = [dataset, target, distractors, str(train_frac)]
+    key = hashlib.sha256("\n".join([TokenTable.FORMAT, *map(_hash, files), _fingerprint(tokenizer), *how]).encode())
+    key = key.hexdigest()
     cache = Path(f"{dataset_cache}_{type(tokenizer).__name__}_{key[:16]}.safetensors")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -456,13 +508,41 @@ def get_dataset(tokenizer, dataset_path: str, dataset_cache: str) -> TokenTable:
             if table := _open_table(cache, key):
                 logger.info("Token table read from %s", cache)
                 return table
-            logger.info("Tokenising %s", path)
-            _build_table(tokenizer, read_corpus(path), cache, key)
+            logger.info("Tokenising %s", ", ".join(map(str, files)))
+            parts = [read_release(*found) for found in corpora] if dataset else [read_any(files[0])]
+            splits = _put_together(parts, target, train_frac, dataset or dataset_path)
+            _build_table(tokenizer, splits, distractors, cache, key)
         logger.info("Token table written to %s", cache)
     except OSError as error:
         raise InputError(f"--dataset_cache {dataset_cache}: cannot be written ({error.strerror or error}); "
                          "name a place with room that can be written to") from None
     return TokenTable(cache)
+
+
+def dataset_of(args: Namespace, tokenizer) -> TokenTable:
+    """The data set that the flags of `add_common_flags` name."""
+    return get_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.dataset, args.data_dir, args.target,
+                       args.distractors, args.train_frac)
+
+
+def _hash(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        read_corpus(path)  # says what is wrong with the path
+        raise
+
+
+def _put_together(parts: list[dict[str, Iterable[dict]]], target: str, train_frac: float | None,
+                  name: str) -> dict[str, Iterable[dict]]:
+    """Corpora as one, split by split, and of their turns those of ``target``."""
+    splits = {split: one_side(chain.from_iterable([part.get(split, []) for part in parts]), target)
+              for split in dict.fromkeys(split for part in parts for split in part)}
+    if "" in splits or train_frac is not None:
+        dialogs = chain.from_iterable(splits.pop(split, []) for split in ("", "train", "valid"))
+        splits = divided(dialogs, 0.85 if train_frac is None else train_frac, 0, name) | splits
+    return splits
 
 
 def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -517,44 +597,86 @@ def _open_table(cache: Path, key: str) -> TokenTable | None:
     return None
 
 
-def _build_table(tokenizer, corpus: dict, cache: Path, key: str) -> None:
-    """Tokenise each distinct string of ``corpus`` once and write the table, complete or not at all."""
+class _Ragged:
+    """Rows of unequal length, end to end, and where each begins; as small as they are on the disk."""
+
+    def __init__(self, typecode: str):
+        self.values, self.offsets = array(typecode), array("q", [0])
+
+    def append(self, row: Iterable[int]) -> None:
+        self.values.extend(row)
+        self.offsets.append(len(self.values))
+
+    def arrays(self, name: str, offsets: str) -> dict[str, np.ndarray]:
+        """(values,) of the type code's type and (rows + 1,) int64."""
+        return {name: np.frombuffer(self.values, self.values.typecode), offsets: np.frombuffer(self.offsets, np.int64)}
+
+
+def _build_table(tokenizer, splits: Mapping[str, Iterable[dict]], distractors: str, cache: Path, key: str) -> None:
+    """Tokenise each distinct string of the entries once and write the table, complete or not at all.
+
+    Entries are read one after the other and not kept: what grows with the data is one number a string's mention.
+    """
     numbers: dict[str, int] = {}  # string → its number, in order of first appearance
 
     def number(sentences: list[str]) -> list[int]:
         return [numbers.setdefault(sentence, len(numbers)) for sentence in sentences]
 
     arrays = {}
-    for split, entries in corpus.items():
-        turns = [turn for entry in entries for turn in entry["utterances"]]
-        fields = {
-            "persona": [number(entry.get("personality", [])) for entry in entries],
-            "history": [number(turn["history"]) for turn in turns],
-            "candidates": [number(turn["candidates"]) for turn in turns],
-        }
-        for field, rows in fields.items():
-            arrays[f"{split}.{field}"], arrays[f"{split}.{field}_offsets"] = _pack(rows, np.int32)
-        turns_in = [len(entry["utterances"]) for entry in entries]
-        arrays[f"{split}.turn_dialog"] = np.repeat(np.arange(len(entries), dtype=np.int32), turns_in)
+    for split, entries in splits.items():
+        fields, turn_dialog = {name: _Ragged("i") for name in ("persona", "history", "candidates")}, array("i")
+        for dialog, entry in enumerate(tqdm(entries, desc=f"Reading {split}", unit=" entries", delay=1)):
+            fields["persona"].append(number(entry.get("personality", [])))
+            for turn in entry["utterances"]:
+                fields["history"].append(number(turn["history"]))
+                fields["candidates"].append(number(turn["candidates"]))
+                turn_dialog.append(dialog)
+        for field, ragged in fields.items():
+            arrays |= ragged.arrays(f"{split}.{field}", f"{split}.{field}_offsets")
+        arrays[f"{split}.turn_dialog"] = np.frombuffer(turn_dialog, np.int32)
+    strings = list(numbers)
+    if distractors != "none":
+        for split in splits:
+            _add_distractors(arrays, split, strings, distractors)
 
-    strings, tokens = list(numbers), []
+    tokens, texts = _Ragged("i"), _Ragged("B")
     with tqdm(total=len(strings), desc="Tokenising", unit=" strings") as progress:
-        for ids in _tokenize_in_parallel(tokenizer, strings):
-            tokens += ids
-            progress.update(len(ids))
-    arrays["tokens"], arrays["token_offsets"] = _pack(tokens, np.int32)
-    arrays["text"], arrays["text_offsets"] = _pack([string.encode("utf-8", "replace") for string in strings], np.uint8)
+        for chunk in _tokenize_in_parallel(tokenizer, strings):
+            for ids in chunk:
+                tokens.append(ids)
+            progress.update(len(chunk))
+    for string in strings:
+        texts.append(string.encode("utf-8", "replace"))
+    arrays |= tokens.arrays("tokens", "token_offsets") | texts.arrays("text", "text_offsets")
+    tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    write_tensors(tensors, cache, {"key": key, "splits": json.dumps(list(splits))})
 
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    write_tensors(tensors, cache, {"key": key, "splits": json.dumps(list(corpus))})
 
-
-def _pack(rows: list[Sequence[int]], dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of unequal length, end to end, and where each begins: (values,) of ``dtype`` and (rows + 1,) int64."""
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = np.fromiter((value for row in rows for value in row), dtype, count=offsets[-1])
-    return values, offsets
+def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[str], how: str) -> None:
+    """Put distractors before the reply of every turn of a split that has only its reply, in place."""
+    candidates, offsets = arrays[f"{split}.candidates"], arrays[f"{split}.candidates_offsets"]
+    history, starts = arrays[f"{split}.history"], arrays[f"{split}.history_offsets"]
+    counts, golds = np.diff(offsets), candidates[offsets[1:] - 1]
+    if not (counts == 1).any():
+        return
+    # The two sides of a dialog are known as one by its first two utterances.
+    second = np.where(np.diff(starts) > 1, history[np.minimum(starts[:-1] + 1, len(history) - 1)], golds)
+    first_turn = np.searchsorted(arrays[f"{split}.turn_dialog"], arrays[f"{split}.turn_dialog"])
+    opening = (history[starts[:-1]].astype(np.int64) << 32 | second)[first_turn]
+    dialogs = np.unique(opening, return_inverse=True)[1]
+    drawn = np.full((len(golds), COUNT), -1)
+    drawn[counts == 1] = draw_distractors(golds, dialogs, strings, how, of=np.flatnonzero(counts == 1))
+    added = (drawn >= 0).sum(1)
+    logger.info("%s: %s turns bring no distractors; replies of other dialogs are drawn (%s)", split,
+                f"{(counts == 1).sum():,}", how)
+    new = np.append(0, np.cumsum(counts + added))
+    values = np.empty(new[-1], np.int32)
+    own = np.arange(len(candidates)) + np.repeat(np.cumsum(added), counts)
+    values[own] = candidates
+    theirs = np.ones(len(values), bool)
+    theirs[own] = False
+    values[theirs] = drawn[drawn >= 0]
+    arrays[f"{split}.candidates"], arrays[f"{split}.candidates_offsets"] = values, new
 
 
 # ------------------------------------------------------------------------------------------------- run folders
@@ -597,7 +719,22 @@ def make_logdir(model_name: str) -> str:
 def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
     """The flags every script has: data, checkpoint, history, device. ``model_checkpoint`` is that flag's default."""
     parser.add_argument("--dataset_path", default="", metavar="FILE",
-                        help="the data: a .json or .json.gz file or its address (default: the published PERSONA-CHAT)")
+                        help="the data: a file that example_entry.py checks or converts, or a .json file's address "
+                             "(default: the published PERSONA-CHAT)")
+    parser.add_argument("--dataset", type=_corpus_names, default="", metavar="NAME,NAME",
+                        help=f"published corpora instead, mixed: {', '.join(RELEASES)}")
+    parser.add_argument("--data_dir", default="data", metavar="FOLDER",
+                        help="where their releases are, unpacked or not, or else are downloaded to a cache from where "
+                             "they are published (default: %(default)s)")
+    parser.add_argument("--target", default="both", choices=TARGETS,
+                        help="whose turns are learnt: both people's, or only of who speaks second or first (default: "
+                             "%(default)s)")
+    parser.add_argument("--distractors", default="random", choices=HOW,
+                        help="wrong candidates for turns that bring none: replies of other dialogs, by chance, or "
+                             "those that share most with the right one (default: %(default)s)")
+    parser.add_argument("--train_frac", type=fraction, metavar="F",
+                        help="divide training and validation dialogs anew, that share for training (default: as "
+                             "published; 0.85 of a file without splits)")
     parser.add_argument("--dataset_cache", default="./dataset_cache", metavar="PREFIX",
                         help="where the tokenised data is kept: how the file's name begins (default: %(default)s)")
     parser.add_argument("--model_checkpoint", default=model_checkpoint, metavar="CHECKPOINT",
@@ -605,6 +742,11 @@ def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
                              f"of a .tar.gz of one (default: {model_checkpoint or 'the published fine-tuned model'})")
     parser.add_argument("--max_history", type=whole_number, default=2, metavar="N",
                         help="exchanges the model sees: 2N+1 utterances (default: %(default)s)")
+    parser.add_argument("--max_turns", type=_odd, dest="max_history", metavar="N",
+                        help="the same in utterances: N, an odd number")
+    parser.add_argument("--max_len", type=_positions, default=0, metavar="N",
+                        help="tokens that the model sees at once, context and reply (default: as in its training, "
+                             "there as many as it is made for)")
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:1, … (default: cuda if there is one, else cpu)")
 
@@ -621,6 +763,38 @@ def positive_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def share(text: str) -> float:
+    """0 to 1, for argparse."""
+    try:
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    except ValueError:
+        pass
+    raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+
+
+def _odd(text: str) -> int:
+    """Utterances, for argparse; as exchanges."""
+    if (number := positive_number(text)) % 2 == 0:
+        raise ArgumentTypeError(f"{text!r} is even, and would begin with the bot's own words; give an odd number")
+    return number // 2
+
+
+def _positions(text: str) -> int:
+    """Tokens of a row, for argparse."""
+    if (number := positive_number(text)) < 32:
+        raise ArgumentTypeError(f"{text!r} leaves no room for a dialog; give 32 or more")
+    return number
+
+
+def _corpus_names(text: str) -> str:
+    """Names of published corpora with commas between, for argparse."""
+    names = [name.strip() for name in text.split(",")] if text else []
+    if unknown := [name for name in names if name not in RELEASES]:
+        raise ArgumentTypeError(f"no corpus is called {unknown[0]!r}; known are {', '.join(RELEASES)}")
+    return ",".join(dict.fromkeys(names))
 
 
 def _device(text: str) -> str:

@@ -1,0 +1,182 @@
+"""Published corpora as data sets: where they are found, how they are mixed, what of them reaches the token table."""
+
+import json
+import shutil
+import tarfile
+import zipfile
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TINY, make_checkpoint, script
+from test_corpora import BST, ED
+
+import utils
+from corpora import InputError
+from inputs import TurnDataset, get_loader, longest_persona
+from schedule import Decay, add_schedule_flags
+
+EOU = "what {0} ? __eou__ a {0} . __eou__ i like a {0} . __eou__\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return utils.get_tokenizer(str(TINY))
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    """Three corpora of a few dialogs, in the layouts of their releases: two folders and an archive of archives."""
+    folder = tmp_path / "data"
+    made = folder / "made"
+    made.mkdir(parents=True)
+    words = {"train": ["cat", "dog", "cow", "pig"], "validation": ["hen", "ant"], "test": ["bee"]}
+    with zipfile.ZipFile(folder / "ijcnlp_dailydialog.zip", "w") as outer:
+        for split, animals in words.items():
+            with zipfile.ZipFile(made / f"{split}.zip", "w") as inner:
+                inner.writestr(f"{split}/dialogues_{split}.txt", "".join(EOU.format(animal) for animal in animals))
+                inner.writestr(f"{split}/dialogues_emotion_{split}.txt", "0 0 0\n")
+            outer.write(made / f"{split}.zip", f"ijcnlp_dailydialog/{split}.zip")
+    shutil.rmtree(made)
+    for split in ("train", "valid", "test"):
+        (folder / "empatheticdialogues").mkdir(exist_ok=True)
+        (folder / "empatheticdialogues" / f"{split}.csv").write_text(ED)
+        (folder / "blended_skill_talk").mkdir(exist_ok=True)
+        (folder / "blended_skill_talk" / f"{split}.json").write_text(json.dumps([BST]))
+    return folder
+
+
+def golds(split: utils.Split) -> list[str]:
+    return [split.texts("candidates", turn)[-1] for turn in range(split.num_turns)]
+
+
+def test_corpora_are_found_and_mixed_split_by_split(tmp_path, data_dir, tokenizer, monkeypatch):
+    def mixed(names: str, **how) -> utils.TokenTable:
+        return utils.get_dataset(tokenizer, "", str(tmp_path / "cache"), names, str(data_dir), **how)
+
+    table = mixed("dailydialog,empathetic_dialogues,blended_skill_talk")
+    rest = ["Oh, a \"gun\"? Or a car?", "Well done cat", "no , bread .", "wheat .", "rye ?"]
+    assert golds(table["valid"]) == ["a hen .", "i like a hen .", "a ant .", "i like a ant .", *rest]
+    assert golds(table["test"]) == ["a bee .", "i like a bee .", *rest]
+    assert len(golds(table["train"])) == 8 + len(rest)
+    assert table["test"].texts("persona", len(table["test"]) - 1) == ["i mend bikes ."]
+    assert golds(mixed("blended_skill_talk", target="first")["valid"]) == ["rye ?"]
+    divided = mixed("dailydialog", train_frac=0.5)
+    assert divided["train"].num_turns == divided["valid"].num_turns == 6
+    assert golds(divided["test"]) == ["a bee .", "i like a bee ."]
+    assert len(list(tmp_path.glob("cache*.safetensors"))) == 3  # a choice more, a table more
+
+    def unreachable(address: str) -> Path:
+        raise InputError(f"{address}: cannot be downloaded (no network); and so on")
+
+    monkeypatch.setattr(utils, "download", unreachable)
+    with pytest.raises(InputError, match="--dataset personachat: is not in .*data/personachat, and https://.*--data_dir"):
+        mixed("personachat")
+
+
+def test_a_release_is_downloaded_where_it_is_missing(tmp_path, data_dir, tokenizer, monkeypatch):
+    with tarfile.open(tmp_path / "blended_skill_talk.tar.gz", "w:gz") as archive:
+        archive.add(data_dir / "blended_skill_talk", "blended_skill_talk")
+    asked = []
+
+    def download(address: str) -> Path:
+        asked.append(address)
+        return tmp_path / "blended_skill_talk.tar.gz"
+
+    monkeypatch.setattr(utils, "download", download)
+    table = utils.get_dataset(tokenizer, "", str(tmp_path / "cache"), "blended_skill_talk", str(tmp_path / "empty"))
+    assert golds(table["valid"]) == ["no , bread .", "wheat .", "rye ?"]
+    assert asked == ["http://parl.ai/downloads/blended_skill_talk/blended_skill_talk.tar.gz"]
+
+
+@pytest.mark.parametrize("how", ["random", "hard"])
+def test_distractors_in_the_table_are_other_dialogs_replies(tmp_path, data_dir, tokenizer, how):
+    own = [{"history": ["so ?"], "candidates": ["x", "so ."]}]  # brings its own
+    corpus = json.dumps({"train": [{"utterances": own}], "valid": [{"utterances": own}]})
+    (data_dir / "personachat").mkdir()
+    (data_dir / "personachat" / "personachat_self_original.json").write_text(corpus)
+    split = utils.get_dataset(tokenizer, "", str(tmp_path / "cache"), "dailydialog,personachat", str(data_dir),
+                              distractors=how)["train"]
+    animals = ["cat", "dog", "cow", "pig"]
+    dialogs = [[f"a {animal} .", f"i like a {animal} ."] for animal in animals] + [["so ."]]
+    for turn in range(split.num_turns):
+        *wrong, gold = split.texts("candidates", turn)
+        if gold == "so .":
+            assert wrong == ["x"]
+            continue
+        others = {reply for dialog in dialogs if gold not in dialog for reply in dialog}
+        assert len(wrong) == len(set(wrong)) == len(others) and set(wrong) == others
+        if how == "hard":  # what is about this animal is of this dialog; of the rest, the same sentence is likest
+            assert wrong[0].startswith("i like") == gold.startswith("i like")
+
+
+def test_no_persona_leaves_it_out_and_lengths_agree(tmp_path, data_dir, tokenizer):
+    table = utils.get_dataset(tokenizer, "", str(tmp_path / "cache"), "blended_skill_talk", str(data_dir))
+    split = table["train"]
+    assert longest_persona(split) > 1
+    for no_persona in (False, True):
+        dataset = TurnDataset(split, tokenizer, 256, no_persona=no_persona)
+        persona, _ = dataset.context(0)
+        assert persona == ([] if no_persona else [tokenizer.encode("i bake .")])
+        assert [len(row.input_ids) for row in map(dataset.__getitem__, range(len(dataset)))] == list(
+            dataset.lengths()[0])
+
+
+def test_empty_persona_one_candidate_and_unequal_numbers_of_candidates_make_batches(tmp_path, tokenizer):
+    turns = [{"history": ["hi"], "candidates": ["a"] * number + ["hello"]} for number in (0, 1, 3)]
+    corpus = [{"personality": [], "utterances": turns[:1]}, {"utterances": turns}]
+    (tmp_path / "own.json").write_text(json.dumps({"train": corpus}))
+    split = utils.get_dataset(tokenizer, str(tmp_path / "own.json"), str(tmp_path / "cache"))["train"]
+    dataset = TurnDataset(split, tokenizer, 256)
+    (batch,) = get_loader(dataset, dataset.lengths()[0], 4)
+    assert sorted((batch["mc_token_ids"] >= 0).sum(1).tolist()) == [1, 1, 2, 4]
+    assert (batch["mc_labels"] == (batch["mc_token_ids"] >= 0).sum(1) - 1).all()
+
+
+@pytest.mark.parametrize("decay, power", [("linear", 1), ("polynomial", 2)])
+def test_the_learning_rate_is_that_of_transformers(decay, power):
+    parser = ArgumentParser()
+    add_schedule_flags(parser)
+    for ratio, iterations in ((0.0, 7), (0.25, 40)):
+        args = parser.parse_args(["--lr", "0.5", "--warmup_ratio", str(ratio), "--lr_decay", decay])
+        ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5) for _ in range(2))
+        reference = transformers.get_polynomial_decay_schedule_with_warmup(
+            theirs, int(ratio * iterations), iterations, lr_end=0.0, power=power)
+        schedule = Decay(ours, iterations, args)
+        for _ in range(iterations):
+            schedule(None)
+            assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], abs=1e-9)
+            theirs.step()
+            reference.step()
+
+
+def test_the_multi_turn_system_trains_and_chats_without_a_word_about_personas(tmp_path, data_dir):
+    checkpoint = make_checkpoint(tmp_path / "one-layer", n_layer=1, n_embd=32)
+    script("train.py", "--dataset", "dailydialog,empathetic_dialogues,blended_skill_talk", "--data_dir", data_dir,
+           "--no_persona", "--mc_coef", 0, "--max_turns", 3, "--max_len", 64, "--warmup_ratio", 0.1, "--lr_decay",
+           "polynomial", "--lr", 1e-3, "--n_epochs", 1, "--model_checkpoint", checkpoint, cwd=tmp_path)
+    assert "distractors" not in script.stderr and "Validation: nll" in script.stderr and "hits" not in script.stderr
+    run = next((tmp_path / "runs").iterdir())
+    config = json.loads((run / "config.json").read_text())
+    assert config["no_persona"] and config["max_len"] == 64
+    said = script("interact.py", "--model_checkpoint", run, "--max_turns", 5, "--seed", 1, "--end_command", "Enough",
+                  cwd=tmp_path, stdin="hi !\nEnough\nnever read\n")
+    assert said.splitlines()[:2] == ["Personality:", "  (none)"] and len(said.splitlines()) <= 3
+    said = script("convai_evaluation.py", "--eval_type", "all", "--model_checkpoint", run, "--dataset",
+                  "blended_skill_talk", "--data_dir", data_dir, cwd=tmp_path)
+    assert "Token PPL" in said and "Hits@1" in said
+
+
+def test_histories_keep_their_roles_when_the_bot_opened(tmp_path, data_dir, tokenizer):
+    """The first speaker's turns: an even number of utterances before, the last one the other person's."""
+    table = utils.get_dataset(tokenizer, "", str(tmp_path / "cache"), "blended_skill_talk", str(data_dir),
+                              target="first")
+    dataset = TurnDataset(table["train"], tokenizer, 256, max_history=2)
+    row, special = dataset[0], dataset.special
+    roles = [token for token in row.input_ids if token in (special.speaker1, special.speaker2)]
+    assert roles == [special.speaker1, special.speaker2, special.speaker1]  # bikes ? no , bread . | rye ?
+    assert np.array_equal(np.array(row.input_ids)[np.array(row.labels) >= 0],
+                          [*tokenizer.encode("rye ?"), special.eos])
