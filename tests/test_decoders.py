@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 from conftest import SAMPLE, script
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 
 import utils
+from convai_evaluation import split_words
 from corpora import InputError, read_corpus
 from inputs import Specials, TurnDataset, build_context, build_reply, collate
 from interact import generate_replies
@@ -42,14 +43,28 @@ def byte_level() -> Tokenizer:
         vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
 
 
+def words_and_digits() -> Tokenizer:
+    """As Llama 3 and Qwen have it: bytes as well, but a number stands apart from the space before it."""
+    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return trained_on_the_sample(tokenizer, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+
+
 def sentencepiece() -> Tokenizer:
     """As Llama 2 and Mistral have it: an underline for a space, one more before the text, bytes for rare letters."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # no token reaches over a space
+    trained_on_the_sample(tokenizer, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<|endoftext|>", *(f"<0x{byte:02X}>" for byte in range(256))]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                            decoders.Strip(" ", 1, 0)])
-    return trained_on_the_sample(tokenizer, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<unk>", "<|endoftext|>", *(f"<0x{byte:02X}>" for byte in range(256))]))
+    return tokenizer
 
 
 def trained_on_the_sample(tokenizer: Tokenizer, trainer) -> Tokenizer:
@@ -258,18 +273,42 @@ def test_models_that_cannot_read_a_packed_row_are_refused(config, why, tmp_path)
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("kind", [byte_level, sentencepiece, "llama"])
-def test_tokenizers_of_other_families(kind, tmp_path):
-    """Text stays text, nothing is put before it, and a saved tokenizer, or one in another process, gives the same."""
-    if kind == "llama":  # transformers' own class, which adds its <s> by itself
-        trained = sentencepiece()
-        merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-        transformers.LlamaTokenizer(vocab=trained.get_vocab(), merges=merges, bos_token="<|endoftext|>",
-                                    eos_token="<|endoftext|>").save_pretrained(tmp_path)
-        FAMILIES["llama"].save_pretrained(tmp_path)
+def llama(folder):
+    """transformers' own class, which adds its <s> by itself and cuts no words."""
+    trained = sentencepiece()
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    transformers.LlamaTokenizer(vocab=trained.get_vocab(), merges=merges, bos_token="<|endoftext|>",
+                                eos_token="<|endoftext|>").save_pretrained(folder)
+    FAMILIES["llama"].save_pretrained(folder)
+
+
+@pytest.fixture(params=[byte_level, words_and_digits, sentencepiece, llama], ids=lambda kind: kind.__name__)
+def other_tokenizer(request, tmp_path):
+    if request.param is llama:
+        llama(tmp_path)
     else:
-        write_checkpoint(tmp_path, FAMILIES["llama"], kind())
-    tokenizer = utils.get_tokenizer(str(tmp_path))
+        write_checkpoint(tmp_path, FAMILIES["llama"], request.param())
+    return utils.get_tokenizer(str(tmp_path))
+
+
+def test_first_pieces_of_words_are_those_within_a_reply(other_tokenizer, small_corpus):
+    """Where a reply's tokens go on with those of its next word, as they nearly always do, they do so with this one."""
+    texts = [turn["candidates"][-1] for entry in read_corpus(small_corpus)["valid"] for turn in entry["utterances"]]
+    checked = 0
+    for text in [*texts, "3 of 42 ( in 2019 ) aren't \"that\" ... é 你 ."]:
+        words = split_words(text)
+        assert other_tokenizer.first_piece(words[0], False) == other_tokenizer.encode(text)[0]
+        for place in range(1, len(words)):
+            before, after = (other_tokenizer.encode(" ".join(words[:n])) for n in (place, place + 1))
+            if after[:len(before)] == before:
+                assert other_tokenizer.first_piece(words[place], True) == after[len(before)], words[place]
+                checked += 1
+    assert checked > 100
+
+
+def test_tokenizers_of_other_families(other_tokenizer, tmp_path):
+    """Text stays text, nothing is put before it, and a saved tokenizer, or one in another process, gives the same."""
+    tokenizer = other_tokenizer
     special = Specials.of(tokenizer)
     assert sorted(special) == list(range(len(tokenizer) - 5, len(tokenizer)))
     hostile = "i like <eos> and <|endoftext|> , <speaker1> too \ud83d <s> é 你"

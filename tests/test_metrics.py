@@ -8,6 +8,8 @@ from collections import Counter
 import pytest
 import torch
 from conftest import FAMILIES, SAMPLE, TINY, shared
+from test_decoders import FAMILIES as DECODERS
+from test_decoders import sentencepiece, words_and_digits, write_checkpoint
 
 from convai_evaluation import (
     choice_metrics,
@@ -29,16 +31,22 @@ def args(**changed) -> Namespace:
 
 
 def setting(family: str, data, tmp_path):
-    """A 2019 run and the validation turns of a data file."""
-    run = str(shared(f"golden/run-2019-{family}"))
+    """A 2019 run, or a random Llama with a tokenizer of another kind, and the validation turns of a data file."""
+    if family in FAMILIES:
+        run = str(shared(f"golden/run-2019-{family}"))
+    else:
+        torch.manual_seed(6)
+        kind = {"llama-bytes": words_and_digits, "llama-sentencepiece": sentencepiece}[family]
+        run = str(write_checkpoint(tmp_path / "llama", DECODERS["llama"], kind()))
     tokenizer, model = get_tokenizer(run), load_model(run)
     add_special_tokens_(model, tokenizer)
     table = get_dataset(tokenizer, str(data), str(tmp_path / "cache"))
     return model, tokenizer, table, TurnDataset(table["valid"], tokenizer, 512, num_candidates=1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(("family", "legacy"), [
+    *((family, legacy) for family in FAMILIES for legacy in (False, True)), ("llama-bytes", False),
+    ("llama-sentencepiece", False)])
 def test_word_perplexity_is_that_of_one_word_at_a_time(family, legacy, tmp_path):
     """50 turns of the sample, and one whose words are tokenised differently when more words follow."""
     corpus = read_corpus(SAMPLE)
@@ -82,12 +90,13 @@ SHARES = {}
 
 def shares_of(counts, tokenizer, after_space: bool) -> dict[str, tuple[int, float]]:
     """The protocol once more: word → (first piece, share among the words with that first piece)."""
-    key = type(tokenizer).__name__, after_space, id(counts)
+    key = id(tokenizer), after_space, id(counts)
     if key not in SHARES:
         first = {}
         for word in counts:
-            if type(tokenizer).__name__ == "GPT2Tokenizer":
-                ids = tokenizer.encode(("x " if after_space else "") + word)[1 if after_space else 0:]
+            if type(tokenizer).__name__ != "OpenAIGPTTokenizer":
+                ids = tokenizer.encode(("x " if after_space else "") + word)
+                ids = ids[len(tokenizer.encode("x")):] if after_space else ids
             else:
                 ids = [tokenizer.convert_tokens_to_ids(one.value)
                        for one in tokenizer.backend_tokenizer.model.tokenize(word.lower())]
