@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from corpora import InputError, command
 from inputs import IGNORED, NO_CANDIDATE
@@ -66,7 +66,7 @@ class DoubleHeadsOutput(ModelOutput):
     past_key_values: object = None
 
 
-class DoubleHeads:
+class DoubleHeadsModel:
     """Mixed into a language model of transformers, the `forward` that reads packed rows and asks both heads.
 
     ``generate()`` works with ``token_type_ids`` and the key-value cache.
@@ -165,7 +165,7 @@ class DoubleHeads:
         return masks if len(masks) > 1 else masks.popitem()[1]
 
 
-class DoubleHeadsModel(DoubleHeads, GPT2DoubleHeadsModel):
+class GPT2DoubleHeads(DoubleHeadsModel, GPT2DoubleHeadsModel):
     """GPT-2 with both heads, of any size."""
 
     architecture = "GPT2DoubleHeadsModel"
@@ -209,7 +209,7 @@ class PostNormConfig(OpenAIGPTConfig):
         return {"gelu": "gelu_new", "swish": "silu"}.get(self.afn, self.afn)  # GPT-1's "gelu" is the tanh one
 
 
-class PostNormDoubleHeadsModel(DoubleHeadsModel):
+class PostNormDoubleHeadsModel(GPT2DoubleHeads):
     """GPT-1 with both heads, on GPT-2's code, which brings SDPA, the key-value cache and ``generate()``."""
 
     config_class = PostNormConfig
@@ -239,7 +239,7 @@ class TokenTypes(nn.Embedding):
     """What is added to a token's embedding for its speaker: two rows, which start at 0."""
 
 
-class AnyDecoder(DoubleHeads):
+class AnyDecoder(DoubleHeadsModel):
     """Both heads and token types on a causal language model of transformers; `decoder_class` says on which.
 
     Other families have no token types, and GPT-2's way, the speaker's own token embedding added to every token, would
@@ -268,7 +268,7 @@ class AnyDecoder(DoubleHeads):
         return self.base_model(inputs_embeds=embedded, **inputs)
 
 
-MODELS = {"gpt2": DoubleHeadsModel, "openai-gpt": PostNormDoubleHeadsModel}
+MODELS = {"gpt2": GPT2DoubleHeads, "openai-gpt": PostNormDoubleHeadsModel}
 
 
 @cache
@@ -307,7 +307,7 @@ def autocast(device: str, fp16: str = "") -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def load_model(model_checkpoint: str) -> DoubleHeads:
+def load_model(model_checkpoint: str) -> DoubleHeadsModel:
     """The double-heads model of a checkpoint, in evaluation mode and float32, on the CPU.
 
     ``model_checkpoint`` is what `utils.resolve_checkpoint` takes: a hub name, a run folder of ours or of 2019, a folder
@@ -336,7 +336,7 @@ def load_model(model_checkpoint: str) -> DoubleHeads:
                                                            dtype=torch.float32, output_loading_info=True)
             tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
             missing = set(found["missing_keys"]) - tied
-            if (heads := Path(checkpoint, HEADS)).is_file():
+            if model.apart and (heads := cached_file(checkpoint, HEADS, _raise_exceptions_for_missing_entries=False)):
                 model.load_state_dict(load_file(heads), strict=False)
                 missing -= load_file(heads).keys()
     except Exception as error:  # torch, safetensors and transformers each raise their own for damaged files
@@ -376,7 +376,7 @@ def _check_packing(model: AnyDecoder, checkpoint: str) -> None:
     config, agrees = model.config.get_text_config(), False
     try:
         packed = model(**{name: torch.tensor([values]) for name, values in row.items()}).logits
-        alone = super(DoubleHeads, model).forward(input_ids=torch.tensor([context + reply])).logits[0, 5:8].float()
+        alone = super(DoubleHeadsModel, model).forward(input_ids=torch.tensor([context + reply])).logits[0, 5:8].float()
         agrees = torch.allclose(packed, alone, rtol=0, atol=1e-4 * alone.std().item() + 1e-6)
         reason = "a packed candidate comes out differently than alone"
     except KeyError as kind:
@@ -394,7 +394,7 @@ def _check_packing(model: AnyDecoder, checkpoint: str) -> None:
 SPARE_ROWS = 1024  # at most; vocabularies are padded to a round number, Phi-2's by 905
 
 
-def add_special_tokens_(model: DoubleHeads, tokenizer) -> None:
+def add_special_tokens_(model: DoubleHeadsModel, tokenizer) -> None:
     """Give the model's vocabulary room for the tokenizer's control tokens, in place; new rows start at random.
 
     Raises `InputError` when the model's vocabulary is neither the tokenizer's nor that without its control tokens.
@@ -409,7 +409,7 @@ def add_special_tokens_(model: DoubleHeads, tokenizer) -> None:
     model.config.speaker_ids = tokenizer.convert_tokens_to_ids(ATTR_TO_SPECIAL_TOKEN["additional_special_tokens"])
 
 
-def add_lora_(model: DoubleHeads, tokenizer, rank: int, model_checkpoint: str) -> None:
+def add_lora_(model: DoubleHeadsModel, tokenizer, rank: int, model_checkpoint: str) -> None:
     """Freeze the model, in place, but for low-rank updates of its linear layers (Hu et al. 2021).
 
     Trained whole beside them: the choice head, the token types and the control tokens' own rows.
@@ -437,7 +437,7 @@ def add_lora_(model: DoubleHeads, tokenizer, rank: int, model_checkpoint: str) -
     logger.info("LoRA of rank %s: %s parameters are trained", rank, f"{trained:,}")
 
 
-def _adapted(checkpoint: str, base: str) -> DoubleHeads:
+def _adapted(checkpoint: str, base: str) -> DoubleHeadsModel:
     """The model of an adapter's folder: its base as it was trained on, with the adapter merged into it."""
     try:
         model = load_model(base)
@@ -458,7 +458,7 @@ def _adapted(checkpoint: str, base: str) -> DoubleHeads:
     return model.eval()
 
 
-def save_model(model: DoubleHeads, folder: str | Path) -> None:
+def save_model(model: DoubleHeadsModel, folder: str | Path) -> None:
     """Write ``model.safetensors`` and ``config.json`` as plain transformers reads them, each complete or not at all.
 
     What the plain architecture lacks goes to ``double_heads.safetensors`` beside them. Of a model under `add_lora_`
@@ -484,7 +484,7 @@ def save_model(model: DoubleHeads, folder: str | Path) -> None:
     _write_config(model, folder)
 
 
-def _write_config(model: DoubleHeads, folder: Path) -> None:
+def _write_config(model: DoubleHeadsModel, folder: Path) -> None:
     config = model.config.to_diff_dict() | {"architectures": [model.architecture]}
     (folder / "config.json.unfinished").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(folder / "config.json.unfinished", folder / "config.json")

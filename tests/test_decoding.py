@@ -9,7 +9,7 @@ import transformers
 
 from inputs import Segment, Specials, collate, pack_turn
 from interact import generate_replies
-from model import DoubleHeadsModel, PostNormConfig, PostNormDoubleHeadsModel
+from model import DoubleHeadsModel, GPT2DoubleHeads, PostNormConfig, PostNormDoubleHeadsModel
 
 SPECIAL = Specials(*range(5))
 WORDS = range(5, 10)
@@ -22,7 +22,7 @@ def tiny_model(family: str, seed: int) -> DoubleHeadsModel:
                  bos_token_id=0, eos_token_id=1)
     torch.manual_seed(seed)
     if family == "gpt2":
-        return DoubleHeadsModel(transformers.GPT2Config(**shape)).eval()
+        return GPT2DoubleHeads(transformers.GPT2Config(**shape)).eval()
     return PostNormDoubleHeadsModel(PostNormConfig(**shape)).eval()
 
 
@@ -73,13 +73,13 @@ def test_a_wide_beam_is_an_exhaustive_search(family, length_penalty):
 
 def test_a_beam_is_never_below_greedy(monkeypatch):
     """Over many models, with some of which transformers' own narrow beam loses the greedy reply and ends below it."""
-    generate, searched = DoubleHeadsModel.generate, []
+    generate, searched = GPT2DoubleHeads.generate, []
 
     def spy(self, *args, **kwargs):
         searched.append(generate(self, *args, **kwargs))
         return searched[-1]
 
-    monkeypatch.setattr(DoubleHeadsModel, "generate", spy)
+    monkeypatch.setattr(GPT2DoubleHeads, "generate", spy)
     length, better, guarded = 12, 0, 0
     width = 1 + max(len(context.ids) for context in contexts())
 

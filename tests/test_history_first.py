@@ -14,7 +14,7 @@ from test_commands import evaluate, scalars
 
 from inputs import Specials, build_context, collate, fit_context, pack_turn
 from interact import fitted_context, generate_replies
-from model import DoubleHeadsModel
+from model import GPT2DoubleHeads
 
 SPECIAL = Specials(*range(5))
 sentences = st.lists(st.lists(st.integers(5, 40), min_size=1, max_size=9), max_size=5)
@@ -40,7 +40,7 @@ def model():
     torch.manual_seed(4)
     config = transformers.GPT2Config(vocab_size=60, n_positions=96, n_embd=32, n_layer=2, n_head=4, num_labels=1,
                                      initializer_range=0.3, bos_token_id=0, eos_token_id=1, history_start=30)
-    return DoubleHeadsModel(config).eval()
+    return GPT2DoubleHeads(config).eval()
 
 
 def test_scores_are_those_of_padded_rows_at_the_same_positions(model):
