@@ -249,7 +249,9 @@ def longest_persona(split: Split) -> int:
 
 
 class LengthBatches(Sampler):
-    """Batches of turns of like length, so that little is padding; every turn once an epoch.
+    """Batches of turns of like length, so that little is padding.
+
+    An epoch is every turn once; or ``epoch_batches`` batches, if that is not 0, no turn twice before all were once.
 
     With a ``seed`` the order is drawn anew each epoch (`set_epoch`): turns are shuffled, sorted by length within
     stretches of ``STRETCH`` batches, cut into batches, and the batches shuffled. Without one, all is sorted, longest
@@ -258,35 +260,38 @@ class LengthBatches(Sampler):
 
     STRETCH = 50
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int | None = None):
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int | None = None, epoch_batches: int = 0):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.epoch_batches = epoch_batches
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        return self.epoch_batches or -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.seed is None:
             order = np.argsort(-self.lengths, kind="stable")
             return iter(np.split(order, range(self.batch_size, len(order), self.batch_size)))
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.lengths))
         batches = []
-        for start in range(0, len(order), self.STRETCH * self.batch_size):
-            stretch = order[start:start + self.STRETCH * self.batch_size]
-            stretch = stretch[np.argsort(self.lengths[stretch], kind="stable")]
-            batches += np.split(stretch, range(self.batch_size, len(stretch), self.batch_size))
-        return iter([batches[index] for index in rng.permutation(len(batches))])
+        while len(batches) < len(self):
+            order, once = rng.permutation(len(self.lengths)), []
+            for start in range(0, len(order), self.STRETCH * self.batch_size):
+                stretch = order[start:start + self.STRETCH * self.batch_size]
+                stretch = stretch[np.argsort(self.lengths[stretch], kind="stable")]
+                once += np.split(stretch, range(self.batch_size, len(stretch), self.batch_size))
+            batches += [once[index] for index in rng.permutation(len(once))]
+        return iter(batches[:len(self)])
 
 
 def get_loader(dataset: TurnDataset, lengths: np.ndarray, batch_size: int, seed: int | None = None,
-               num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
+               epoch_batches: int = 0, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
     """A loader of `collate`'s batches in the order of `LengthBatches`."""
     return DataLoader(
         dataset,
-        batch_sampler=LengthBatches(lengths, batch_size, seed),
+        batch_sampler=LengthBatches(lengths, batch_size, seed, epoch_batches),
         collate_fn=partial(collate, pad=dataset.special.pad),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

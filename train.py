@@ -131,7 +131,7 @@ def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel) -> tuple[D
         loaders.append(get_loader(
             dataset, lengths,
             batch_size=args.train_batch_size if split == "train" else args.valid_batch_size,
-            seed=args.seed if split == "train" else None,
+            seed=args.seed if split == "train" else None, epoch_batches=args.epoch_batches if split == "train" else 0,
             num_workers=args.num_workers, pin_memory=args.device.startswith("cuda"),
         ))
     return loaders[0], loaders[1]
@@ -210,6 +210,7 @@ def parse_args() -> Namespace:
     add("--mc_coef", type=float, default=1.0, help="of the choice loss; 0: no distractors (default: %(default)s)")
     add("--max_norm", type=float, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
     add("--n_epochs", type=whole_number, default=3, help="0: only evaluate (default: %(default)s)")
+    add("--epoch_batches", type=whole_number, default=0, metavar="N", help="an epoch (default: 0, every turn once)")
     add("--eval_before_start", action="store_true", help="evaluate before the first epoch, too")
     add("--fp16", default="", choices=["", "O0", *HALF], help="half precision: apex's names, or bf16 (default: none)")
     add("--lora", type=whole_number, default=0, metavar="RANK",

@@ -16,7 +16,7 @@ from test_corpora import BST, ED
 
 import utils
 from corpora import InputError
-from inputs import TurnDataset, get_loader, longest_persona
+from inputs import LengthBatches, TurnDataset, get_loader, longest_persona
 from schedule import Decay, add_schedule_flags
 
 EOU = "what {0} ? __eou__ a {0} . __eou__ i like a {0} . __eou__\n"
@@ -180,3 +180,16 @@ def test_histories_keep_their_roles_when_the_bot_opened(tmp_path, data_dir, toke
     assert roles == [special.speaker1, special.speaker2, special.speaker1]  # bikes ? no , bread . | rye ?
     assert np.array_equal(np.array(row.input_ids)[np.array(row.labels) >= 0],
                           [*tokenizer.encode("rye ?"), special.eos])
+
+
+def test_an_epoch_of_a_number_of_batches_repeats_no_turn_before_all_were_seen():
+    lengths = np.arange(10)
+    for wanted in (2, 4, 11):
+        batches = LengthBatches(lengths, 3, seed=5, epoch_batches=wanted)
+        drawn = list(batches)
+        assert len(drawn) == len(batches) == wanted
+        passes = [np.concatenate(drawn[start:start + 4]) for start in range(0, wanted, 4)]
+        for turns in passes:
+            assert len(set(turns.tolist())) == len(turns)
+        assert all(len(turns) == 10 for turns in passes[:wanted // 4])
+    assert np.concatenate(list(LengthBatches(lengths, 3, seed=5))).tolist() == np.concatenate(drawn[:4]).tolist()
