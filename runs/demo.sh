@@ -5,8 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 data=data/sample_personachat.json
-python train.py --model_checkpoint models/tiny --dataset_path $data --max_history 0 \
-    --n_epochs 16 --lr 2e-3 --lm_coef 2.0 --train_batch_size 12 --gradient_accumulation_steps 1 --valid_batch_size 24
+./runs/tiny.sh
 run=$(ls -td runs/*_tiny* | head -n 1)
 
 for metric in hits@1 ppl f1; do

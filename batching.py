@@ -1,0 +1,454 @@
+"""The replies of many conversations, decoded together: whoever asks joins the batch between two tokens.
+
+A reply does not depend on its neighbours: every request has its own decoding options and its own random generator, and
+is answered as `interact.generate_replies` would answer it alone. From below: `Decoder` and its parts, which know token
+ids, and `Bot`, which knows texts. Nothing here knows pages or HTTP.
+"""
+
+import asyncio
+import hashlib
+import logging
+import threading
+from argparse import Namespace
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, Field
+from transformers import NoRepeatNGramLogitsProcessor
+
+from corpora import InputError
+from inputs import Segment, Specials, build_reply
+from interact import Filtered, fitted_context, load_checkpoint, readable
+from model import DoubleHeadsModel, half_dtype
+from utils import resolve_checkpoint
+
+MAX_TEXT = 2_000  # characters of a message, and of a personality
+PREFILL = 256  # tokens of new contexts computed between two steps, so that newcomers hold up nobody for long
+logger = logging.getLogger("batching")
+
+
+class Busy(Exception):
+    """As many requests are waiting as may wait."""
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens
+
+
+class Row:
+    """One sequence of the batch."""
+
+    def __init__(self, slot: int, start: int, length: int = 0, token: int = 0):
+        self.slot = slot  # where its keys and values lie
+        self.start = start  # the position of its first token
+        self.length = length  # tokens computed
+        self.token = token  # what comes next, not computed yet
+
+
+class Reply:
+    """A request, from the queue to its last token.
+
+    ``tokens``: the reply so far, without control tokens; beams decide only at the end. ``finish``: None until then,
+    and then "stop" (the model ended it), "length", "cancelled" or "error". ``last_step``, of finished replies but those
+    of beams: the logits that the last token was chosen from, (vocabulary,) each, as they were and as bans and filter
+    left them.
+    """
+
+    def __init__(self, context: Segment, args: Namespace, special: Specials, device: torch.device,
+                 notify: Callable[[], None]):
+        self.context, self.args, self.special, self.notify = context, args, special, notify
+        self.tokens: list[int] = []
+        self.finish: str | None = None
+        self.last_step: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.cancelled = False
+        self.rows: list[Row] = []
+        self.beams = BeamSearch(args, special) if args.num_beams > 1 else None
+        self.random = torch.Generator(device)
+        if args.seed:
+            self.random.manual_seed(args.seed)
+        else:
+            self.random.seed()
+
+    @property
+    def places(self) -> int:
+        """Rows of the batch that it may need."""
+        return self.args.num_beams + 1 if self.beams else 1
+
+    def end(self, finish: str) -> None:
+        self.rows, self.finish = [], finish
+
+    def go_on(self, token: int) -> None:
+        """Take the next token, which may be the end."""
+        if token in self.special:
+            return self.end("stop")
+        self.tokens.append(token)
+        self.rows[0].token = token
+        if len(self.tokens) == self.args.max_length:
+            self.end("length")
+
+    def go_on_with_beams(self, scores: torch.Tensor) -> None:
+        parents = self.beams.step(scores)
+        if not parents:
+            self.tokens, finish = self.beams.result()
+            return self.end(finish)
+        self.rows = [Row(self.rows[parent].slot, self.rows[parent].start, self.rows[parent].length, tokens[-1])
+                     for parent, tokens in zip(parents, self.beams.hypotheses, strict=True)]
+
+
+class BeamSearch:
+    """The beam search of `interact.generate_replies`, a step at a time, and beside it the greedy reply.
+
+    Hypotheses compete by log-likelihood over length to the power of ``length_penalty``. The search ends when none that
+    is left can overtake the best.
+    """
+
+    def __init__(self, args: Namespace, special: Specials):
+        self.args, self.special = args, special
+        self.live: list[tuple[float, list[int]]] = [(0.0, [])]  # log-likelihood and tokens, the best first
+        self.greedy: tuple[float, list[int]] | None = (0.0, [])
+        self.best, self.best_greedy = (-torch.inf, [], ""), (-torch.inf, [], "")  # score, tokens, finish
+
+    @property
+    def hypotheses(self) -> list[list[int]]:
+        """Tokens of each row to compute: the beams, then the greedy reply. At first they are all one."""
+        return [tokens for _, tokens in self.live] + ([self.greedy[1]] if self.greedy and self.greedy[1] else [])
+
+    def step(self, scores: torch.Tensor) -> list[int]:
+        """Choose from the log-probabilities of `hypotheses`, (rows, vocabulary); banned tokens have -inf.
+
+        Returns the row that each of the new `hypotheses` continues; none when the search is over.
+        """
+        width, length = self.args.num_beams, len(self.hypotheses[0]) + 1
+        parents = []
+        if self.live:
+            sums = scores[:len(self.live)] + torch.tensor([score for score, _ in self.live]).to(scores)[:, None]
+            most = min(width * (1 + len(self.special)), sums.numel())  # so many, because some end
+            candidates = zip(*(part.tolist() for part in sums.flatten().topk(most)), strict=True)
+            before, self.live = self.live, []
+            for rank, (score, place) in enumerate(candidates):
+                parent, token = divmod(place, scores.shape[1])
+                tokens = [*before[parent][1], token]
+                if score == -torch.inf:
+                    break
+                if token in self.special or length == self.args.max_length:
+                    if rank < width:
+                        self.best = max(self.best, self._ended(score, tokens), key=lambda ended: ended[0])
+                elif len(self.live) < width:
+                    self.live.append((score, tokens))
+                    parents.append(parent)
+            longest = self.args.max_length if self.args.length_penalty > 0 else length
+            if self.live and self.best[0] >= self.live[0][0] / longest ** self.args.length_penalty:
+                self.live, parents = [], []
+        if self.greedy:
+            likeliest = int(scores[-1].argmax())
+            score, tokens = self.greedy[0] + scores[-1, likeliest].item(), [*self.greedy[1], likeliest]
+            if likeliest in self.special or length == self.args.max_length:
+                self.greedy, self.best_greedy = None, self._ended(score, tokens)
+            else:
+                self.greedy = (score, tokens)
+                parents.append(len(scores) - 1)
+        return parents
+
+    def _ended(self, score: float, tokens: list[int]) -> tuple[float, list[int], str]:
+        score /= len(tokens) ** self.args.length_penalty
+        return (score, tokens[:-1], "stop") if tokens[-1] in self.special else (score, tokens, "length")
+
+    def result(self) -> tuple[list[int], str]:
+        return max(self.best, self.best_greedy, key=lambda ended: ended[0])[1:]
+
+
+class KeyValues:
+    """Keys and values of the batch's rows, written in place, each row's from column 0.
+
+    In the place of transformers' caches, which pad all rows on the left to one length and are copied at each token.
+    """
+
+    def __init__(self, model: DoubleHeadsModel):
+        config = model.config
+        self.states = torch.zeros(config.n_layer, 2, 0, config.n_head, 0, config.n_embd // config.n_head,
+                                  dtype=model.dtype, device=model.device)
+
+    def make_room(self, rows: int, width: int) -> None:
+        """For so many rows of so many tokens."""
+        have_rows, have_width = self.states.shape[2], self.states.shape[4]
+        if rows > have_rows or width > have_width:
+            shape = list(self.states.shape)
+            shape[2], shape[4] = max(rows, have_rows), max(-(-width // 64) * 64, have_width)
+            larger = self.states.new_zeros(shape)
+            larger[:, :, :have_rows, :, :have_width] = self.states
+            self.states = larger
+
+    def copy(self, source: Row, slot: int) -> None:
+        self.states[:, :, slot, :, :source.length] = self.states[:, :, source.slot, :, :source.length]
+
+    def place(self, first: int, columns: torch.Tensor, width: int) -> None:
+        """The next forward pass is of the rows from ``first`` on, of ``width`` columns when it has written ``columns``
+        (rows, new)."""
+        self.slots, self.columns, self.width = slice(first, first + len(columns)), columns, width
+        self.rows = torch.arange(first, first + len(columns), device=columns.device)[:, None]
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention calls: (rows, heads, new, size) each → all that the rows have, (rows, heads, width, size)."""
+        for have, new in zip(self.states[layer], (keys, values), strict=True):
+            have[self.rows, :, self.columns] = new.transpose(1, 2)
+        keys, values = self.states[layer, :, self.slots, :, :self.width]
+        return keys, values
+
+
+class Decoder:
+    """A thread that decodes what is asked of it, at most ``max_batch`` rows at once.
+
+    Another ``max_waiting`` requests may wait; beyond, `submit` raises `Busy`. Whoever waits longest goes first.
+    """
+
+    def __init__(self, model: DoubleHeadsModel, special: Specials, max_batch: int = 32, max_waiting: int = 64):
+        self.model, self.special = model, special
+        self.max_batch, self.max_waiting = max_batch, max_waiting
+        self.waiting: deque[Reply] = deque()
+        self.decoding: list[Reply] = []
+        self.cache = KeyValues(model)
+        self.wake, self.closed = threading.Condition(), False
+        self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
+        self.thread.start()
+
+    @property
+    def full(self) -> bool:
+        return len(self.waiting) >= self.max_waiting
+
+    def submit(self, context: Segment, args: Namespace, notify: Callable[[], None] = lambda: None) -> Reply:
+        """Queue a request. Raises `Busy`.
+
+        ``args``: what `interact.add_decoding_flags` adds; a ``seed`` of 0 is none. ``notify`` is called from the
+        decoding thread each time the reply has changed.
+        """
+        reply = Reply(context, args, self.special, self.model.device, notify)
+        with self.wake:
+            if self.full or self.closed:
+                raise Busy
+            self.waiting.append(reply)
+            self.wake.notify()
+        return reply
+
+    async def reply(self, context: Segment, args: Namespace) -> AsyncIterator[Reply]:
+        """`submit`, and the same `Reply` each time it has grown, the last time with its ``finish``.
+
+        Who leaves the loop early, or closes the generator, ends the decoding. Raises `Busy`, at the first step.
+        """
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def notify() -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(changed.set)
+
+        reply = self.submit(context, args, notify)
+        try:
+            finish = None
+            while not finish:
+                await changed.wait()
+                changed.clear()
+                finish = reply.finish  # looked at first, so that the last step is shown, too
+                yield reply
+        finally:
+            reply.cancelled = True
+
+    def close(self) -> None:
+        """Cancel everything and end the thread."""
+        with self.wake:
+            self.closed = True
+            self.wake.notify()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self.wake:
+                self.wake.wait_for(lambda: self.waiting or self.decoding or self.closed)
+            if self.closed:
+                break
+            try:
+                self._step()
+            except Exception:  # whatever it was, those who come later are not to suffer from it
+                logger.exception("A step failed; its %d replies are given up", len(self.decoding))
+                self._end(self.decoding, "error")
+        self._end([*self.decoding, *self.waiting], "cancelled")
+
+    def _end(self, replies: Iterable[Reply], finish: str) -> None:
+        for reply in replies:
+            reply.end(finish)
+            reply.notify()
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Give every reply its next token, let the finished go and newcomers in."""
+        self._end([reply for reply in self.decoding if reply.cancelled], "cancelled")
+        self._settle()
+        if rows := self._rows():
+            ids = [[row.token] for row in rows]
+            logits = self._compute(0, ids, [[self.special.speaker1]] * len(rows), rows)
+            self._choose(self.decoding, logits)
+            self._settle()
+        self._admit()
+
+    def _rows(self) -> list[Row]:
+        """All rows of the batch, by slot."""
+        return sorted((row for reply in self.decoding for row in reply.rows), key=lambda row: row.slot)
+
+    def _settle(self) -> None:
+        """Forget finished replies and move rows so that they fill the first slots, one each, and nothing lies between.
+
+        A row in its place stays; the others have kept, in ``slot``, the one they continue, which nobody overwrites.
+        """
+        self.decoding = [reply for reply in self.decoding if not reply.finish]
+        rows, settled, homeless = self._rows(), set(), []
+        for row in rows:
+            if row.slot < len(rows) and row.slot not in settled:
+                settled.add(row.slot)
+            else:
+                homeless.append(row)
+        self.cache.make_room(len(rows), 0)
+        for slot, row in zip(sorted(set(range(len(rows))) - settled), homeless, strict=True):
+            self.cache.copy(row, slot)
+            row.slot = slot
+
+    def _admit(self) -> None:
+        """Compute the contexts and the first tokens of those who have waited longest, as far as there is room."""
+        budget = PREFILL
+        while budget > 0:
+            with self.wake:
+                self.waiting = deque(reply for reply in self.waiting if not reply.cancelled)
+                taken = sum(reply.places for reply in self.decoding)
+                if not self.waiting or taken and taken + self.waiting[0].places > self.max_batch:
+                    return
+                reply = self.waiting.popleft()
+                self.decoding.append(reply)
+            reply.rows = [Row(len(self._rows()), reply.context.start)]
+            begun = build_reply([], self.special, with_eos=False)
+            ids, types = reply.context.ids + begun.ids, reply.context.types + begun.types
+            self._choose([reply], self._compute(reply.rows[0].slot, [ids], [types], reply.rows))
+            self._settle()
+            budget -= len(ids)
+
+    def _compute(self, first: int, ids: list[list[int]], types: list[list[int]], rows: list[Row]) -> torch.Tensor:
+        """Logits (rows, vocabulary) after the last of the new tokens (rows, new) of the rows from slot ``first`` on."""
+        ids, types, lengths, starts = (
+            torch.tensor(values, device=self.model.device)
+            for values in (ids, types, [row.length for row in rows], [row.start for row in rows]))
+        width = max(row.length for row in rows) + ids.shape[1]
+        self.cache.make_room(first + len(rows), width)
+        columns = lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        self.cache.place(first, columns, width)
+        logits = self.model(
+            ids, token_type_ids=types, position_ids=starts[:, None] + columns,
+            attention_mask=(torch.arange(width, device=ids.device) <= columns[:, :, None])[:, None],
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]
+        for row in rows:
+            row.length += ids.shape[1]
+        return logits
+
+    def _choose(self, replies: list[Reply], logits: torch.Tensor) -> None:
+        """Let each reply go on by a token, or end. ``logits``: (rows, vocabulary), of all rows of ``replies``."""
+        scores = logits.to(torch.float32, copy=True)
+        first = min(row.slot for reply in replies for row in reply.rows)
+        filters = defaultdict(list)
+        for reply in replies:
+            args, rows = reply.args, [row.slot - first for row in reply.rows]
+            if reply.beams:
+                scores[rows] = scores[rows].log_softmax(-1)
+            elif not args.no_sample:
+                filters[args.temperature, args.top_k, args.top_p] += rows
+            said = reply.beams.hypotheses if reply.beams else [reply.tokens]
+            if len(said[0]) < min(args.min_length, args.max_length):
+                scores[torch.tensor(rows)[:, None], list(self.special)] = -torch.inf
+            if args.no_repeat_ngram_size:
+                ban = NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size)
+                scores[rows] = ban(torch.tensor(said, device=scores.device), scores[rows])
+        for options, rows in filters.items():
+            scores[rows] = Filtered(*options)(None, scores[rows])
+
+        for reply in replies:
+            rows = [row.slot - first for row in reply.rows]
+            if reply.beams:
+                reply.go_on_with_beams(scores[rows])
+            elif reply.args.no_sample:
+                reply.go_on(int(scores[rows[0]].argmax()))
+            else:
+                probabilities = scores[rows].softmax(-1)
+                reply.go_on(int(torch.multinomial(probabilities, 1, generator=reply.random)))
+            if reply.finish and not reply.beams:  # after finish
+                reply.last_step = logits[rows[0]].float().clone(), scores[rows[0]].clone()
+            reply.notify()
+
+
+# ----------------------------------------------------------------------------------------------------------- texts
+
+
+class Decoding(BaseModel):
+    """What may be asked of the decoding of one reply; None: as the flags say."""
+
+    temperature: float | None = Field(None, ge=0, le=5)  # 0: always the likeliest token
+    top_k: int | None = Field(None, ge=0, le=1_000_000)
+    top_p: float | None = Field(None, ge=0, le=1)
+    num_beams: int | None = Field(None, ge=1, le=16)
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    seed: int | None = Field(None, ge=0, lt=2**63)  # 0: none
+
+    def over(self, flags: Namespace, most: int) -> Namespace:
+        """The flags of `interact.add_decoding_flags` with these options over them; at most ``most`` tokens a reply."""
+        asked = {name: value for name, value in self if value is not None}
+        if self.temperature is not None:
+            asked["no_sample"] = self.temperature == 0
+        length = self.max_tokens if self.max_tokens is not None else flags.max_length
+        return Namespace(**{**vars(flags), **asked, "max_length": min(length, most)})
+
+
+class Bot:
+    """A model that answers texts, those of many conversations together.
+
+    ``args``: the flags of `utils.add_common_flags` and `interact.add_decoding_flags`, ``max_batch``, ``max_waiting``.
+    """
+
+    def __init__(self, args: Namespace):
+        self.args = args
+        self.model, self.tokenizer = load_checkpoint(args)
+        self.model.to(half_dtype(args.device, args.fp16))
+        self.special = Specials.of(self.tokenizer)
+        self.encode = lru_cache(10_000)(self.tokenizer.encode)  # a personality comes again with each message
+        self.name = Path(resolve_checkpoint(args.model_checkpoint)).name
+        digest = hashlib.sha256()
+        for weights in self.model.state_dict().values():
+            digest.update(weights.detach().cpu().contiguous().view(torch.uint8).numpy())
+        self.version = digest.hexdigest()[:12]
+        self.decoder = Decoder(self.model, self.special, args.max_batch, args.max_waiting)
+
+    def context(self, personality: list[str], said: list[str], decoding: Namespace) -> Segment:
+        """What the model reads before it answers the last of ``said``, the conversation's messages, the oldest first.
+
+        Raises `InputError` when a text is too long or there is no room for a reply.
+        """
+        said = said[-(2 * self.args.max_history + 1):]
+        for name, text in [("the personality", "\n".join(personality)), *(("a message", text) for text in said)]:
+            if len(text) > MAX_TEXT:
+                raise InputError(f"{name} has {len(text):,} characters; write at most {MAX_TEXT:,}")
+        persona = [self.encode(sentence) for sentence in personality]
+        return fitted_context(self.model, persona, [self.encode(text) for text in said], self.special,
+                              decoding.max_length)
+
+    async def reply(self, personality: list[str], said: list[str], decoding: Decoding) -> AsyncIterator[Reply]:
+        """`Decoder.reply` to the last of ``said``, as somebody of that ``personality``.
+
+        Raises `InputError` and `Busy` before the first token, and ``RuntimeError`` when decoding broke down.
+        """
+        if self.decoder.full:  # before any work is done
+            raise Busy
+        args = decoding.over(self.args, self.model.config.max_position_embeddings // 2)
+        async for reply in self.decoder.reply(self.context(personality, said, args), args):
+            if reply.finish in ("error", "cancelled"):
+                raise RuntimeError("the reply could not be decoded; the server's log says why")
+            yield reply
+
+    def text(self, reply: Reply) -> str:
+        """The reply so far, for a person's eyes."""
+        return readable(self.tokenizer, reply.tokens)

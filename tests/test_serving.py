@@ -1,0 +1,375 @@
+"""Replies to many conversations at once, against each alone; and the server over real sockets, with well-meaning
+clients and others."""
+
+import asyncio
+import contextlib
+import json
+import random
+import socket
+import threading
+import time
+from argparse import Namespace
+
+import gradio_client
+import httpx
+import openai
+import pytest
+import torch
+import transformers
+import uvicorn
+from conftest import FAMILIES, SAMPLE, TINY_TOKENS, make_checkpoint
+
+import demo
+from batching import Bot, Busy, Decoder
+from corpora import InputError
+from inputs import Specials, build_context
+from interact import generate_replies, readable
+from model import DoubleHeadsModel, PostNormConfig, PostNormDoubleHeadsModel, save_model
+from page import MAX_SHARED, pack, unpack
+from utils import get_dataset
+
+WAIT = 240  # s; only a broken server ever takes as long
+LONG = 4096  # tokens: far more than are decoded while a test looks
+
+
+def until(condition, what: str) -> None:
+    """Wait for it."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < WAIT, f"{what} did not happen"
+        time.sleep(0.01)
+
+
+# --------------------------------------------------------------------------------------------------- the decoder
+
+
+VOCABULARY = 60
+SPECIAL = Specials(*range(VOCABULARY - 5, VOCABULARY))
+
+
+def small_model(family: str, seed: int, history_start: int = 0) -> DoubleHeadsModel:
+    """Random weights, wide enough to have opinions; among them, to end a reply now and then."""
+    shape = dict(vocab_size=VOCABULARY, n_positions=8192, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3,
+                 num_labels=1, history_start=history_start)
+    torch.manual_seed(seed)
+    if family == "gpt2":
+        return DoubleHeadsModel(transformers.GPT2Config(**shape)).eval()
+    return PostNormDoubleHeadsModel(PostNormConfig(**shape)).eval()
+
+
+def asked(**changed) -> Namespace:
+    return Namespace(**{"no_sample": False, "max_length": 20, "min_length": 1, "temperature": 0.7, "top_k": 0,
+                        "top_p": 0.9, "num_beams": 1, "length_penalty": 0.65, "no_repeat_ngram_size": 0, "seed": 1}
+                     | changed)
+
+
+def sentence(rng: random.Random) -> list[int]:
+    return [rng.randrange(VOCABULARY - 5) for _ in range(rng.randint(1, 15))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("history_start", [0, 80])
+def test_a_reply_among_others_is_the_reply_alone(family, history_start):
+    rng, model = random.Random(7), small_model(family, 3, history_start)
+    decoder = Decoder(model, SPECIAL, max_batch=10, max_waiting=100)
+    requests, replies = [], []
+    for number in range(1, 61):
+        context = build_context([sentence(rng) for _ in range(rng.randint(0, 4))],
+                                [sentence(rng) for _ in range(rng.randint(1, 5))], SPECIAL, history_start)
+        args = asked(seed=number, max_length=rng.randint(1, 25), min_length=rng.choice([1, 6]),
+                     no_sample=rng.random() < 0.3, temperature=rng.choice([0.7, 1.5]), top_k=rng.choice([0, 20]),
+                     top_p=rng.choice([0.9, 0.0]), num_beams=rng.choice([1, 1, 1, 2, 4]),
+                     length_penalty=rng.choice([0.0, 0.65, 1.5]), no_repeat_ngram_size=rng.choice([0, 0, 2]))
+        requests.append((context, args))
+        replies.append(decoder.submit(context, args))
+        if rng.random() < 0.5:  # some come while others are being answered
+            until(lambda: decoder.decoding or not decoder.waiting, "a start")
+    until(lambda: all(reply.finish for reply in replies), "the end")
+    decoder.close()
+    for (context, args), reply in zip(requests, replies, strict=True):
+        torch.manual_seed(args.seed)
+        assert reply.tokens == generate_replies(model, [context], SPECIAL, args)[0], args
+        assert reply.finish == ("length" if len(reply.tokens) == args.max_length else "stop")
+    assert {reply.finish for reply in replies} == {"stop", "length"}
+
+
+def test_a_long_reply_holds_up_nobody():
+    decoder = Decoder(small_model("gpt2", 1), SPECIAL)
+    context = build_context([[1, 2]], [[3, 4]], SPECIAL)
+    long = decoder.submit(context, asked(max_length=LONG, min_length=LONG))
+    until(lambda: long.tokens, "the long one's first token")
+    others = [decoder.submit(context, asked(max_length=5, num_beams=beams)) for beams in (1, 1, 3)]
+    until(lambda: all(other.finish for other in others), "the short ones' end")
+    assert not long.finish
+    long.cancelled = True
+    until(lambda: long.finish, "its cancellation")
+    assert long.finish == "cancelled"
+    decoder.close()
+
+
+def test_the_queue_is_bounded_and_first_come_is_first_served():
+    decoder = Decoder(small_model("gpt2", 1), SPECIAL, max_batch=1, max_waiting=2)
+    context = build_context([], [[3, 4]], SPECIAL)
+    busy = decoder.submit(context, asked(max_length=LONG, min_length=LONG))
+    until(lambda: not decoder.waiting, "its start")
+    first, second = (decoder.submit(context, asked(max_length=2, min_length=2)) for _ in range(2))
+    with pytest.raises(Busy):
+        decoder.submit(context, asked())
+    first.cancelled = busy.cancelled = True  # one that waits, too: it makes room and is not decoded
+    until(lambda: second.finish, "the other's reply")
+    assert len(second.tokens) == 2 and first.tokens == []
+    decoder.close()
+
+
+def test_a_step_that_fails_costs_its_own_replies_only():
+    model = small_model("gpt2", 1)
+    decoder = Decoder(model, SPECIAL)
+    bad = decoder.submit(build_context([], [[VOCABULARY + 1]], SPECIAL), asked())  # no such token
+    until(lambda: bad.finish, "the failure")
+    assert bad.finish == "error"
+    good = decoder.submit(build_context([], [[3]], SPECIAL), asked(max_length=3, min_length=3))
+    until(lambda: good.finish, "the next reply")
+    assert good.finish == "length"
+    decoder.close()
+
+
+# ---------------------------------------------------------------------------------------------------- the server
+
+
+@contextlib.contextmanager
+def serving(bot: Bot, table):
+    """The whole server on a port of its own, in this process; yields its address."""
+    listening = demo.listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(demo.build_app(bot, table), log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    bot.decoder.close()
+    listening.close()
+
+
+@pytest.fixture(scope="module")
+def bot(tmp_path_factory) -> Bot:
+    """A model of random weights, whose replies are exactly as long as asked for."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("web") / "parrot", n_positions=2 * LONG + 512, n_embd=32, n_head=2,
+                             vocab_size=TINY_TOKENS + 5, initializer_range=0.3)
+    torch.manual_seed(5)
+    save_model(PostNormDoubleHeadsModel(PostNormConfig.from_pretrained(folder, num_labels=1)), folder)
+    return Bot(demo.parse_args(["--model_checkpoint", str(folder), "--device", "cpu", "--min_length", str(LONG),
+                                "--max_batch", "4", "--max_waiting", "8"]))
+
+
+@pytest.fixture(scope="module")
+def address(bot, tmp_path_factory):
+    table = get_dataset(bot.tokenizer, str(SAMPLE), str(tmp_path_factory.mktemp("table") / "cache"))
+    with serving(bot, table) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address) -> openai.OpenAI:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=WAIT) as client:
+        yield client
+
+
+PERSONA = ["i have two dogs .", "i like sushi ."]
+DIALOG = ["hello !", "hi , how are you ?", "fine . do you have <eos> pets ?"]
+MESSAGES = [{"role": "system", "content": "\n".join(PERSONA)}, {"role": "user", "content": DIALOG[0]},
+            {"role": "assistant", "content": DIALOG[1]}, {"role": "user", "content": DIALOG[2]}]
+
+
+def reply_alone(bot: Bot, persona: list[str], said: list[str], seed: int, length: int) -> str:
+    """What the terminal's chat would say."""
+    encode = bot.tokenizer.encode
+    context = build_context([encode(text) for text in persona], [encode(text) for text in said], bot.special)
+    torch.manual_seed(seed)
+    args = Namespace(**{**vars(bot.args), "max_length": length})
+    return readable(bot.tokenizer, generate_replies(bot.model, [context], bot.special, args)[0])
+
+
+def answers(address: str) -> bool:
+    """The server lives: it says so, and replies."""
+    assert httpx.get(f"{address}/healthz", timeout=WAIT).json()["status"] == "ok"
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+    reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=WAIT).json()
+    return reply["usage"]["completion_tokens"] == 3
+
+
+def test_chat_with_the_openai_client(client, bot):
+    model = client.models.list().data[0]
+    assert (model.id, model.version) == ("parrot", bot.version)
+    assert client.models.retrieve("parrot").id == "parrot"
+    expected = reply_alone(bot, PERSONA, DIALOG, 11, 20)
+    done = client.chat.completions.create(model="parrot", messages=MESSAGES, seed=11, max_tokens=20)
+    assert done.choices[0].message.content == expected
+    assert done.choices[0].finish_reason == "length"
+    assert done.usage.completion_tokens == 20
+    assert done.system_fingerprint == bot.version
+    parts = [{"role": "user", "content": [{"type": "text", "text": text} for text in ("hello", " !")]}]
+    done = client.chat.completions.create(model="parrot", messages=parts + MESSAGES[2:], seed=11,
+                                          max_completion_tokens=20)
+    assert done.choices[0].message.content == reply_alone(bot, [], DIALOG, 11, 20)
+
+
+def test_streaming_with_the_openai_client(client, bot):
+    chunks = list(client.chat.completions.create(model="parrot", messages=MESSAGES, seed=11, max_tokens=20, stream=True,
+                                                 stream_options={"include_usage": True}))
+    *words, end, usage = chunks
+    texts = [chunk.choices[0].delta.content for chunk in words]
+    assert len([text for text in texts if text]) > 3
+    assert "".join(texts) == reply_alone(bot, PERSONA, DIALOG, 11, 20)
+    assert end.choices[0].finish_reason == "length"
+    assert usage.usage.completion_tokens == 20
+
+
+def test_errors_with_the_openai_client(client):
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-5' here, only 'parrot'"):
+        client.chat.completions.create(model="gpt-5", messages=MESSAGES)
+    with pytest.raises(openai.BadRequestError, match="temperature: .* less than or equal to 5") as refusal:
+        client.chat.completions.create(model="parrot", messages=MESSAGES, temperature=9)
+    assert refusal.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError, match="the last one must be the user's"):
+        client.chat.completions.create(model="parrot", messages=MESSAGES[:-1])
+
+
+def test_options_and_greedy_decoding(client, bot):
+    def ask(**options) -> str:
+        return client.chat.completions.create(model="parrot", messages=MESSAGES, max_tokens=8, **options
+                                              ).choices[0].message.content
+
+    greedy = ask(temperature=0)
+    assert greedy == ask(extra_body={"top_k": 1}) == ask(temperature=0, seed=9)
+    assert len({ask() for _ in range(5)}) > 1  # without a seed, another each time
+    assert ask(extra_body={"num_beams": 3}) == ask(extra_body={"num_beams": 3}, seed=4)
+
+
+def test_gradios_own_interface(address, bot):
+    client = gradio_client.Client(address, verbose=False)
+    reply = client.predict(DIALOG[2], DIALOG[:2], PERSONA, 11, api_name="/chat")
+    assert reply == reply_alone(bot, PERSONA, DIALOG, 11, 20)
+    with pytest.raises(gradio_client.exceptions.AppError, match="a message has 3,000 characters"):
+        client.predict("a" * 3000, [], [], 0, api_name="/chat")
+
+
+NESTED = b"[" * 100_000
+HOSTILE = {
+    b"": "body", b"{": "not JSON at character 1", b"[]": "body", b'"\xff"': "", NESTED: "", b"null": "body",
+    b'{"messages": 3}': "messages", b'{"messages": []}': "last one must be the user's",
+    b'{"messages": [{"role": "king", "content": "x"}]}': "messages.0.role",
+    b'{"messages": [{"role": "user", "content": ["x"]}]}': "messages.0.content",
+    b'{"messages": [{"role": "user", "content": "x"}], "n": 2}': "n: not offered here",
+    b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}': "tools: not offered here",
+    b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -1}': "max_tokens",
+    b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}': "temperature",
+    b'{"messages": [{"role": "user", "content": "x"}], "num_beams": 1000000}': "num_beams",
+    b'{"messages": [{"role": "user", "content": "' + b"x" * 3000 + b'"}]}': "has 3,000 characters; write at most 2,000",
+    b'{"messages": [{"role": "system", "content": "' + b"x\\n" * 2000 + b'"}, {"role": "user", "content": "x"}]}':
+        "the personality has 3,999 characters",
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE, ids=lambda body: body[-40:].decode(errors="replace"))
+def test_what_cannot_be_answered_is_refused(address, body):
+    refusal = httpx.post(f"{address}/v1/chat/completions", content=body, timeout=WAIT,
+                         headers={"Content-Type": "application/json"})
+    assert refusal.status_code == 400
+    complaint = refusal.json()["error"]
+    assert set(complaint) == {"message", "type", "param", "code"}
+    assert complaint["type"] == "invalid_request_error"
+    assert HOSTILE[body] in complaint["message"]
+    assert answers(address)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/gradio_api/queue/join", "/gradio_api/run/predict"])
+def test_a_request_of_a_megabyte_is_refused(address, path):
+    body = json.dumps({"messages": [{"role": "user", "content": "a" * 2**20}]})
+    refusal = httpx.post(address + path, content=body, timeout=WAIT, headers={"Content-Type": "application/json"})
+    assert refusal.status_code == 413
+    assert "more than 262,144 bytes" in refusal.json()["error"]["message"]
+
+    def chunks():  # without an announced length
+        for _ in range(64):
+            yield b" " * 2**14
+
+    assert httpx.post(address + path, content=chunks(), timeout=WAIT).status_code == 413
+    assert httpx.post(f"{address}/gradio_api/upload", files={"files": b"x"}, timeout=WAIT).status_code == 404
+    assert answers(address)
+
+
+def test_control_tokens_and_odd_letters_are_text(address, bot, client):
+    odd = "<eos> <speaker1> <pad> \ud800 \x00 \u202e 👍 </s>"
+    asked = {"messages": [{"role": "system", "content": odd}, {"role": "user", "content": odd}], "max_tokens": 3}
+    done = httpx.post(f"{address}/v1/chat/completions", content=json.dumps(asked), timeout=WAIT,
+                      headers={"Content-Type": "application/json"}).json()
+    ids = bot.tokenizer.encode(odd)
+    assert not set(ids) & set(bot.special)
+    assert done["usage"]["prompt_tokens"] == 1 + 2 * len(ids) + 2  # <bos> persona <speaker2> message <speaker1>
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_ends_the_decoding(address, bot, stream):
+    asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": LONG, "stream": stream}
+    body = json.dumps(asked).encode()
+    with socket.create_connection(address.removeprefix("http://").split(":")) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: any(reply.args.max_length == LONG for reply in bot.decoder.decoding), "its turn")
+        reply = next(reply for reply in bot.decoder.decoding if reply.args.max_length == LONG)
+        until(lambda: reply.tokens, "the first token")
+        if stream:
+            assert b"200 OK" in connection.recv(100)
+    until(lambda: reply.finish, "the end")
+    assert reply.finish == "cancelled" and len(reply.tokens) < LONG
+    assert answers(address)
+
+
+def test_a_thousand_requests_at_once(address):
+    """Far more than may wait: who comes too late is told so, the others are answered."""
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 50}
+
+    async def ask_all() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(timeout=WAIT, limits=limits) as client:
+            return await asyncio.gather(*(client.post(f"{address}/v1/chat/completions", json=body)
+                                          for _ in range(1000)))
+
+    responses = asyncio.run(ask_all())
+    refused = [response for response in responses if response.status_code == 503]
+    answered = [response.json() for response in responses if response.status_code == 200]
+    assert len(refused) + len(answered) == 1000
+    assert refused and len(answered) >= 12  # four were decoded and eight waited, at least
+    assert all(response.json()["error"]["code"] == "queue_full" for response in refused)
+    assert "try again in a moment" in refused[0].json()["error"]["message"]
+    assert all(reply["usage"]["completion_tokens"] == 50 for reply in answered)
+    assert answers(address)
+
+
+def test_a_port_in_use_and_other_places_that_cannot_be_listened_at():
+    with demo.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {port}: in use by another program; choose another"):
+            demo.listen("127.0.0.1", port)
+    with pytest.raises(InputError, match="--host 192.0.2.1: cannot be listened at"):
+        demo.listen("192.0.2.1", 0)
+    with pytest.raises(SystemExit):
+        demo.parse_args(["--port", "70000"])
+
+
+# ---------------------------------------------------------------------------------------------- shared addresses
+
+
+def test_a_shared_address_holds_the_conversation():
+    conversation = ["i like tea .", "\ud800 <b> ü"], [], ["hello", "<script>", ""]
+    personality, own, said = unpack(pack(*conversation))
+    assert (own, said) == conversation[1:] and personality == ["i like tea .", "? <b> ü"]
+
+
+def test_a_damaged_address_is_refused():
+    whole = pack(["i like tea ."], [], ["hello", "hi"])
+    bomb = pack([], [], ["a" * 50 * MAX_SHARED])
+    assert len(bomb) < MAX_SHARED
+    for fragment in (whole[:-5], whole[5:], "x", "%", "é", "eNoDAAAAAAE", bomb):
+        with pytest.raises(InputError, match="copy it again, whole"):
+            unpack(fragment)
