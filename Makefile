@@ -1,4 +1,5 @@
 # make demo    from a fresh clone to a trained, evaluated bot, on embedded defaults and without a hub
+# make web     the same bot on a web page, at http://127.0.0.1:7860
 # make test    the whole test suite
 # make install the set-up alone: .venv
 # make bench   measure speed against the textbook path, write benchmarks/RESULTS.md (needs real data: see --help there)
@@ -10,10 +11,13 @@ VENV := .venv
 TEST_PROCESSES := 2  # each computes on one thread, see tests/conftest.py
 BIN := $(VENV)/bin
 
-.PHONY: parlai demo test bench install lint clean
+.PHONY: parlai demo web test bench install lint clean
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./runs/demo.sh
+
+web: $(VENV)/web-installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" ./runs/web.sh $(WEB_FLAGS)
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --durations 15
@@ -40,6 +44,10 @@ $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/web-installed: $(VENV)/installed requirements-web.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-web.txt
 	touch $@
 
 $(VENV)/test-installed: $(VENV)/installed requirements-web.txt requirements-feedback.txt requirements-test.txt

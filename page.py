@@ -103,9 +103,10 @@ def unpack(fragment: str) -> tuple[list[str], list[str], list[str]]:
         packed = base64.urlsafe_b64decode(fragment + "=" * (-len(fragment) % 4))
         unpacker = zlib.decompressobj()
         shared = json.loads(unpacker.decompress(packed, MAX_SHARED))
-        lists = shared["personality"], shared["own"], shared["said"]
-        if unpacker.eof and all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists):
-            return lists
+        lists = [shared[part] for part in ("personality", "own", "said")]
+        lists_of_texts = all(isinstance(texts, list) and all(isinstance(one, str) for one in texts) for texts in lists)
+        if unpacker.eof and lists_of_texts:
+            return tuple(lists)
     except (ValueError, zlib.error, KeyError, TypeError, RecursionError):
         pass
     raise InputError("This address holds no conversation, or not all of it; copy it again, whole")
