@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, Field
+from torch.nn import functional as F
 from transformers import NoRepeatNGramLogitsProcessor
 
 from corpora import InputError
 from inputs import Segment, Specials, build_reply
 from interact import Filtered, fitted_context, load_checkpoint, readable
-from model import DoubleHeadsModel, half_dtype
+from model import DoubleHeads, half_dtype
 from utils import resolve_checkpoint
 
 MAX_TEXT = 2_000  # characters of a message, and of a personality
@@ -166,23 +167,21 @@ class KeyValues:
     In the place of transformers' caches, which pad all rows on the left to one length and are copied at each token.
     """
 
-    def __init__(self, model: DoubleHeadsModel):
-        config = model.config
-        self.states = torch.zeros(config.n_layer, 2, 0, config.n_head, 0, config.n_embd // config.n_head,
-                                  dtype=model.dtype, device=model.device)
+    def __init__(self):
+        self.states: dict[tuple[int, int], torch.Tensor] = {}  # layer, and 0 for keys, 1 for values
+        self.room = 0, 0  # rows, columns
 
     def make_room(self, rows: int, width: int) -> None:
-        """For so many rows of so many tokens."""
-        have_rows, have_width = self.states.shape[2], self.states.shape[4]
-        if rows > have_rows or width > have_width:
-            shape = list(self.states.shape)
-            shape[2], shape[4] = max(rows, have_rows), max(-(-width // 64) * 64, have_width)
-            larger = self.states.new_zeros(shape)
-            larger[:, :, :have_rows, :, :have_width] = self.states
-            self.states = larger
+        """For so many rows of so many tokens, at least."""
+        room = max(rows, self.room[0]), max(-(-width // 64) * 64, self.room[1])
+        if room != self.room:
+            for which, states in self.states.items():
+                self.states[which] = F.pad(states, (0, 0, 0, room[1] - self.room[1], 0, 0, 0, room[0] - self.room[0]))
+            self.room = room
 
     def copy(self, source: Row, slot: int) -> None:
-        self.states[:, :, slot, :, :source.length] = self.states[:, :, source.slot, :, :source.length]
+        for states in self.states.values():
+            states[slot, :, :source.length] = states[source.slot, :, :source.length]
 
     def place(self, first: int, columns: torch.Tensor, width: int) -> None:
         """The next forward pass is of the rows from ``first`` on, of ``width`` columns when it has written ``columns``
@@ -190,12 +189,20 @@ class KeyValues:
         self.slots, self.columns, self.width = slice(first, first + len(columns)), columns, width
         self.rows = torch.arange(first, first + len(columns), device=columns.device)[:, None]
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
         """What attention calls: (rows, heads, new, size) each → all that the rows have, (rows, heads, width, size)."""
-        for have, new in zip(self.states[layer], (keys, values), strict=True):
-            have[self.rows, :, self.columns] = new.transpose(1, 2)
-        keys, values = self.states[layer, :, self.slots, :, :self.width]
-        return keys, values
+        have = []
+        for which, new in enumerate((keys, values)):
+            if (layer, which) not in self.states:
+                self.states[layer, which] = new.new_zeros(self.room[0], new.shape[1], self.room[1], new.shape[3])
+            states = self.states[layer, which]
+            states[self.rows, :, self.columns] = new.transpose(1, 2)
+            have.append(states[self.slots, :, :self.width])
+        return have[0], have[1]
+
+    def get_seq_length(self, *_) -> int:
+        """Some families ask, to number positions; they get ours."""
+        return 0
 
 
 class Decoder:
@@ -204,12 +211,12 @@ class Decoder:
     Another ``max_waiting`` requests may wait; beyond, `submit` raises `Busy`. Whoever waits longest goes first.
     """
 
-    def __init__(self, model: DoubleHeadsModel, special: Specials, max_batch: int = 32, max_waiting: int = 64):
+    def __init__(self, model: DoubleHeads, special: Specials, max_batch: int = 32, max_waiting: int = 64):
         self.model, self.special = model, special
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.waiting: deque[Reply] = deque()
         self.decoding: list[Reply] = []
-        self.cache = KeyValues(model)
+        self.cache = KeyValues()
         self.wake, self.closed = threading.Condition(), False
         self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self.thread.start()
@@ -339,11 +346,10 @@ class Decoder:
         self.cache.make_room(first + len(rows), width)
         columns = lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
         self.cache.place(first, columns, width)
-        logits = self.model(
-            ids, token_type_ids=types, position_ids=starts[:, None] + columns,
-            attention_mask=(torch.arange(width, device=ids.device) <= columns[:, :, None])[:, None],
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]
+        seen = torch.arange(width, device=ids.device)
+        mask = self.model.layer_masks((seen <= columns[:, :, None])[:, None], columns, seen[None])
+        logits = self.model(ids, token_type_ids=types, position_ids=starts[:, None] + columns, attention_mask=mask,
+                            past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         for row in rows:
             row.length += ids.shape[1]
         return logits
@@ -443,7 +449,7 @@ class Bot:
         """
         if self.decoder.full:  # before any work is done
             raise Busy
-        args = decoding.over(self.args, self.model.config.max_position_embeddings // 2)
+        args = decoding.over(self.args, self.model.max_positions // 2)
         async for reply in self.decoder.reply(self.context(personality, said, args), args):
             if reply.finish in ("error", "cancelled"):
                 raise RuntimeError("the reply could not be decoded; the server's log says why")

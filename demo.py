@@ -28,7 +28,7 @@ from batching import Bot, Busy, Decoding, Reply
 from corpora import InputError, command
 from interact import add_decoding_flags
 from page import HEAD, STYLE, THEME, build_page, complaint, sentences
-from utils import TokenTable, add_common_flags, get_dataset, positive_number
+from utils import TokenTable, add_common_flags, dataset_of, positive_number
 
 MAX_BODY = 256 * 1024  # bytes of a request: a very long conversation
 DRAINED = 64 * MAX_BODY  # bytes of a longer one that are read, and thrown away, before it is refused
@@ -307,7 +307,7 @@ def main() -> None:
     args = parse_args()
     with listen(args.host, args.port) as listening:  # before the model is loaded, which can take long
         bot = Bot(args)
-        app = build_app(bot, get_dataset(bot.tokenizer, args.dataset_path, args.dataset_cache))
+        app = build_app(bot, dataset_of(args, bot.tokenizer))
         host, port = listening.getsockname()[:2]
         print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends.", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run([listening])

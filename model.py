@@ -112,7 +112,8 @@ class DoubleHeadsModel:
         """Score packed turns, the batches of `inputs.collate`; without ``segment_ids``, give logits for decoding."""
         packed = segment_ids is not None
         if packed:
-            attention_mask, use_cache = self.packed_masks(segment_ids, position_ids), False
+            attention_mask = self.layer_masks(candidate_mask(segment_ids), position_ids, position_ids)
+            use_cache = False
         body = self.read(
             input_ids, token_type_ids=token_type_ids, position_ids=position_ids, attention_mask=attention_mask,
             past_key_values=past_key_values, use_cache=use_cache, **kwargs,
@@ -147,16 +148,16 @@ class DoubleHeadsModel:
             out.mc_loss = F.cross_entropy(out.mc_logits, mc_labels)
         return out
 
-    def packed_masks(self, segment_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor | dict:
-        """`candidate_mask` as the body takes it; where its layers see unequally far, one for each kind of layer.
+    def layer_masks(self, mask: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | dict:
+        """A mask (batch, 1, queries, keys) as the body takes it; where its layers see unequally far, one for each kind.
 
-        A sliding window counts positions, not places in the row: between a candidate and its context lie its siblings.
+        ``queries`` (batch, queries), ``keys`` (batch, keys): their positions. A sliding window counts those, not places
+        in the row: between a candidate and its context lie its siblings.
         """
         config = self.config.get_text_config()
-        mask, window = candidate_mask(segment_ids), getattr(config, "sliding_window", None)
-        masks = {"full_attention": mask}
+        window, masks = getattr(config, "sliding_window", None), {"full_attention": mask}
         if window:
-            masks["sliding_attention"] = mask & (position_ids[:, None, :, None] - position_ids[:, None, None] < window)
+            masks["sliding_attention"] = mask & (queries[:, None, :, None] - keys[:, None, None] < window)
         if config._attn_implementation == "eager":  # which adds its mask to the scores
             masks = {kind: torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
                      for kind, mask in masks.items()}

@@ -161,8 +161,9 @@ def _word(bot: Bot, token: int) -> str:
 
 def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
     """The page and its events. ``table``: whose personalities Random and Shuffle take."""
-    people = [(split, dialog) for split in table.values() for dialog in range(len(split))
-              if len(split.strings("persona", dialog))]
+    people = [] if bot.model.no_persona else [
+        (split, dialog) for split in table.values() for dialog in range(len(split))
+        if len(split.strings("persona", dialog))]
 
     def somebody() -> list[str]:
         split, dialog = random.choice(people)

@@ -24,7 +24,7 @@ from batching import Bot, Busy, Decoder
 from corpora import InputError
 from inputs import Specials, build_context
 from interact import generate_replies, readable
-from model import DoubleHeadsModel, PostNormConfig, PostNormDoubleHeadsModel, save_model
+from model import DoubleHeads, DoubleHeadsModel, PostNormConfig, PostNormDoubleHeadsModel, decoder_class, save_model
 from page import MAX_SHARED, pack, unpack
 from utils import get_dataset
 
@@ -47,14 +47,23 @@ VOCABULARY = 60
 SPECIAL = Specials(*range(VOCABULARY - 5, VOCABULARY))
 
 
-def small_model(family: str, seed: int, history_start: int = 0) -> DoubleHeadsModel:
+def small_model(family: str, seed: int, history_start: int = 0) -> DoubleHeads:
     """Random weights, wide enough to have opinions; among them, to end a reply now and then."""
-    shape = dict(vocab_size=VOCABULARY, n_positions=8192, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3,
-                 num_labels=1, history_start=history_start)
+    shape = dict(vocab_size=VOCABULARY, max_position_embeddings=8192, hidden_size=32, num_hidden_layers=2,
+                 num_attention_heads=2, initializer_range=0.3, num_labels=1, history_start=history_start)
     torch.manual_seed(seed)
     if family == "gpt2":
         return DoubleHeadsModel(transformers.GPT2Config(**shape)).eval()
-    return PostNormDoubleHeadsModel(PostNormConfig(**shape)).eval()
+    if family == "openai-gpt":
+        return PostNormDoubleHeadsModel(PostNormConfig(**shape)).eval()
+    window = {"qwen2": dict(use_sliding_window=True, sliding_window=20, max_window_layers=1),
+              "mistral": dict(sliding_window=20)}.get(family, {})
+    config = transformers.AutoConfig.for_model(
+        family, **shape, **window, intermediate_size=48, num_key_value_heads=1, pad_token_id=0,
+        speaker_ids=[SPECIAL.speaker1, SPECIAL.speaker2], attn_implementation="sdpa")
+    model = decoder_class(type(config))(config)
+    torch.nn.init.normal_(model.token_types.weight)
+    return model.eval()
 
 
 def asked(**changed) -> Namespace:
@@ -67,8 +76,8 @@ def sentence(rng: random.Random) -> list[int]:
     return [rng.randrange(VOCABULARY - 5) for _ in range(rng.randint(1, 15))]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("history_start", [0, 80])
+@pytest.mark.parametrize("history_start, family", [*((start, family) for start in (0, 80) for family in FAMILIES),
+                                                    (0, "llama"), (0, "qwen2"), (0, "mistral")])
 def test_a_reply_among_others_is_the_reply_alone(family, history_start):
     rng, model = random.Random(7), small_model(family, 3, history_start)
     decoder = Decoder(model, SPECIAL, max_batch=10, max_waiting=100)
