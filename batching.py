@@ -24,7 +24,7 @@ from transformers import NoRepeatNGramLogitsProcessor
 from corpora import InputError
 from inputs import Segment, Specials, build_reply
 from interact import Filtered, fitted_context, load_checkpoint, readable
-from model import DoubleHeads, half_dtype
+from model import DoubleHeadsModel, half_dtype
 from utils import resolve_checkpoint
 
 MAX_TEXT = 2_000  # characters of a message, and of a personality
@@ -211,7 +211,7 @@ class Decoder:
     Another ``max_waiting`` requests may wait; beyond, `submit` raises `Busy`. Whoever waits longest goes first.
     """
 
-    def __init__(self, model: DoubleHeads, special: Specials, max_batch: int = 32, max_waiting: int = 64):
+    def __init__(self, model: DoubleHeadsModel, special: Specials, max_batch: int = 32, max_waiting: int = 64):
         self.model, self.special = model, special
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.waiting: deque[Reply] = deque()

@@ -24,7 +24,14 @@ from batching import Bot, Busy, Decoder
 from corpora import InputError
 from inputs import Specials, build_context
 from interact import generate_replies, readable
-from model import DoubleHeads, DoubleHeadsModel, PostNormConfig, PostNormDoubleHeadsModel, decoder_class, save_model
+from model import (
+    DoubleHeadsModel,
+    GPT2DoubleHeads,
+    PostNormConfig,
+    PostNormDoubleHeadsModel,
+    decoder_class,
+    save_model,
+)
 from page import MAX_SHARED, pack, unpack
 from utils import get_dataset
 
@@ -47,13 +54,13 @@ VOCABULARY = 60
 SPECIAL = Specials(*range(VOCABULARY - 5, VOCABULARY))
 
 
-def small_model(family: str, seed: int, history_start: int = 0) -> DoubleHeads:
+def small_model(family: str, seed: int, history_start: int = 0) -> DoubleHeadsModel:
     """Random weights, wide enough to have opinions; among them, to end a reply now and then."""
     shape = dict(vocab_size=VOCABULARY, max_position_embeddings=8192, hidden_size=32, num_hidden_layers=2,
                  num_attention_heads=2, initializer_range=0.3, num_labels=1, history_start=history_start)
     torch.manual_seed(seed)
     if family == "gpt2":
-        return DoubleHeadsModel(transformers.GPT2Config(**shape)).eval()
+        return GPT2DoubleHeads(transformers.GPT2Config(**shape)).eval()
     if family == "openai-gpt":
         return PostNormDoubleHeadsModel(PostNormConfig(**shape)).eval()
     window = {"qwen2": dict(use_sliding_window=True, sliding_window=20, max_window_layers=1),
@@ -77,7 +84,7 @@ def sentence(rng: random.Random) -> list[int]:
 
 
 @pytest.mark.parametrize("history_start, family", [*((start, family) for start in (0, 80) for family in FAMILIES),
-                                                    (0, "llama"), (0, "qwen2"), (0, "mistral")])
+                                                    (0, "llama"), (0, "qwen2"), (0, "mistral"), (0, "opt")])
 def test_a_reply_among_others_is_the_reply_alone(family, history_start):
     rng, model = random.Random(7), small_model(family, 3, history_start)
     decoder = Decoder(model, SPECIAL, max_batch=10, max_waiting=100)
