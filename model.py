@@ -447,7 +447,7 @@ def _adapted(checkpoint: str, base: str) -> DoubleHeadsModel:
     config = read_config(checkpoint)
     if config.vocab_size > model.get_input_embeddings().weight.shape[0]:  # room for control tokens
         model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-    for name in {"history_start", "speaker_ids"} & vars(config).keys():
+    for name in {"history_start", "max_len", "no_persona", "speaker_ids"} & vars(config).keys():  # how it was trained
         setattr(model.config, name, getattr(config, name))
     try:
         with quiet_transformers():

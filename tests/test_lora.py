@@ -27,6 +27,7 @@ def run_main(monkeypatch, *args):
     network.main()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # what peft calls in transformers
 @pytest.mark.parametrize("family", BASES)
 def test_an_adapter_from_training_to_merging(family, tmp_path, monkeypatch):
     torch.manual_seed(4)
@@ -61,6 +62,7 @@ def test_an_adapter_from_training_to_merging(family, tmp_path, monkeypatch):
 
     run = tmp_path / "run"
     run.mkdir()
+    model.config.max_len, model.config.no_persona, model.config.history_start = 99, True, 7
     save_model(model, run)
     tokenizer.save_pretrained(run)
     assert sorted(path.name for path in run.glob("*.safetensors")) == ["adapter_model.safetensors"]
@@ -71,6 +73,7 @@ def test_an_adapter_from_training_to_merging(family, tmp_path, monkeypatch):
     for again in merged:
         with torch.no_grad():
             out = again(**batch)
+        assert (again.max_positions, again.no_persona, again.history_start) == (99, True, 7)
         for figure in ("mc_logits", "logits"):
             torch.testing.assert_close(out[figure], trained[figure], atol=1e-4, rtol=1e-4)
     assert all(map(torch.equal, merged[0].state_dict().values(), merged[1].state_dict().values()))
