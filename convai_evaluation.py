@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from corpora import InputError, command, require_split
+from distractors import UNSPACED
 from inputs import (
     IGNORED,
     LengthBatches,
@@ -163,6 +164,9 @@ class WordRow:
 
 def word_shares(counts: Mapping[str, int], tokenizer, legacy_gpt2_words: bool) -> tuple[WordShares, WordShares]:
     """For the first word of a reply, and for all others; with ``legacy_gpt2_words`` the same, as in 2019."""
+    if any(re.search(f"[{UNSPACED}]", word) for word in counts):
+        logger.warning("Word PPL takes what stands between spaces for words, so of Chinese and Japanese whole clauses; "
+                       "compare models by Token PPL there")
     first, later = (WordShares(counts, tokenizer, after_space) for after_space in (False, not legacy_gpt2_words))
     if later.unspellable:
         logger.warning("%s of the dictionary's %s words begin with what the tokenizer cannot spell, such as %s: they "
@@ -250,10 +254,18 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, args: Name
             yield turn, {"reply": readable(tokenizer, reply)}
 
 
+def letters_apart(text: str) -> str:
+    """Chinese and Japanese letters as words of their own; other text, which has spaces, as it is."""
+    return re.sub(rf"([{UNSPACED}])", r" \1 ", text)
+
+
 def normalized(text: str) -> list[str]:
-    """Words as ParlAI compares them: lower case, without punctuation and articles."""
-    text = re.sub(f"[{re.escape(string.punctuation)}]", " ", text.lower())
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+    """Words as ParlAI compares them: lower case, without punctuation and articles.
+
+    ParlAI would take a Chinese or Japanese clause for one word; here its letters are compared, as is usual there.
+    """
+    text = re.sub(f"[{re.escape(string.punctuation)}\u3000-\u303f\uff00-\uff0f\uff1a-\uff20]", " ", text.lower())
+    return re.sub(r"\b(a|an|the)\b", " ", letters_apart(text)).split()
 
 
 def f1_score(reply: str, gold: str) -> float:
@@ -275,14 +287,15 @@ def text_metrics(records: list[dict], split: Split) -> dict[str, float]:
 def reply_metrics(records: list[dict], split: Split, max_history: int) -> dict[str, float]:
     """`text_metrics`, and what the replies look like.
 
-    Mean length in words; distinct-1 and distinct-2, different words and pairs of words over all of them (Li et al.
-    2016); copied: the share of replies that stand word for word in what the model saw, persona or history.
+    Mean length in words (of Chinese and Japanese, letters); distinct-1 and distinct-2, different words and pairs of
+    words over all of them (Li et al. 2016); copied: the share of replies that stand word for word in what the model
+    saw, persona or history.
     """
     copied, lengths, grams = [], [], {1: Counter(), 2: Counter()}
     for turn, record in enumerate(records):
-        reply = split_words(record["reply"])
+        reply = split_words(letters_apart(record["reply"]))
         seen = split.texts("persona", split.turn_dialog[turn]) + split.texts("history", turn)[-(2 * max_history + 1):]
-        within = (f" {' '.join(split_words(text))} ".lower() for text in seen)
+        within = (f" {' '.join(split_words(letters_apart(text)))} ".lower() for text in seen)
         copied.append(bool(reply) and any(f" {' '.join(reply)} ".lower() in text for text in within))
         lengths.append(len(reply))
         for n, counts in grams.items():

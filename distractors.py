@@ -74,7 +74,9 @@ class _Alike:
         return found[np.argsort(-score, kind="stable")[:count]]
 
 
+UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Chinese and Japanese letters, between whose words is no space
+
+
 def words(text: str) -> list[str]:
-    """Lower-case words; in scripts without spaces between words (Chinese, Japanese), letters."""
-    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+",
-                      text.lower())
+    """Lower-case words; of Chinese and Japanese, letters."""
+    return re.findall(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+", text.lower())

@@ -4,7 +4,7 @@
 #
 #   runs/multi_turn.sh CHECKPOINT DATA_FOLDER [CORPORA]
 #
-# CHECKPOINT: a folder with openai-gpt's vocab.json and merges.txt, for a small GPT from random weights; or a model's folder.
+# CHECKPOINT: a folder with gpt2's vocab.json and merges.txt, for a small GPT-2 from random weights; or a model's folder.
 # DATA_FOLDER: where the releases are, as for --data_dir; what is not there is downloaded. CORPORA: others, with commas
 # between. The system itself fine-tuned GPT-2 for ten epochs:
 #
@@ -20,17 +20,18 @@ if [ ! -e "$model/config.json" ]; then
     mkdir -p "$model"
     cp "$tokenizer"/vocab.json "$tokenizer"/merges.txt "$model"
     cat > "$model/config.json" <<JSON
-{"model_type": "openai-gpt", "vocab_size": 40478, "n_positions": 512, "n_embd": 256, "n_layer": 4, "n_head": 4,
- "initializer_range": 0.05}
+{"model_type": "gpt2", "vocab_size": 50257, "n_positions": 512, "n_embd": 256, "n_layer": 4, "n_head": 4,
+ "bos_token_id": 50256, "eos_token_id": 50256}
 JSON
 fi
 
 common="--data_dir $data --no_persona --mc_coef 0 --max_turns 5 --fp16 bf16 --valid_batch_size 32"
 python train.py --model_checkpoint "$model" --dataset "$corpora" $common --seed 42 \
-    --n_epochs 1 --epoch_batches 800 --train_batch_size 16 --gradient_accumulation_steps 1 \
+    --n_epochs 1 --epoch_batches 400 --train_batch_size 8 --gradient_accumulation_steps 1 \
     --lr 1e-3 --warmup_ratio 0.1 --lr_decay polynomial
+[[ $corpora == *,* ]] || exit 0
 run=$(ls -td runs/*_"$(basename "$model")"* | head -n 1)
-for corpus in dailydialog empathetic_dialogues personachat blended_skill_talk; do
-    echo "$corpora, validated on $corpus:"
+for corpus in ${corpora//,/ }; do  # a mix, validated on each of its parts
+    echo "$corpus:"
     python train.py --model_checkpoint "$run" --dataset $corpus $common --n_epochs 0
 done

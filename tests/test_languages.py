@@ -1,0 +1,58 @@
+"""Other languages than English: Chinese and Finnish samples converted, trained on, talked to and measured."""
+
+import json
+import random
+from argparse import Namespace
+
+import pytest
+from conftest import ROOT, script
+from tokenizers import ByteLevelBPETokenizer
+
+from convai_evaluation import f1_score, normalized
+from corpora import read_corpus
+from example_entry import convert
+
+SAMPLES = {"chinese": ROOT / "data" / "sample_chinese.jsonl", "finnish": ROOT / "data" / "sample_finnish.txt"}
+
+
+@pytest.fixture(scope="module", params=SAMPLES)
+def language(request, tmp_path_factory) -> Namespace:
+    """A sample as a data set, and a small GPT-2 from random weights with a byte-level BPE learnt on the spot."""
+    folder = tmp_path_factory.mktemp(request.param)
+    convert(SAMPLES[request.param], folder / "data.json", "both", "random", None, 0)
+    corpus = read_corpus(folder / "data.json")
+    sentences = [text for split in corpus.values() for entry in split for turn in entry["utterances"]
+                 for text in [*turn["history"], *turn["candidates"]]]
+    (folder / "model").mkdir()
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(sentences, vocab_size=500, show_progress=False,
+                                  special_tokens=["<|endoftext|>"])
+    tokenizer.save_model(str(folder / "model"))
+    config = {"model_type": "gpt2", "vocab_size": tokenizer.get_vocab_size(), "n_positions": 256, "n_embd": 64,
+              "n_layer": 2, "n_head": 4, "initializer_range": 0.1}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    return Namespace(name=request.param, folder=folder, corpus=corpus)
+
+
+def test_a_sample_in_another_language_trains_chats_and_is_measured(language):
+    folder, corpus = language.folder, language.corpus
+    script("train.py", "--dataset_path", "data.json", "--model_checkpoint", "model", "--n_epochs", 40, "--lr", 1e-2,
+           "--train_batch_size", 8, "--gradient_accumulation_steps", 1, "--mc_coef", 0, "--max_history", 0, cwd=folder)
+    run = next((folder / "runs").iterdir())
+    entry = random.Random(0).choice([entry for entry in corpus["train"] if len(entry["utterances"]) > 1])
+    turn = entry["utterances"][0]
+    said = script("interact.py", "--model_checkpoint", run, "--no_sample", "--max_history", 0, "--max_length", 60,
+                  "--personality", "\n".join(entry["personality"]), cwd=folder, stdin=turn["history"][-1] + "\n")
+    assert said.split("\n")[-3] == turn["candidates"][-1]  # it knows this small book by heart
+    said = script("convai_evaluation.py", "--eval_type", "all", "--model_checkpoint", run, "--max_history", 0,
+                  "--dataset_path", "data.json", "--max_length", 30, cwd=folder)
+    assert all(figure in said for figure in ("Hits@1", "Token PPL", "F1"))
+    assert ("compare models by Token PPL" in script.stderr) == (language.name == "chinese")
+
+
+def test_f1_compares_letters_where_words_have_no_spaces_and_nothing_changes_elsewhere():
+    assert normalized("我喜欢吃苹果。") == list("我喜欢吃苹果")
+    assert f1_score("我喜欢吃梨!", "我喜欢吃苹果。") == pytest.approx(2 * 4 / (5 + 6))
+    assert f1_score("わたしはtea が好き", "わたしは tea が好き") == 1.0
+    assert normalized("Minä juon teetä, en kahvia!") == ["minä", "juon", "teetä", "en", "kahvia"]
+    assert normalized("It’s a dog — “the” one…") == ["it’s", "dog", "—", "“", "”", "one…"]  # as ParlAI does
