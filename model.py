@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, cached_file
 
 from corpora import InputError, command
@@ -421,19 +422,20 @@ def add_lora_(model: DoubleHeadsModel, tokenizer, rank: int, model_checkpoint: s
     if os.path.isdir(base) and not adapter_base(base) and not _weight_files(base):
         raise InputError(f"--lora: {base} has no weights, and random ones would not be there to adapt when the adapter "
                          "is loaded; train it without --lora, or name a model with weights")
+    model.name_or_path = os.path.abspath(base) if os.path.isdir(base) else base  # where PEFT looks for it
     names = {module: name for name, module in model.named_modules()}
     tables = {model.get_input_embeddings(), *([] if model.all_tied_weights_keys else [model.get_output_embeddings()])}
+    linear = [names[module] for module in model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.1, target_modules="all-linear",
-        exclude_modules=r"multiple_choice_head\..*", fan_in_fan_out=model.config.model_type in MODELS,  # their Conv1D
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.1, target_modules=linear,
+        fan_in_fan_out=model.config.model_type in MODELS,  # Conv1D's way
         modules_to_save=["multiple_choice_head", *(["token_types"] if isinstance(model, AnyDecoder) else [])],
         trainable_token_indices={names[table]: tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS) for table in tables},
-        base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base, task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path, task_type="CAUSAL_LM",
     )
     with quiet_transformers():
         get_peft_model(model, config)
     model.train(model.training)  # the new layers too
-    model.peft_config["default"].exclude_modules = None  # the layers that it adapts go by their names now
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("LoRA of rank %s: %s parameters are trained", rank, f"{trained:,}")
 
