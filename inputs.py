@@ -6,6 +6,7 @@ go on from the context's end, and the network lets a candidate see the context a
 This file knows nothing about the network or the training loop.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -155,12 +156,14 @@ def pack_turn(persona, history, candidates, special: Specials, max_positions: in
 
 
 def collate(rows: Sequence[Row], pad: int) -> dict[str, torch.Tensor]:
-    """Rows → a batch padded to its longest row.
+    """Rows → a batch padded to its longest row; no rows → one of padding, from which nothing is learnt.
 
     ``input_ids``, ``token_type_ids``, ``position_ids``, ``segment_ids`` (-1: padding) and ``labels`` are
     (batch, positions); ``mc_token_ids`` (-1: no candidate) is (batch, candidates); ``mc_labels``, the gold candidate's
     number, is (batch,). All int64.
     """
+
+    rows = rows or [Row([pad], [pad], [0], [0], [IGNORED], [0])]  # processes keep step though one has no turn left
 
     def padded(field: str, fill: int) -> torch.Tensor:
         values = [getattr(row, field) for row in rows]
@@ -210,6 +213,13 @@ class TurnDataset(Dataset):
         candidates = self.split.token_ids("candidates", turn)[-self.num_candidates:]
         return self.pack(turn, candidates, rotation)
 
+    def place(self, index: int) -> str:
+        """Where the turn of a row stands in the data file, ``train[12].utterances[3]``."""
+        turn = index % self.split.num_turns
+        dialog = self.split.turn_dialog[turn]
+        first = np.searchsorted(self.split.turn_dialog, dialog)
+        return f"{self.split.name}[{dialog}].utterances[{turn - first}]"
+
     def pack(self, turn: int, candidates: list[list[int]], rotation: int = 0) -> Row:
         """A turn's row with other candidates than its own."""
         context = self.context(turn, rotation)
@@ -256,24 +266,33 @@ class LengthBatches(Sampler):
     With a ``seed`` the order is drawn anew each epoch (`set_epoch`): turns are shuffled, sorted by length within
     stretches of ``STRETCH`` batches, cut into batches, and the batches shuffled. Without one, all is sorted, longest
     first, so that a batch too large for the memory fails at once.
+
+    Process ``rank`` of ``world`` gets its share of each batch, every ``world``-th turn: together they see the batches
+    that one process would. Of a batch smaller than ``world`` some shares are empty.
     """
 
     STRETCH = 50
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int | None = None, epoch_batches: int = 0):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-        self.epoch_batches = epoch_batches
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int | None = None, epoch_batches: int = 0,
+                 rank: int = 0, world: int = 1):
+        self.lengths, self.batch_size, self.seed, self.epoch_batches = lengths, batch_size, seed, epoch_batches
+        self.rank, self.world, self.epoch, self.start = rank, world, 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Draw the order of ``epoch``, and begin it at batch ``start``."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return self.epoch_batches or -(-len(self.lengths) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (batch[self.rank::self.world] for batch in self.batches()[self.start:])
+
+    def batches(self) -> list[np.ndarray]:
+        """All batches of the epoch, whole, in order."""
         if self.seed is None:
             order = np.argsort(-self.lengths, kind="stable")
-            return iter(np.split(order, range(self.batch_size, len(order), self.batch_size)))
+            return np.split(order, range(self.batch_size, len(order), self.batch_size))
         rng = np.random.default_rng([self.seed, self.epoch])
         batches = []
         while len(batches) < len(self):
@@ -283,18 +302,26 @@ class LengthBatches(Sampler):
                 stretch = stretch[np.argsort(self.lengths[stretch], kind="stable")]
                 once += np.split(stretch, range(self.batch_size, len(stretch), self.batch_size))
             batches += [once[index] for index in rng.permutation(len(once))]
-        return iter(batches[:len(self)])
+        return batches[:len(self)]
 
 
 def get_loader(dataset: TurnDataset, lengths: np.ndarray, batch_size: int, seed: int | None = None,
-               epoch_batches: int = 0, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
+               epoch_batches: int = 0, num_workers: int = 0, pin_memory: bool = False, rank: int = 0,
+               world: int = 1) -> DataLoader:
     """A loader of `collate`'s batches in the order of `LengthBatches`."""
     return DataLoader(
         dataset,
-        batch_sampler=LengthBatches(lengths, batch_size, seed, epoch_batches),
+        batch_sampler=LengthBatches(lengths, batch_size, seed, epoch_batches, rank, world),
         collate_fn=partial(collate, pad=dataset.special.pad),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_trainer,
+        generator=torch.Generator(),  # its own, or starting to load would move the dropout's
     )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # which may come to the whole process group
+        signal.signal(number, signal.SIG_IGN)
 

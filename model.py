@@ -133,7 +133,7 @@ class DoubleHeadsModel:
             out.tokens = predicting.sum(1)
             turn = torch.arange(len(labels), device=labels.device).repeat_interleave(out.tokens)
             out.nll = token_nll.new_zeros(len(labels)).index_add(0, turn, token_nll)
-            out.lm_loss = token_nll.mean()
+            out.lm_loss = token_nll.sum() / out.tokens.sum().clamp(min=1)
         if mc_token_ids is not None:
             turns = torch.arange(len(mc_token_ids), device=mc_token_ids.device)[:, None]
             last_states = states[turns, mc_token_ids.clamp(min=0)]  # (batch, candidates, hidden)
@@ -461,26 +461,27 @@ def _adapted(checkpoint: str, base: str) -> DoubleHeadsModel:
     return model.eval()
 
 
-def save_model(model: DoubleHeadsModel, folder: str | Path) -> None:
+def save_model(model: DoubleHeadsModel, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write ``model.safetensors`` and ``config.json`` as plain transformers reads them, each complete or not at all.
 
     What the plain architecture lacks goes to ``double_heads.safetensors`` beside them. Of a model under `add_lora_`
-    only the adapter is written, as PEFT does, and ``config.json``.
+    only the adapter is written, as PEFT does, and ``config.json``. ``state``: the weights by name, where the model
+    itself holds only a part of each. They are saved in float32.
     """
     folder = Path(folder)
     if adapters := getattr(model, "peft_config", None):
-        adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
-        adapter = {f"base_model.model.{name}": tensor.contiguous().cpu() for name, tensor in adapter.items()}
+        adapter = get_peft_model_state_dict(model, state, save_embedding_layers=False)
+        adapter = {f"base_model.model.{name}": tensor.contiguous().cpu().float() for name, tensor in adapter.items()}
         write_tensors(adapter, folder / "adapter_model.safetensors", {"format": "pt"})
         adapters["default"].save_pretrained(folder)
         _write_config(model, folder)
         return
     names = {ours: theirs for theirs, ours in model.renamed.items()}
     weights, heads = {}, {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (state or model.state_dict()).items():
         if name not in model.all_tied_weights_keys:
             file = heads if name.split(".")[0] in model.apart else weights
-            file[".".join(names.get(part, part) for part in name.split("."))] = tensor.contiguous().cpu()
+            file[".".join(names.get(part, part) for part in name.split("."))] = tensor.contiguous().cpu().float()
     write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
     if heads:
         write_tensors(heads, folder / HEADS, {"format": "pt"})

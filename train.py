@@ -5,42 +5,36 @@ among candidates (Wolf et al. 2019, "TransferTransfo"). Read this file from `tra
 evaluator, and what happens when. What a turn looks like is in inputs.py, the network in model.py.
 """
 
-import json
 import logging
 import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar, global_step_from_engine
 from ignite.handlers.tensorboard_logger import TensorboardLogger
 from ignite.metrics import Average, Metric, MetricsLambda, RunningAverage
 from ignite.utils import convert_tensor, manual_seed
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
+import devices
+from checkpoints import Checkpoints, begin, parse_resumable, spared
 from corpora import command, require_split
 from inputs import TurnDataset, build_input_from_segments, get_loader, longest_persona
-from model import (
-    HALF,
-    DoubleHeadsModel,
-    DoubleHeadsOutput,
-    add_lora_,
-    add_special_tokens_,
-    autocast,
-    load_model,
-    save_model,
-)
+from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, add_lora_, add_special_tokens_, load_model
 from schedule import Decay, add_schedule_flags
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     SPECIAL_TOKENS,
+    TokenTable,
     add_common_flags,
     dataset_of,
     get_tokenizer,
-    make_logdir,
     positive_number,
     whole_number,
 )
@@ -54,60 +48,65 @@ logger = logging.getLogger("train")
 def training(args: Namespace) -> Path | None:
     """The whole run. Returns the run folder, or None when ``--n_epochs`` asked for an evaluation only."""
     manual_seed(args.seed)
-    tokenizer = get_tokenizer(args.model_checkpoint)
-    model = load_model(args.model_checkpoint)
+    with devices.first_of_each_machine():  # downloads and tokenises
+        tokenizer = get_tokenizer(args.model_checkpoint)
+        model = load_model(args.model_checkpoint)
+        table = dataset_of(args, tokenizer)
     add_special_tokens_(model, tokenizer)
     if args.lora:
         add_lora_(model, tokenizer, args.lora, args.model_checkpoint)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    model.to(args.device)
+    train_loader, valid_loader = get_dataflow(args, tokenizer, model, table)
     if args.compile:
         model.base_model.compile(dynamic=True)  # batches differ in length
-    train_loader, valid_loader = get_dataflow(args, tokenizer, model)
+    network = devices.prepare(model, args)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-6, weight_decay=0.0, fused=True)
-    trainer = create_trainer(model, optimizer, args)
-    evaluator = create_evaluator(model, args)
+    scaler = devices.loss_scaler(args)
+    trainer = create_trainer(network, optimizer, scaler, args)
+    evaluator = create_evaluator(network, args)
 
-    if args.n_epochs < 1 or args.eval_before_start:
+    if args.n_epochs < 1 or args.eval_before_start and not args.resume:
         evaluator.run(valid_loader)
     if args.n_epochs < 1:
         return None
 
     @trainer.on(Events.EPOCH_STARTED)
-    def shuffle_anew(engine: Engine) -> None:
-        train_loader.batch_sampler.set_epoch(engine.state.epoch)
+    def shuffle_anew(engine: Engine) -> None:  # a resumed run begins within an epoch
+        train_loader.batch_sampler.set_epoch(engine.state.epoch, start=engine.state.iteration % len(train_loader))
 
     decay = Decay(optimizer, args.n_epochs * len(train_loader), args)
     trainer.add_event_handler(Events.ITERATION_STARTED, decay)
 
     RunningAverage(output_transform=lambda out: out["loss"]).attach(trainer, "loss")
-    ProgressBar(persist=True, bar_format=BAR).attach(trainer, metric_names=["loss"])
+    ProgressBar(persist=True, bar_format=BAR, disable=not devices.is_first()).attach(trainer, metric_names=["loss"])
 
-    run = Path(make_logdir(args.model_checkpoint))
-    tokenizer.save_pretrained(run)
-    (run / "training_args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    run = begin(args, tokenizer)
+    checkpoints = Checkpoints(run, model, optimizer, scaler, decay, args)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def save_and_evaluate() -> None:
-        save_model(model, run)
-        evaluator.run(valid_loader)
+        checkpoints.save_model()
+        checkpoints.save(nll=evaluator.run(valid_loader).metrics["nll"])
 
-    curves = TensorboardLogger(log_dir=run)  # writes through tensorboardX
+    curves = TensorboardLogger(log_dir=run, write_to_disk=devices.is_first())  # writes through tensorboardX
     curves.attach_output_handler(trainer, Events.ITERATION_COMPLETED, tag="training", output_transform=lambda out: out)
     curves.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, optimizer, param_name="lr")
     curves.attach_output_handler(evaluator, Events.COMPLETED, tag="validation", metric_names="all",
                                  global_step_transform=global_step_from_engine(trainer))
-    with curves:
-        trainer.run(train_loader, max_epochs=args.n_epochs)
+    with spared(curves):
+        checkpoints.run(trainer, evaluator, train_loader)
     logger.info("The run is in %s", run)
     return run
 
 
-def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel) -> tuple[DataLoader, DataLoader]:
-    """Loaders of training and validation batches; training sees ``--num_candidates``, validation all."""
-    table = dataset_of(args, tokenizer)
+def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel,
+                 table: TokenTable) -> tuple[DataLoader, DataLoader]:
+    """Loaders of training and validation batches; training sees ``--num_candidates``, validation all.
+
+    A batch has ``--train_batch_size`` turns for each process that the run began with, whoever computes them now.
+    """
     # What evaluation and chat find in the run's config:
     if args.max_len:
         model.config.max_len = args.max_len
@@ -115,7 +114,7 @@ def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel) -> tuple[D
     model.config.no_persona = args.no_persona or longest == 1
     if args.history_first:
         model.config.history_start = min(longest, model.max_positions // 2)
-    loaders = []
+    loaders, world = [], idist.get_world_size()
     for split in ("train", "valid"):
         require_split(table, split, args.dataset or args.dataset_path)
         training_only = {"num_candidates": args.num_candidates, "permutations": args.personality_permutations}
@@ -130,48 +129,51 @@ def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel) -> tuple[D
                            split, f"{too_long:,}", model.max_positions)
         loaders.append(get_loader(
             dataset, lengths,
-            batch_size=args.train_batch_size if split == "train" else args.valid_batch_size,
+            batch_size=args.train_batch_size * args.processes if split == "train" else args.valid_batch_size * world,
             seed=args.seed if split == "train" else None, epoch_batches=args.epoch_batches if split == "train" else 0,
+            rank=idist.get_rank(), world=world,
             num_workers=args.num_workers, pin_memory=args.device.startswith("cuda"),
         ))
     return loaders[0], loaders[1]
 
 
-def create_trainer(model: DoubleHeadsModel, optimizer: torch.optim.Optimizer, args: Namespace) -> Engine:
+def create_trainer(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                   args: Namespace) -> Engine:
     """An engine whose iteration is one batch; every ``--gradient_accumulation_steps`` of them make one step."""
     every = args.gradient_accumulation_steps
-    kind = torch.device(args.device).type
-    scaler = torch.amp.GradScaler(kind, enabled=args.fp16 in ("O1", "O2") and kind != "cpu")  # there, half is bfloat16
 
     def update(engine: Engine, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        model.train()
-        batch = convert_tensor(batch, device=args.device, non_blocking=True)
-        with autocast(args.device, args.fp16):
-            out = model(**batch)
-        loss = args.lm_coef * out.lm_loss + args.mc_coef * out.mc_loss
-        scaler.scale(loss / every).backward()
+        network.train()
         state = engine.state
-        if state.iteration % every == 0 or state.iteration == state.max_epochs * state.epoch_length:
+        last_of_step = state.iteration % every == 0 or state.iteration == state.max_epochs * state.epoch_length
+        batch = convert_tensor(batch, device=args.device, non_blocking=True)
+        with devices.exchanging(network, now=last_of_step):
+            (lm_loss, mc_loss), (lm_of_all, mc_of_all) = devices.weigh(network(**batch))
+            loss = args.lm_coef * lm_loss + args.mc_coef * mc_loss
+            scaler.scale(loss / every).backward()
+        if last_of_step:
             scaler.unscale_(optimizer)
-            clip_grad_norm_(model.parameters(), args.max_norm)
+            state.gradient_norm = clip_grad_norm_(network.parameters(), args.max_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-        return {"loss": loss.detach(), "lm_loss": out.lm_loss.detach(), "mc_loss": out.mc_loss.detach()}
+            state.step += 1
+        return {"loss": args.lm_coef * lm_of_all + args.mc_coef * mc_of_all, "lm_loss": lm_of_all, "mc_loss": mc_of_all}
 
-    return Engine(update)
+    trainer = Engine(devices.within_memory(update, args))
+    trainer.state.step, trainer.state.gradient_norm = 0, 0.0
+    return trainer
 
 
-def create_evaluator(model: DoubleHeadsModel, args: Namespace) -> Engine:
+def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
     """An engine that measures hits@1 and perplexity from totals over the whole split."""
 
     @torch.inference_mode()
     def score(engine: Engine, batch: dict[str, torch.Tensor]) -> DoubleHeadsOutput:
-        model.eval()
-        with autocast(args.device, args.fp16):
-            return model(**convert_tensor(batch, device=args.device, non_blocking=True))
+        network.eval()
+        return network(**convert_tensor(batch, device=args.device, non_blocking=True))
 
-    evaluator = Engine(score)
+    evaluator = Engine(devices.within_memory(score, args, training=False))
     nll, tokens = mean_over_turns(lambda out: out.nll), mean_over_turns(lambda out: out.tokens)
     metrics = {
         **({"hits@1": mean_over_turns(lambda out: out.gold_rank == 0)} if args.mc_coef else {}),
@@ -180,15 +182,15 @@ def create_evaluator(model: DoubleHeadsModel, args: Namespace) -> Engine:
     }
     for name, metric in metrics.items():
         metric.attach(evaluator, name)
-    ProgressBar(desc="Validation", bar_format=BAR).attach(evaluator)
+    ProgressBar(desc="Validation", bar_format=BAR, disable=not devices.is_first()).attach(evaluator)
     evaluator.add_event_handler(Events.COMPLETED, lambda: logger.info(
         "Validation: " + ", ".join(f"{name} {evaluator.state.metrics[name]:.4f}" for name in metrics)))
     return evaluator
 
 
 def mean_over_turns(of: Callable[[DoubleHeadsOutput], torch.Tensor]) -> Metric:
-    """The mean over all turns of ``of(output)``, which is (batch,)."""
-    return MetricsLambda(float, Average(lambda out: of(out)[:, None].double()))
+    """The mean over all turns, in all processes, of ``of(output)``, which is (batch,)."""
+    return MetricsLambda(float, Average(lambda out: of(out)[out.tokens > 0, None].double()))  # padding has no tokens
 
 
 def parse_args() -> Namespace:
@@ -212,22 +214,37 @@ def parse_args() -> Namespace:
     add("--n_epochs", type=whole_number, default=3, help="0: only evaluate (default: %(default)s)")
     add("--epoch_batches", type=whole_number, default=0, metavar="N", help="an epoch (default: 0, every turn once)")
     add("--eval_before_start", action="store_true", help="evaluate before the first epoch, too")
-    add("--fp16", default="", choices=["", "O0", *HALF], help="half precision: apex's names, or bf16 (default: none)")
+    add("--fp16", default="", choices=["", "O0", *HALF],
+        help="half precision: bf16, or apex's O1 (autocast), O2 (with master weights) or O3 (pure; default: none)")
     add("--lora", type=whole_number, default=0, metavar="RANK",
         help="train low-rank updates of the model instead of all of it, and save those alone (default: 0, off)")
     add("--gradient_checkpointing", action="store_true", help="compute states twice to save memory")
     add("--compile", action="store_true", help="compile the network first (gain not measured on GPUs)")
-    add("--local_rank", type=int, default=-1, help="set by the 2019 launcher, which one process does without")
+    add("--shard", action="store_true", help="each process keeps a part of every weight only (FSDP2)")
+    add("--checkpoint_every", type=whole_number, default=0, metavar="N",
+        help="optimizer steps; 0: at each epoch's end, where there is always one (default: %(default)s)")
+    add("--keep_checkpoints", type=positive_number, default=3, metavar="K",
+        help="the last K stay, and the one of the lowest validation loss (default: %(default)s)")
+    add("--resume", default="", metavar="RUN", help="go on with a run, as it began, from its last checkpoint")
+    add("--local_rank", "--local-rank", type=int, default=-1, help="this process's number, from a launcher of 2019")
     add("--num_workers", type=whole_number, default=0, help="processes that build batches (default: %(default)s)")
     add("--seed", type=whole_number, default=42, help="of weights, order and dropout (default: %(default)s)")
-    args = parser.parse_args()
+    parser.set_defaults(processes=None)
+    args = parse_resumable(parser)
     if not args.mc_coef:
         args.num_candidates, args.distractors = 1, "none"
     return args
 
 
+def main() -> None:
+    """The command line, in this process, which may be one of many."""
+    args = parse_args()
+    with devices.processes(args):
+        training(args)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     for library in ("ignite", "tensorboardX"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    command(lambda: training(parse_args()) and None)
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # what they have to say, we say
+    command(main)

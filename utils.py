@@ -683,18 +683,29 @@ def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[st
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, complete or not at all. Raises ``OSError`` when it cannot be written."""
+    """Write a safetensors file to the disk, complete or not at all. Raises ``OSError`` when it cannot be written."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode  # what the umask gives; the library itself lets nobody else read
         save_file(tensors, unfinished, metadata=metadata)
         unfinished.chmod(mode)
+        sync(unfinished)  # a crash of the machine must not leave the new name on empty blocks
         os.replace(unfinished, path)
+        sync(path.parent)
     except SafetensorError as error:  # how the library reports a failed write
         raise OSError(_short(str(error))) from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Return when a file's contents, or a folder's names, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_logdir(model_name: str) -> str:

@@ -1,0 +1,393 @@
+"""How a run that ends before its time goes on: its checkpoints, and the signals that ask it to stop.
+
+A checkpoint is one safetensors file, ``RUN/checkpoints/step-120.safetensors``: tensors, and a JSON header for the rest,
+so that reading one runs no code. It describes the run after a whole optimizer step, whenever it is written. Knows
+engines, state dicts, files and signals; nothing of text or of the network.
+"""
+
+import json
+import logging
+import math
+import random
+import signal
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from ignite.engine import Engine, Events
+from ignite.handlers.tensorboard_logger import TensorboardLogger
+from ignite.utils import manual_seed
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils.data import DataLoader
+
+import devices
+from corpora import InputError
+from model import save_model
+from utils import make_logdir, write_tensors
+
+FORMAT = "transfertransfo checkpoint 1"
+ARGUMENTS = "training_args.json"
+# What a resumed run may do otherwise than it began: run elsewhere, find its files elsewhere, write more or fewer.
+MAY_CHANGE = {"resume", "device", "local_rank", "num_workers", "shard", "compile", "dataset_path", "dataset_cache",
+              "model_checkpoint", "valid_batch_size", "eval_before_start", "checkpoint_every", "keep_checkpoints"}
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of a run, and stops it where it must not go on.
+
+    Every process has one and calls its methods at the same places; the first process writes. ``schedule``: the learning
+    rate's, with ``state_dict()``; of the arguments ``resume``, ``n_epochs``, ``checkpoint_every`` and
+    ``keep_checkpoints`` count here.
+    """
+
+    def __init__(self, run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                 schedule, args: Namespace):
+        self.run_folder, self.folder, self.args = run, run / "checkpoints", args
+        self.model, self.optimizer, self.scaler, self.schedule = model, optimizer, scaler, schedule
+        self.signal, self.no_room, self.model_saved = 0, False, True
+
+    def run(self, trainer: Engine, evaluator: Engine, loader: DataLoader) -> None:
+        """``trainer.run`` over all epochs, or over what ``--resume`` has left of them.
+
+        ``trainer.state.step`` counts optimizer steps. SIGTERM and SIGINT let the batch at hand be finished, save, and
+        exit with 143 or 130. Raises `InputError` where another process trains this run, where a checkpoint does not
+        fit, at a loss that is no number, and when the weights could not be written in the end.
+        """
+        self.facts = {"data": loader.dataset.split.table.metadata["key"], "batches an epoch": len(loader)}
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._check_loss, loader)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._after_batch)
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._stop_if_told)
+        self.mark(step=0, iteration=0)
+        with self._alone(), self._signals_noted():
+            if self.args.resume:
+                header = self.restore(find(self.args.resume)[1])
+                trainer.load_state_dict({"iteration": header["iteration"], "epoch_length": len(loader),
+                                         "max_epochs": self.args.n_epochs})
+                trainer.state.step = header["step"]
+                logger.info("Going on after step %d", header["step"])
+                if header["iteration"] and header["iteration"] % len(loader) == 0 and header["nll"] is None:
+                    trainer.fire_event(Events.EPOCH_COMPLETED)  # stopped before the epoch was validated
+            if trainer.state.iteration < self.args.n_epochs * len(loader):
+                trainer.run(loader, max_epochs=self.args.n_epochs)
+        if not self.model_saved:
+            raise InputError(f"{self.run_folder}: all is trained, but the weights could not be written; make room and "
+                             f"--resume {self.run_folder} ({self._last()})")
+
+    def _check_loss(self, engine: Engine, loader: DataLoader) -> None:
+        state = engine.state
+        loss, norm = float(state.output["loss"]), float(devices.whole(torch.as_tensor(state.gradient_norm)))
+        # Under loss scaling infinite gradients are in order: their step is left out, and the scale lowered.
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            return
+        batch = loader.batch_sampler.batches()[(state.iteration - 1) % len(loader)]
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients' norm is {norm}"
+        devices.end_all(f"{what} in step {self.place['step'] + 1}, on {', '.join(map(loader.dataset.place, batch))}; "
+                        f"lower --lr, or look at these entries of the data ({self._last()})")
+
+    def _after_batch(self, engine: Engine) -> None:
+        state, every = engine.state, self.args.checkpoint_every
+        if state.step > self.place["step"]:
+            self.mark(state.step, state.iteration)
+            if every and state.step % every == 0 and state.iteration % state.epoch_length:  # else the epoch's end saves
+                self.save()
+        self._stop_if_told()
+
+    def _stop_if_told(self) -> None:
+        if number := devices.largest(self.signal):  # processes get it at different batches
+            self.save()
+            logger.info("Stopped after step %d; --resume %s goes on", self.place["step"], self.run_folder)
+            raise SystemExit(128 + number)
+
+    @contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        def note(number: int, frame) -> None:
+            self.signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other run writes into this folder meanwhile, and what a killed one left half-written is gone."""
+        if not devices.is_first():
+            yield
+            return
+        try:
+            with FileLock(self.run_folder / "training.lock", timeout=0):
+                for unfinished in [*self.run_folder.glob("*.unfinished"), *self.folder.glob("*.unfinished")]:
+                    unfinished.unlink(missing_ok=True)
+                yield
+        except Timeout:
+            raise InputError(f"{self.run_folder}: another process is training this run; end it first") from None
+
+    def mark(self, step: int, iteration: int) -> None:
+        """A whole step is done: this is the place that `save` describes until the next mark.
+
+        Batches seen since then, of an unfinished step, move the random streams and the schedule only, which are
+        therefore kept here; a resumed run sees those batches again.
+        """
+        self.place = {"step": step, "iteration": iteration, "schedule": self.schedule.state_dict()}
+        self.streams = _random_streams()
+
+    def save(self, nll: float | None = None) -> None:
+        """Write the checkpoint of the marked place, and remove those that are no longer to be kept.
+
+        ``nll``: how these weights validated at the end of an epoch, in nats a token; None if they have not been. A disk
+        that refuses costs the checkpoint, not the run.
+        """
+        header = self.place | self.facts | {
+            "format": FORMAT, "nll": nll, "scaler": self.scaler.state_dict(),
+            "streams": devices.collect(_to_json(self.streams))}
+        path = self.folder / f"step-{header['step']}.safetensors"
+
+        def write(tensors: dict[str, torch.Tensor]) -> None:
+            self.folder.mkdir(exist_ok=True)
+            write_tensors(tensors, path, {"state": json.dumps(header)})
+            self._remove_old()
+
+        self._write(path.relative_to(self.run_folder), self._tensors(), write)
+
+    def save_model(self) -> None:
+        """Write the weights as they are now as the run folder's model, or keep the old one where the disk refuses."""
+        self.model_saved = self._write("model.safetensors", self.model.state_dict().items(),
+                                       lambda weights: save_model(self.model, self.run_folder, weights))
+
+    def _write(self, what: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], write: Callable) -> bool:
+        """Gather tensors by name, and let the first process ``write`` them. Returns whether that worked."""
+        gathered = {}
+        for name, tensor in tensors:
+            tensor = devices.whole(tensor)
+            if devices.is_first():
+                gathered[name] = tensor.cpu()
+        worked = not devices.is_first() or self._attempt(what, lambda: write(gathered))
+        devices.wait()
+        return worked
+
+    def _attempt(self, what: str | Path, write: Callable[[], None]) -> bool:
+        """Whether ``write()`` worked. If the disk refuses, say so once, not at every try."""
+        try:
+            write()
+        except OSError as error:
+            if not self.no_room:
+                logger.warning("%s/%s cannot be written (%s). Training goes on, %s. Make room", self.run_folder, what,
+                               error.strerror or error, self._last())
+            self.no_room = True
+            return False
+        if self.no_room:
+            logger.warning("%s/%s: written again", self.run_folder, what)
+        self.no_room = False
+        return True
+
+    def _last(self) -> str:
+        """In words, which checkpoint a resumed run would go on from."""
+        found = step_files(self.run_folder)
+        return f"{found[-1].name} is kept" if found else "there is no checkpoint yet"
+
+    def _remove_old(self) -> None:
+        files = step_files(self.run_folder)
+        validated = {}
+        for path in files:
+            try:
+                validated[path] = read_header(path)["nll"]
+            except InputError:
+                continue  # not ours to judge
+        best = min((path for path in validated if validated[path] is not None), key=validated.get, default=None)
+        for path in files[:-self.args.keep_checkpoints]:
+            if path != best:
+                path.unlink(missing_ok=True)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in _state(self.model).items():
+            yield f"model.{name}", tensor
+        for name, weight in self.model.named_parameters():
+            for field, tensor in self.optimizer.state.get(weight, {}).items():
+                yield f"optimizer.{field}.{name}", tensor
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> dict:
+        """Put everything back as a checkpoint has it, and return its header. Raises `InputError` if it does not fit."""
+        header = read_header(path)
+        for name, now in self.facts.items():
+            if header.get(name) != now:
+                raise InputError(f"{path}: this run cannot go on: its {name} was {header.get(name)} and is {now} now; "
+                                 "give it what it began with")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name, tensor in _state(self.model).items():
+                    tensor.copy_(devices.placed(file.get_tensor(f"model.{name}"), tensor))
+                weights = dict(self.model.named_parameters())
+                for key in file.keys():
+                    if key.startswith("optimizer."):
+                        _, field, name = key.split(".", 2)
+                        value, weight = file.get_tensor(key), weights[name]
+                        value = devices.placed(value, weight) if value.ndim else value.to(weight.device)
+                        self.optimizer.state[weight][field] = value
+            self.scaler.load_state_dict(header["scaler"])
+            self.schedule.load_state_dict(header["schedule"])
+            _restore_streams(header["streams"], header["step"])
+            self.mark(header["step"], header["iteration"])
+        except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: is not a checkpoint of this run's model "
+                             f"({str(error).splitlines()[0][:160]})") from None
+        return header
+
+
+def read_header(path: Path) -> dict:
+    """What a checkpoint says of itself. Raises `InputError` when it is damaged, unreadable or not one of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("state", "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); resume from another checkpoint") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise InputError(f"{path}: is not a checkpoint of this program's; resume from another one")
+    return header
+
+
+def step_files(run: Path) -> list[Path]:
+    """The checkpoints of a run, the earliest step first."""
+    files = [path for path in (run / "checkpoints").glob("step-*.safetensors") if path.stem[5:].isdecimal()]
+    return sorted(files, key=lambda path: int(path.stem[5:]))
+
+
+def find(resume: str) -> tuple[Path, Path]:
+    """The run folder and the checkpoint that ``--resume`` means: a run, whose last one is taken, or a checkpoint.
+
+    A damaged last one is passed over with a warning. Raises `InputError` when there is none.
+    """
+    path = Path(resume)
+    if path.suffix == ".safetensors":
+        return path.absolute().parents[1], path
+    try:
+        if not (path / ARGUMENTS).is_file():
+            raise InputError(f"--resume {path}: is not a run folder, it has no {ARGUMENTS}; give a folder under runs/")
+        files = step_files(path)
+    except OSError as error:
+        raise InputError(f"--resume {path}: cannot be read ({error.strerror}); give a folder you may read") from None
+    for file in reversed(files):
+        try:
+            read_header(file)
+            return path, file
+        except InputError as error:
+            logger.warning("%s; trying the one before", error)
+    raise InputError(f"--resume {path}: has no checkpoint, which is written when an epoch ends, every "
+                     "--checkpoint_every steps, and on SIGTERM or Ctrl-C; train anew")
+
+
+def begin(args: Namespace, tokenizer) -> Path:
+    """The run folder, in all processes: that of ``--resume``, or a new one with tokenizer and arguments in it."""
+    if args.resume:
+        return find(args.resume)[0]
+    run = Path(idist.broadcast(make_logdir(args.model_checkpoint) if devices.is_first() else None, safe_mode=True))
+    if devices.is_first():
+        try:
+            tokenizer.save_pretrained(run)
+            (run / ARGUMENTS).write_text(json.dumps(vars(args), indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"{run}: cannot be written ({error.strerror or error}); make room, or start where "
+                             "there is some") from None
+    return run
+
+
+def spared(curves: TensorboardLogger) -> TensorboardLogger:
+    """Let a full disk end the curves, not the run: their writer's thread would die of it, and training wait for it."""
+    if not devices.is_first():
+        return curves  # which writes nothing
+    events = curves.writer.file_writer.event_writer._ev_writer
+    ended = False
+
+    def spared(write: Callable) -> Callable:
+        def attempt(*args):
+            nonlocal ended
+            try:
+                return None if ended else write(*args)
+            except OSError as error:
+                ended = True
+                logger.warning("The curves for TensorBoard end here (%s); training goes on", error.strerror or error)
+        return attempt
+
+    for name in ("write_event", "flush", "close"):
+        setattr(events, name, spared(getattr(events, name)))
+    return curves
+
+
+def parse_resumable(parser: ArgumentParser) -> Namespace:
+    """The command line's arguments; with ``--resume`` those that the run began with, which most flags cannot change.
+
+    Raises `InputError` when the run's own cannot be read, or the command line wants others.
+    """
+    args = parser.parse_args()
+    if not args.resume:
+        return args
+    path = find(args.resume)[0] / ARGUMENTS
+    try:
+        began = json.loads(path.read_text("utf-8"))
+        began = {name: began[name] for name in vars(args) if name in began}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); the run cannot be resumed without it") from None
+    here = ("resume", "device", "local_rank")
+    parser.set_defaults(**{name: value for name, value in began.items() if name not in here})
+    args = parser.parse_args()
+    for name, value in began.items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            raise InputError(f"--{name} {getattr(args, name)}: the run began with {value!r} and goes on with it; leave "
+                             "the flag out, or start a new run")
+    return args
+
+
+def _random_streams() -> dict:
+    """The states of all random streams of this process."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": torch.get_rng_state(),
+            "cuda": cuda}
+
+
+def _to_json(streams: dict) -> dict:
+    words = streams["numpy"]["state"]
+    return {
+        "python": streams["python"],
+        "numpy": streams["numpy"] | {"state": words | {"key": words["key"].tolist()}},
+        **{name: streams[name] is not None and bytes(streams[name].tolist()).hex() for name in ("torch", "cuda")},
+    }
+
+
+def _restore_streams(all_streams: list[dict], step: int) -> None:
+    """Let this process's random streams go on where those of its rank stood; more processes than then get new ones."""
+    rank = idist.get_rank()
+    if rank >= len(all_streams):
+        manual_seed(1_000_003 * rank + step)
+        return
+    streams = all_streams[rank]
+    version, words, gauss = streams["python"]
+    random.setstate((version, tuple(words), gauss))
+    words = streams["numpy"]["state"]
+    np.random.set_state(streams["numpy"] | {"state": words | {"key": np.array(words["key"], np.uint32)}})
+    torch.set_rng_state(_bytes(streams["torch"]))
+    if streams["cuda"] and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(_bytes(streams["cuda"]))
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights and lasting buffers, those that are one under several names once."""
+    state, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            state[name] = tensor
+            seen.add(id(tensor))
+    return state
