@@ -6,10 +6,12 @@ go on from the context's end, and the network lets a candidate see the context a
 This file knows nothing about the network or the training loop.
 """
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -322,6 +324,15 @@ def get_loader(dataset: TurnDataset, lengths: np.ndarray, batch_size: int, seed:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # which may come to the whole process group
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C and a cluster's SIGTERM come to loading processes, too; they go on until the trainer itself ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_when_the_trainer_says, daemon=True).start()
+
+
+def _end_when_the_trainer_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
