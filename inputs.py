@@ -318,21 +318,21 @@ def get_loader(dataset: TurnDataset, lengths: np.ndarray, batch_size: int, seed:
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=partial(_leave_signals_to_the_trainer, trainer=os.getpid()),
         generator=torch.Generator(),  # its own, or starting to load would move the dropout's
     )
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
+def _leave_signals_to_the_trainer(worker: int, trainer: int) -> None:
     """Ctrl-C and a cluster's SIGTERM come to loading processes, too; they go on until the trainer itself ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_end_when_the_trainer_says, daemon=True).start()
+        Thread(target=_end_when_told_by, args=(trainer,), daemon=True).start()
 
 
-def _end_when_the_trainer_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _end_when_told_by(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)
 

@@ -1,0 +1,132 @@
+"""Kill a training run again and again, resume it each time, compare it with one never killed: `make faults`.
+
+    python tests/faults.py [--signal KILL|TERM] [--times 20] [--folder .demo/faults]
+
+A tiny model with dropout trains on the embedded sample, accumulating gradients, with a checkpoint every second step.
+The process gets SIGKILL at random moments, every third time just while a checkpoint is being written, or SIGTERM at
+random moments. Weights, optimizer and random streams at the end must be those of the undisturbed run to the last bit.
+Started again, the script goes on with what is missing.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 600  # seconds that anything may take on a busy machine
+
+
+def start(folder: Path, *args: str) -> subprocess.Popen:
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen([sys.executable, ROOT / "train.py", *args], cwd=folder, stderr=log, stdout=log)
+
+
+def until(process: subprocess.Popen, condition, *args) -> bool:
+    """Wait for ``condition(*args)``; False if the process ended before."""
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None:
+        if condition(*args):
+            return True
+        if time.monotonic() > deadline:
+            sys.exit(f"nothing happened for {PATIENCE} s")
+        time.sleep(0.001)
+    return False
+
+
+def half_written(folder: Path) -> bool:
+    return any(folder.glob("runs/*/checkpoints/*.unfinished"))
+
+
+def training_began(folder: Path, log: Path, size: int) -> bool:
+    """Whether a first checkpoint is there, or a resumed run has written to its log that it goes on."""
+    return last_checkpoint(folder) is not None and (size == 0 or b"Going on after" in log.read_bytes()[size:])
+
+
+def contents(path: Path) -> dict:
+    """Everything in a checkpoint, to compare it: the tensors' bytes and the header."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}
+        return tensors | {"": json.loads(file.metadata()["state"])}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    files = folder.glob("runs/*/checkpoints/step-*.safetensors")
+    return max(files, key=lambda path: int(path.stem[5:]), default=None)
+
+
+def disturbed(folder: Path, name: str, times: int, arguments: list[str]) -> dict:
+    """Train in ``folder`` under that many signals. Returns how often what happened."""
+    note = folder / "progress.json"
+    done = json.loads(note.read_text()) if note.exists() else {"signals": 0, "while writing": 0, "before any step": 0}
+    rng = random.Random(f"{name} {done['signals']}")
+    log = folder / "log"
+    while True:
+        before, size = last_checkpoint(folder), log.stat().st_size if log.exists() else 0
+        process = start(folder, *(["--resume", str(before.parents[1])] if before else arguments))
+        if done["signals"] < times and until(process, training_began, folder, log, size if before else 0):
+            time.sleep(rng.uniform(0, 1.5))
+            if name == "KILL" and done["signals"] % 3 == 0:
+                until(process, half_written, folder)
+            process.send_signal(signal.Signals[f"SIG{name}"])
+        status = process.wait(PATIENCE)
+        if status == 0:
+            break
+        if status != (-9 if name == "KILL" else 143):
+            sys.exit(f"the run ended with {status}; see {log}")
+        done["signals"] += 1
+        done["while writing"] += half_written(folder)
+        done["before any step"] += last_checkpoint(folder) == before
+        note.write_text(json.dumps(done))
+        print(f"SIG{name} {done['signals']}: goes on from {last_checkpoint(folder).stem}", flush=True)
+    if done["signals"] < times:
+        sys.exit(f"the run was over after {done['signals']} signals; give fewer --times")
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--signal", choices=["KILL", "TERM"], help="default: first the one, then the other")
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--folder", type=Path, default=Path(".demo/faults"))
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    model = folder / "model"
+    shutil.copytree(ROOT / "models/tiny", model, dirs_exist_ok=True)
+    config = json.loads((model / "config.json").read_text()) | {"n_layer": 1, "n_embd": 32}
+    (model / "config.json").write_text(json.dumps(config))
+    arguments = [f"--model_checkpoint={model}", f"--dataset_path={ROOT}/data/sample_personachat.json",
+                 f"--dataset_cache={folder}/cache", "--n_epochs=6", "--lr=1e-3", "--train_batch_size=8",
+                 "--valid_batch_size=56", "--gradient_accumulation_steps=3", "--checkpoint_every=2"]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+    (folder / "undisturbed").mkdir(exist_ok=True)
+    if not (folder / "undisturbed" / "done").exists():
+        shutil.rmtree(folder / "undisturbed" / "runs", ignore_errors=True)
+        if start(folder / "undisturbed", *arguments).wait(PATIENCE):
+            sys.exit(f"the undisturbed run failed; see {folder}/undisturbed/log")
+        (folder / "undisturbed" / "done").touch()
+    expected = contents(last_checkpoint(folder / "undisturbed"))
+
+    for name in [args.signal] if args.signal else ["KILL", "TERM"]:
+        (folder / name).mkdir(exist_ok=True)
+        done = disturbed(folder / name, name, args.times, arguments)
+        found = contents(last_checkpoint(folder / name))
+        different = [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]
+        print(f"SIG{name}: {done['signals']} times, {done['while writing']} of them left a half-written file, "
+              f"{done['before any step']} came before another checkpoint; step {expected['']['step']}: "
+              + ("all equal to the last bit" if not different else f"DIFFERENT: {different}"))
+        if different:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
