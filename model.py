@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -80,7 +81,7 @@ class DoubleHeadsModel:
     @property
     def history_start(self) -> int:
         """The position at which the dialog history always begins; 0: wherever the persona ends. See `build_context`."""
-        return getattr(self.config, "history_start", 0)
+        return getattr(self.config, "history_start", None) or 0
 
     @property
     def max_positions(self) -> int:
@@ -341,6 +342,9 @@ def load_model(model_checkpoint: str) -> DoubleHeadsModel:
             if model.apart and (heads := cached_file(checkpoint, HEADS, _raise_exceptions_for_missing_entries=False)):
                 model.load_state_dict(load_file(heads), strict=False)
                 missing -= load_file(heads).keys()
+    except UnpicklingError:
+        raise InputError(f"--model_checkpoint {checkpoint}: its .bin file is damaged, or holds code beside weights, "
+                         "which is not run; take a model.safetensors from who made it") from None
     except Exception as error:  # torch, safetensors and transformers each raise their own for damaged files
         reason = str(error).strip().split("\n")[0][:160]
         raise InputError(f"--model_checkpoint {checkpoint}: its weights cannot be loaded ({reason}); "
@@ -352,17 +356,43 @@ def load_model(model_checkpoint: str) -> DoubleHeadsModel:
     if missing:
         logger.info("%s has no choice head: starting it at random", checkpoint)
     model.generation_config = GenerationConfig()  # decoding has flags; what a 2019 config wished for is not one
+    model.config.is_encoder_decoder = False
+    if not all(torch.isfinite(weight).all() for weight in model.eval().parameters()):
+        raise InputError(f"--model_checkpoint {checkpoint}: some of its weights are not numbers, as when training went "
+                         "wrong; take an earlier checkpoint")
     if isinstance(model, AnyDecoder):
-        _check_packing(model.eval(), checkpoint)
-    return model.eval()
+        _check_packing(model, checkpoint)
+    _check_row(model, checkpoint)
+    return model
 
 
 HEADS = "double_heads.safetensors"  # in a run folder: the modules that the plain architecture lacks
 
 
 def _weight_files(folder: str) -> list[Path]:
+    """The files of weights in a folder. Raises ``ValueError`` when an index of them names one elsewhere."""
+    for index in Path(folder).glob("*.index.json"):
+        names = json.loads(index.read_text("utf-8"))["weight_map"].values()
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index.name} names {outside[0]}, outside the folder")
     return [path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".bin")
             and path.name.startswith(("model", "pytorch_model")) and path.name != "model_training_args.bin"]
+
+
+@torch.no_grad()
+def _check_row(model: DoubleHeadsModel, checkpoint: str) -> None:
+    """Whether a packed row comes through the network. Raises `InputError` if not."""
+    row = {"input_ids": [0, 1, 2, 1, 3], "position_ids": [0, 1, 2, 1, 2], "segment_ids": [0, 1, 1, 2, 2],
+           "labels": [IGNORED] * 4 + [3], "mc_token_ids": [2, 4]}
+    reason = "its losses are not numbers"
+    try:
+        out = model(**{name: torch.tensor([values]) for name, values in row.items()}, mc_labels=torch.tensor([1]))
+        if torch.isfinite(out.lm_loss) and torch.isfinite(out.mc_loss):
+            return
+    except Exception as error:  # each setting of config.json has its own way to fail
+        reason = str(error).strip().split("\n")[0][:160]
+    raise InputError(f"--model_checkpoint {checkpoint}: its weights and config.json make no network that computes "
+                     f"({reason}); fetch or train the model again")
 
 
 @torch.no_grad()
@@ -408,6 +438,9 @@ def add_special_tokens_(model: DoubleHeadsModel, tokenizer) -> None:
                          "tokens included); put the tokenizer's files that the model was trained with into its folder")
     if have < want:
         model.resize_token_embeddings(want, mean_resizing=False)
+    if (last := max(tokenizer.get_vocab().values())) >= max(have, want):
+        raise InputError(f"--model_checkpoint: the model knows {max(have, want):,} tokens, its tokenizer's ids go to "
+                         f"{last:,}; put the tokenizer's files that the model was trained with into its folder")
     model.config.speaker_ids = tokenizer.convert_tokens_to_ids(ATTR_TO_SPECIAL_TOKEN["additional_special_tokens"])
 
 
@@ -442,6 +475,12 @@ def add_lora_(model: DoubleHeadsModel, tokenizer, rank: int, model_checkpoint: s
 
 def _adapted(checkpoint: str, base: str) -> DoubleHeadsModel:
     """The model of an adapter's folder: its base as it was trained on, with the adapter merged into it."""
+    folders = [os.path.realpath(checkpoint)]
+    while next_base := adapter_base(folders[-1]):
+        folders.append(os.path.realpath(resolve_checkpoint(next_base)))
+        if folders.count(folders[-1]) > 1:
+            raise InputError(f"--model_checkpoint {checkpoint}: its adapter_config.json names itself as the model that "
+                             "it adapts; name the base model there")
     try:
         model = load_model(base)
     except InputError as error:

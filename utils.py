@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -45,6 +46,11 @@ from readers import RELEASES, TARGETS, Release, divided, find_release, fraction,
 PERSONACHAT_URL = RELEASES["personachat"][0].address
 LARGEST_DOWNLOAD = 64 << 30  # bytes
 MOST_MEMBERS = 1_000  # of an archive; a run folder has a dozen
+TEXTS = (".json", ".txt", ".model", ".jinja")  # what transformers reads whole of a model's folder,
+LARGEST_TEXT = 256 << 20  # in bytes; the tokenizers of the largest vocabularies have 35 MB
+LARGEST_MODEL = {"num_hidden_layers": 1_000, "hidden_size": 1 << 16, "num_attention_heads": 1 << 12,
+                 "vocab_size": 1 << 23, "max_position_embeddings": 1 << 28}
+LARGEST_RANK = 1 << 13  # of an adapter
 HF_FINETUNED_MODEL = (
     "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
 )
@@ -140,6 +146,10 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
         if not os.path.isfile(path / "config.json") and not adapter_base(str(path)):
             raise InputError(f"{path}: has no config.json; --model_checkpoint takes a run folder, or a folder with a "
                              "model's config.json and tokenizer files")
+        for file in os.scandir(path):
+            if file.name.endswith(TEXTS) and not (os.path.isfile(file) and file.stat().st_size <= LARGEST_TEXT):
+                raise InputError(f"{file.path}: is no file of at most {LARGEST_TEXT >> 20} MiB, as a model's is; "
+                                 "take it away")
         return str(path)
     if os.path.exists(path) or model_checkpoint.count("/") > 1 or model_checkpoint.startswith((".", "/", "~")):
         raise InputError(f"{path}: no such folder; --model_checkpoint takes a run folder or a hub name")
@@ -152,9 +162,14 @@ def adapter_base(checkpoint: str) -> str | None:
     Raises `InputError` when its configuration cannot be read.
     """
     path = Path(checkpoint, "adapter_config.json")
+    if not path.is_file():
+        return None
     try:
-        return str(json.loads(path.read_text("utf-8"))["base_model_name_or_path"]) if path.is_file() else None
-    except (ValueError, KeyError, TypeError, OSError):
+        settings = json.loads(path.read_text("utf-8"))
+        if max(settings.get("r", 1), *settings.get("rank_pattern", {}).values(), 0) > LARGEST_RANK:
+            raise InputError(f"{path}: has a rank above {LARGEST_RANK:,}; fetch the adapter again")
+        return str(settings["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         raise InputError(f"{path}: names no base_model_name_or_path, the model to adapt; add it") from None
 
 
@@ -166,7 +181,7 @@ def _unpack(archive: Path) -> Path:
             with tempfile.TemporaryDirectory(dir=archive.parent) as unfinished:
                 try:
                     _unpack_into(Path(unfinished, "out"), archive)
-                except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, ValueError, RecursionError,
+                except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, ValueError, RuntimeError,
                         OSError) as error:
                     raise InputError(f"{archive}: not a usable .tar.gz or .zip ({_short(str(error))}); "
                                      "delete it and try again") from None
@@ -246,6 +261,8 @@ def _unpack_into(folder: Path, archive: Path, nested: bool = True) -> None:
 class _Prepared:
     """Mixed into a tokenizer of transformers: text goes through ``prepare`` first and never becomes a control token."""
 
+    control: frozenset[int] = frozenset()  # ids that no text has
+
     def prepare(self, text: str) -> str:
         return text.strip()  # as the 2019 tokenizers did
 
@@ -262,7 +279,13 @@ class _Prepared:
         if not is_split_into_words:
             text = self._clean(text) if isinstance(text, str) else [self._clean(one) for one in text]
         kwargs["add_special_tokens"] = False  # some would put a beginning before every text; inputs.py puts them
-        return super()._encode_plus(text, *args, is_split_into_words=is_split_into_words, **kwargs)
+        encoding = super()._encode_plus(text, *args, is_split_into_words=is_split_into_words, **kwargs)
+        # A tokenizer's files can give a word the id of a control token. Then no text of that word is to be trusted.
+        for ids in [encoding["input_ids"]] if isinstance(text, str) else encoding["input_ids"]:
+            if not self.control.isdisjoint(ids):
+                raise InputError(f"{self.name_or_path}: its tokenizer makes control tokens of plain text; "
+                                 "put the tokenizer's original files into the folder")
+        return encoding
 
 
 # Both keep the name of the class they extend: run folders record it, and plain transformers looks it up.
@@ -339,6 +362,7 @@ def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase
             with quiet_transformers():
                 tokenizer = _prepared(transformers.AutoTokenizer.from_pretrained(
                     checkpoint, split_special_tokens=True, trust_remote_code=False))
+        tokenizer.encode("hello")
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         raise InputError(f"{checkpoint}: its tokenizer cannot be read ({_short(str(error))}); the folder needs "
                          "vocab.json and merges.txt, or tokenizer.json") from None
@@ -347,6 +371,7 @@ def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase
     if len(tokenizer) < 50:  # transformers makes an empty tokenizer of a folder without files
         raise InputError(f"{checkpoint}: no tokenizer files; add vocab.json and merges.txt, or tokenizer.json")
     tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
+    tokenizer.control = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     return tokenizer
 
 
@@ -376,9 +401,13 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
             return read_config(resolve_checkpoint(base))
         if not os.path.isdir(checkpoint):
             logger.info("Asking the hub for %s", checkpoint)
-        elif "model_type" not in (settings := json.loads(Path(checkpoint, "config.json").read_text("utf-8"))):
-            # Written before there was such a field. Only GPT-1 ever called its activation function "afn".
-            family = "openai-gpt" if "afn" in settings else "gpt2"
+        else:
+            settings = json.loads(Path(checkpoint, "config.json").read_text("utf-8"))
+            if (labels := settings.get("num_labels", 1)) not in range(10_000):  # the library makes a name for each
+                raise ValueError(f"num_labels {labels}")
+            if "model_type" not in settings:
+                # Written before there was such a field. Only GPT-1 ever called its activation function "afn".
+                family = "openai-gpt" if "afn" in settings else "gpt2"
         with quiet_transformers():
             if family:
                 config = transformers.CONFIG_MAPPING[family].from_pretrained(checkpoint, num_labels=1)
@@ -392,7 +421,27 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
     if config.model_type not in {*TOKENIZERS, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}:
         raise InputError(f"--model_checkpoint {checkpoint}: is a '{config.model_type}' model, no decoder that "
                          "transformers knows; known are gpt2, openai-gpt, llama, qwen3, gpt_neox, opt and others")
+    _check_config(config, checkpoint)
     return config
+
+
+def _check_config(config: transformers.PretrainedConfig, checkpoint: str) -> None:
+    """Refuse sizes that no model has, and those of our own settings that none can have, before anything is built."""
+    sizes = {name: getattr(config.get_text_config(), name, None) for name in LARGEST_MODEL}
+    allowed = {name: range(1, most + 1) for name, most in LARGEST_MODEL.items()}
+    sizes |= {name: getattr(config, name, None) for name in ("history_start", "max_len")}
+    allowed |= dict.fromkeys(("history_start", "max_len"), range(sizes["max_position_embeddings"] or 1 << 28))
+    for name, size in sizes.items():
+        if size is not None and (type(size) is not int or size not in allowed[name]):
+            raise InputError(f"--model_checkpoint {checkpoint}: its config.json has {name} {str(size)[:20]}, "
+                             f"where {allowed[name].stop - 1:,} is the most; fetch the model again")
+    layers, width, words = (sizes[name] or 1 for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    least, memory = 4 * (4 * layers * width ** 2 + words * width), math.inf
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if least > memory:
+        raise InputError(f"--model_checkpoint {checkpoint}: its config.json describes a model of at least "
+                         f"{least >> 30:,} GiB, and this machine has {memory >> 30:,}; choose a smaller one")
 
 
 # ------------------------------------------------------------------------------------------------- token table

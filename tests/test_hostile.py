@@ -3,21 +3,29 @@
 import gzip
 import io
 import json
+import math
+import os
+import pickle
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, error_line, script
+import torch
+from conftest import ROOT, error_line, make_checkpoint, script
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import corpora
+import model
 import utils
 from corpora import InputError, printable, read_corpus
+from inputs import Specials
 
 TURN = '{"history": ["hi ."], "candidates": ["hello ."]}'
 ENTRY = '{"utterances": [' + TURN + "]}"
@@ -258,3 +266,181 @@ def test_names_no_file_system_takes_are_refused_by_the_flag(tmp_path):
     for name in ("a" * 5000, "é" * 200, "a/../" * 999):
         with pytest.raises(InputError, match="no such folder|neither a folder|has no config"):
             utils.read_config(utils.resolve_checkpoint(name))
+
+
+# ------------------------------------------------------------------------------------------- folders of models
+
+
+class Evil:
+    """Pickled, a command that leaves a file behind."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """A run folder of a small random GPT."""
+    work = tmp_path_factory.mktemp("models")
+    blank = make_checkpoint(work / "blank", n_layer=1, n_embd=16, n_head=2)
+    tokenizer, network = utils.get_tokenizer(str(blank)), model.load_model(str(blank))
+    model.add_special_tokens_(network, tokenizer)
+    (work / "run").mkdir()
+    tokenizer.save_pretrained(work / "run")
+    model.save_model(network, work / "run")
+    return work / "run"
+
+
+@pytest.fixture
+def altered(model_folder, tmp_path):
+    """A function that copies the run folder, changes settings of a JSON file, writes and removes others."""
+    def alter(json_file="config.json", change=lambda settings: settings, remove="", **files: bytes) -> str:
+        folder = tmp_path / "model"
+        shutil.copytree(model_folder, folder)
+        settings = change(json.loads((folder / json_file).read_text()))
+        (folder / json_file).write_text(json.dumps(settings))
+        if remove:
+            (folder / remove).unlink()
+        for name, content in files.items():
+            (folder / name.replace("__", ".")).write_bytes(content)
+        return str(folder)
+    return alter
+
+
+def refusal_of(folder: str) -> str:
+    """What is said of a folder that no model comes out of."""
+    with pytest.raises(InputError) as refusal:
+        tokenizer, network = utils.get_tokenizer(folder), model.load_model(folder)
+        model.add_special_tokens_(network, tokenizer)
+        tokenizer.encode("hello <eos>")
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def test_the_folder_as_it_is_is_a_model(altered):
+    folder = altered()
+    assert len(utils.get_tokenizer(folder)) == model.load_model(folder).config.vocab_size
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip", "old", "adapter", "training_args"])
+def test_pickled_commands_do_not_run(altered, tmp_path, kind):
+    trace, file = tmp_path / "trace", io.BytesIO()
+    if kind in ("zip", "old"):
+        torch.save({"transformer.wte.weight": Evil(trace)}, file, _use_new_zipfile_serialization=kind == "zip")
+    evil = file.getvalue() or pickle.dumps(Evil(trace))
+    if kind == "training_args":  # what the 2019 script left beside the weights is not read at all
+        folder = altered(model_training_args__bin=evil, optimizer__pt=evil)
+        model.load_model(folder)
+    elif kind == "adapter":
+        settings = {"peft_type": "LORA", "base_model_name_or_path": altered(), "target_modules": ["c_attn"]}
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+        (tmp_path / "adapter" / "adapter_model.bin").write_bytes(evil)
+        with pytest.raises(InputError, match="its adapter does not fit"):
+            model.load_model(str(tmp_path / "adapter"))
+    else:
+        said = refusal_of(altered(remove="model.safetensors", pytorch_model__bin=evil))
+        assert "holds code beside weights, which is not run" in said
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Evil(trace)))
+    assert trace.exists()  # as it would have run
+
+
+def test_code_beside_a_model_is_neither_run_nor_asked_for(altered, tmp_path, monkeypatch):
+    """transformers asks at the terminal whether to run a folder's own code, and takes "y" from a piped chat."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 99))
+    code = f"open({str(tmp_path / 'trace')!r}, 'w')\nclass Own: pass\n".encode()
+    own = {"auto_map": {name: "own.Own" for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")}}
+    said = refusal_of(altered(change=lambda settings: settings | own | {"model_type": "own"}, own__py=code))
+    assert "its config.json cannot be read" in said
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("settings, complaint", [
+    ({"n_layer": 10 ** 7}, "num_hidden_layers 10000000, where 1,000 is the most"),
+    ({"n_embd": 10 ** 9}, "hidden_size 1000000000, where 65,536 is the most"),
+    ({"n_embd": 60_000, "n_layer": 900}, "describes a model of at least 48,"),
+    ({"n_head": -1}, "num_attention_heads -1"),
+    ({"num_labels": 10 ** 9}, "num_labels 1000000000"),
+    ({"history_start": 1.5}, "history_start 1.5"),
+    ({"summary_type": "mean"}, "make no network that computes"),
+    ({"return_dict": False}, "make no network that computes"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights cannot be loaded"),
+    ({"model_type": "../../x"}, "its config.json cannot be read"),
+    ({"model_type": ["x"]}, "its config.json cannot be read"),
+])
+def test_settings_no_model_has_are_refused(altered, settings, complaint):
+    assert complaint in refusal_of(altered(change=lambda own: own | settings))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json",
+                                  "adapter_config.json"])
+def test_deep_and_endless_files_of_a_model_are_refused(altered, name):
+    folder = Path(altered())
+    (folder / name).write_bytes(b'{"a":' * 100_000)
+    assert "\n" not in refusal_of(str(folder))
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    assert "is no file of at most 256 MiB" in refusal_of(str(folder)) or name == "config.json"
+
+
+def test_weights_that_are_no_numbers_or_lie_elsewhere_are_refused(altered, tmp_path):
+    folder = Path(altered())
+    weights = load_file(folder / "model.safetensors")
+    for name, value in (("nan", math.nan), ("infinite", math.inf)):
+        broken = {key: tensor.clone() for key, tensor in weights.items()}
+        next(iter(broken.values())).view(-1)[0] = value
+        save_file(broken, folder / "model.safetensors", metadata={"format": "pt"})
+        assert "some of its weights are not numbers" in refusal_of(str(folder)), name
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "../../../dev/zero")}
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "outside the folder" in refusal_of(str(folder))
+
+
+def test_an_adapter_of_itself_is_refused(altered):
+    folder = Path(altered())
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(folder)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    assert "names itself as the model that it adapts" in refusal_of(str(folder))
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"r": 10 ** 9}))
+    assert "a rank above" in refusal_of(str(folder))
+
+
+def test_a_vocabulary_that_gives_a_word_a_control_tokens_id_is_refused(altered):
+    def alias(tokenizer: dict) -> dict:
+        ends = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<eos>")
+        tokenizer["model"]["vocab"]["hello</w>"] = ends
+        tokenizer["model"]["merges"] = [["h", "e"], ["l", "l"], ["he", "ll"], ["hell", "o</w>"]]
+        tokenizer["model"]["vocab"] |= {piece: number for number, piece in enumerate(("he", "ll", "hell"), 9)}
+        return tokenizer
+
+    assert "makes control tokens of plain text" in refusal_of(altered("tokenizer.json", alias))
+
+
+def test_control_tokens_that_are_ordinary_words_in_the_files_are_letters_all_the_same(altered):
+    def ordinary(tokenizer: dict) -> dict:
+        for token in tokenizer["added_tokens"]:
+            token["special"] = False
+        return tokenizer
+
+    tokenizer = utils.get_tokenizer(altered("tokenizer.json", ordinary))
+    assert set(Specials.of(tokenizer)).isdisjoint(tokenizer.encode("hi <eos> <speaker1>"))
+
+
+def test_ids_beyond_the_models_are_refused(altered):
+    def far(tokenizer: dict) -> dict:
+        tokenizer["model"]["vocab"]["hello</w>"] = 1 << 31
+        return tokenizer
+
+    assert "tokenizer's ids go to 2,147,483,648" in refusal_of(altered("tokenizer.json", far))
+
+
+@pytest.mark.parametrize("letters", ["!", "'", "$", " ", "\t", "\n", "()", "é", "😀", "a-"])
+def test_endless_words_and_blanks_are_read_in_no_time(model_folder, letters):
+    """Each of these once took from half a minute to hours."""
+    tokenizer = utils.get_tokenizer(str(model_folder))
+    tokenizer.encode(letters * (60_000 // len(letters)))
