@@ -807,6 +807,11 @@ def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
     parser.add_argument("--max_len", type=_positions, default=0, metavar="N",
                         help="tokens that the model sees at once, context and reply (default: as in its training, "
                              "there as many as it is made for)")
+    add_device_flag(parser)
+
+
+def add_device_flag(parser: ArgumentParser) -> None:
+    """``--device``, alone."""
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:1, … (default: cuda if there is one, else cpu)")
 

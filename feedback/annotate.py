@@ -341,7 +341,7 @@ def simulate(session: Session, annotator: str, how: str, noise: float) -> None:
 # --------------------------------------------------------------------------------------------- the command line
 
 
-def _probability(text: str) -> float:
+def probability(text: str) -> float:
     try:
         if 0 <= (value := float(text)) <= 1:
             return value
@@ -382,7 +382,7 @@ def main() -> None:
     add("--port", type=int, default=8000, help="of the page, 0: any free one (default: %(default)s)")
     add("--simulate", choices=SIMULATED, metavar="HOW",
         help="answer everything: by the rule that longer answers that ask a question win, or by coin")
-    add("--noise", type=_probability, default=0.1, help="how often the rule's answer is turned (default: %(default)s)")
+    add("--noise", type=probability, default=0.1, help="how often the rule's answer is turned (default: %(default)s)")
     add("--seed", type=int, default=0, help="of order, sides and simulation (default: %(default)s)")
     annotate(parser.parse_args())
 

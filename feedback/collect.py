@@ -24,7 +24,7 @@ from feedback.pairs import append_lines, is_pair, pair_name, read_lines
 from inputs import TurnDataset
 from interact import add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
 from model import DoubleHeadsModel
-from utils import add_common_flags, get_dataset, positive_number
+from utils import add_common_flags, dataset_of, positive_number
 
 DECODING = ("no_sample", "max_length", "min_length", "temperature", "top_k", "top_p", "num_beams", "length_penalty",
             "no_repeat_ngram_size")
@@ -60,10 +60,10 @@ def collect(args: Namespace) -> int:
     again: the last batch in the file is, when collecting goes on.
     """
     model, tokenizer = load_checkpoint(args)
-    table = get_dataset(tokenizer, args.dataset_path, args.dataset_cache)
+    table = dataset_of(args, tokenizer)
     split = require_split(table, args.split, args.dataset_path)
-    dataset = TurnDataset(split, tokenizer, model.config.max_position_embeddings, max_history=args.max_history,
-                          history_start=model.history_start)
+    dataset = TurnDataset(split, tokenizer, model.max_positions, max_history=args.max_history,
+                          history_start=model.history_start, no_persona=model.no_persona)
     if args.contexts > len(dataset):
         logger.warning("--contexts %s: the '%s' split has only %s turns", args.contexts, args.split, len(dataset))
     order = np.random.default_rng(args.seed).permutation(len(dataset))[:args.contexts].tolist()
@@ -97,7 +97,7 @@ def collect(args: Namespace) -> int:
                     continue
                 record = made | {
                     "dialog": dialog, "turn": turn, "seed": args.seed + number, "batch": turns,
-                    "persona": split.texts("persona", dialog),
+                    "persona": [] if model.no_persona else split.texts("persona", dialog),
                     "history": split.texts("history", turn)[-dataset.num_utterances:], "replies": list(pair)}
                 lines.append({"pair": pair_name(record)} | record)
         append_lines(path, lines)

@@ -17,21 +17,22 @@ import pytest
 import requests
 import torch
 from conftest import ROOT, make_checkpoint
+from torch.nn import functional as F
 
 from corpora import InputError
-from feedback import annotate, collect, metrics
+from feedback import annotate, collect, metrics, policy, reward
 from feedback.pairs import read_pairs
-from inputs import Specials
-from interact import fitted_context, generate_replies
+from inputs import Specials, TurnDataset, build_context, collate
+from interact import fitted_context, generate_replies, readable
 from model import add_special_tokens_, load_model, save_model
-from utils import get_tokenizer
+from utils import get_dataset, get_tokenizer
 
 WORDS = ["hello there .", "how are you ?", "i like tea .", "that is sad .", "my dog is old .", "what happened ?"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with a run of random weights, ``run``, and a data set of 40 validation turns, ``data.json``."""
+    """A folder with a data set, ``data.json``, and a run that has learnt to say its sentences, ``run``."""
     folder = tmp_path_factory.mktemp("world")
     draw = random.Random(0)
 
@@ -47,6 +48,14 @@ def world(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     tokenizer, model = get_tokenizer(str(bare)), load_model(str(bare))
     add_special_tokens_(model, tokenizer)
+    table = get_dataset(tokenizer, str(folder / "data.json"), str(folder / "cache"))
+    turns = TurnDataset(table["train"], tokenizer, 96, num_candidates=1)
+    batch = collate([turns[n] for n in range(16)], tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(50):
+        optimizer.zero_grad()
+        model(**batch).lm_loss.backward()
+        optimizer.step()
     tokenizer.save_pretrained(folder / "run")
     save_model(model, folder / "run")
     return folder
@@ -55,11 +64,13 @@ def world(tmp_path_factory) -> Path:
 def flags(world: Path, **changed) -> Namespace:
     """collect's command line."""
     return Namespace(**{
-        "model_checkpoint": str(world / "run"), "dataset_path": str(world / "data.json"),
-        "dataset_cache": str(world / "cache"), "max_history": 1, "device": "cpu", "no_sample": False, "max_length": 6,
-        "min_length": 1, "temperature": 1.0, "top_k": 0, "top_p": 0.0, "num_beams": 1, "length_penalty": 0.65,
-        "no_repeat_ngram_size": 0, "fp16": "", "seed": 7, "pairs": str(world / "pairs.jsonl"), "split": "valid",
-        "contexts": 30, "replies": 2, "decoder": None, "batch_size": 8} | changed)
+        "model_checkpoint": str(world / "run"), "dataset_path": str(world / "data.json"), "dataset": "",
+        "data_dir": "data", "target": "both", "distractors": "random", "train_frac": None,
+        "dataset_cache": str(world / "cache"), "max_history": 1, "max_len": 0, "device": "cpu", "no_sample": False,
+        "max_length": 6, "min_length": 1, "temperature": 1.0, "top_k": 0, "top_p": 0.0, "num_beams": 1,
+        "length_penalty": 0.65, "no_repeat_ngram_size": 0, "fp16": "", "seed": 7,
+        "pairs": str(world / "pairs.jsonl"), "split": "valid", "contexts": 30, "replies": 2, "decoder": None,
+        "batch_size": 8} | changed)
 
 
 @pytest.fixture(scope="module")
@@ -424,3 +435,370 @@ def test_dyme_expects_what_usually_follows():
     assert dyme.expected(told)[question] * dyme.spread[question] == pytest.approx(1, abs=0.1)
     assert dyme.deviation("i prefer snow .", asked) < dyme.deviation("why do you ask ?", asked)
     assert dyme.deviation("why do you prefer maps ?", told) < dyme.deviation("i prefer snow .", told)
+
+
+# ------------------------------------------------------------------------------------------------ reward models
+
+
+def reward_flags(world: Path, folder: Path, **changed) -> Namespace:
+    """feedback.reward's command line."""
+    return Namespace(**{
+        "model_checkpoint": str(world / "run"), "pairs": str(world / "pairs.jsonl"),
+        "answers": [str(folder / "answers.jsonl")], "reward": str(folder / "reward"),
+        "held_out": 0.3, "n_epochs": 12, "train_batch_size": 4, "lr": 3e-3,
+        "max_norm": 1.0, "save_every": 1000, "fp16": "", "device": "cpu", "seed": 1, "lm_coef": 0.0, "mc_coef": 1.0,
+        "gradient_accumulation_steps": 1, "max_len": 0} | changed)
+
+
+@pytest.fixture(scope="module")
+def judged(world, pairs, tmp_path_factory) -> Path:
+    """A folder with answers that prefer the longer text, and the reward model learnt from them."""
+    folder = tmp_path_factory.mktemp("judged")
+    answered(folder, *(answer(name, int(len(pair["replies"][1]["text"]) > len(pair["replies"][0]["text"])))
+                       for name, pair in pairs.items()))
+    arguments = reward_flags(world, folder)
+    reward.train_reward(arguments)
+    return folder
+
+
+def test_the_reward_is_scaled_on_held_out_replies_and_its_accuracy_is_theirs(world, pairs, judged):
+    """From the folder alone, by another way: one reply a row, the division drawn again."""
+    figures = json.loads((judged / "reward" / "reward.json").read_text())
+    better, _ = annotate.preferences(pairs, annotate.read_answers([judged / "answers.jsonl"], pairs))
+    tests = [(pair, best) for pair, best in better if reward.held_out(pair, 0.3, 1)]
+    kept = [pair for pair, _ in better if not reward.held_out(pair, 0.3, 1)]
+    assert (figures["training_pairs"], figures["held_out_pairs"]) == (len(kept), len(tests))
+    assert not {pair["dialog"] for pair, _ in tests} & {pair["dialog"] for pair in kept}
+    model = reward.RewardModel(str(judged / "reward"))
+    scores = [[model([(pair["persona"], pair["history"], [reply["text"]])])[0][0] for reply in pair["replies"]]
+              for pair, _ in tests]
+    flat = torch.tensor(scores).flatten()
+    assert flat.mean() == pytest.approx(0, abs=1e-4) and flat.std(unbiased=False) == pytest.approx(1, abs=1e-4)
+    right = sum(two[best] > two[1 - best] for two, (_, best) in zip(scores, tests, strict=True))
+    assert figures["accuracy"] == pytest.approx(right / len(tests))
+    assert "Calibration" in (judged / "reward" / "reward.html").read_text()
+
+
+def test_the_reward_model_learns_what_people_prefer(pairs, judged):
+    """Of the pairs it has learnt from, it knows nearly all: the longer one."""
+    model = reward.RewardModel(str(judged / "reward"))
+    kept = [pair for pair in pairs.values() if not reward.held_out(pair, 0.3, 1)]
+    scores = model([(pair["persona"], pair["history"], [reply["text"] for reply in pair["replies"]]) for pair in kept])
+    longer = [int(len(pair["replies"][1]["text"]) > len(pair["replies"][0]["text"])) for pair in kept]
+    assert sum(row[best] > row[1 - best] for row, best in zip(scores, longer, strict=True)) >= 0.9 * len(kept)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(monkeypatch, module, count: int) -> None:
+    """The ``count``-th snapshot that ``module`` writes is its last."""
+    save, saved = module.save_snapshot, []
+
+    def save_and_die(*args) -> None:
+        save(*args)
+        saved.append(None)
+        if len(saved) == count:
+            raise Killed
+
+    monkeypatch.setattr(module, "save_snapshot", save_and_die)
+
+
+def test_a_killed_reward_training_goes_on_to_the_same_weights(world, judged, tmp_path, monkeypatch):
+    (tmp_path / "answers.jsonl").write_bytes((judged / "answers.jsonl").read_bytes())
+    arguments = reward_flags(world, judged, reward=str(tmp_path / "reward"), save_every=5)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, reward, 3)
+        reward.train_reward(arguments)
+    assert not (tmp_path / "reward" / "reward.json").exists()
+    with pytest.raises(InputError, match="no finished reward model"):
+        reward.RewardModel(str(tmp_path / "reward"))
+    with pytest.raises(InputError, match="--lr 0.1: .* was begun with 0.003"):
+        reward.train_reward(Namespace(**vars(arguments) | {"lr": 0.1}))
+    reward.train_reward(arguments)
+    for name in ("model.safetensors", "reward.json"):
+        assert (tmp_path / "reward" / name).read_bytes() == (judged / "reward" / name).read_bytes()
+
+
+def test_a_reward_model_of_coin_flips_is_warned_of(world, pairs, tmp_path, caplog):
+    draw = random.Random(0)
+    answered(tmp_path, *(answer(name, draw.randrange(2)) for name in pairs))
+    arguments = reward_flags(world, tmp_path, n_epochs=1)
+    figures = reward.train_reward(arguments)
+    assert figures["accuracy_interval"][0] <= 0.5 and "what follows it follows noise" in caplog.text
+    answered(tmp_path, answer(next(iter(pairs)), 0))
+    with pytest.raises(InputError, match="too few to learn from some and test on others"):
+        reward.train_reward(Namespace(**vars(arguments) | {"reward": str(tmp_path / "other")}))
+
+
+def test_wilson_interval():
+    """Against the definition: the shares at whose normal approximation the seen share is 1.96 deviations off."""
+    for right, total in [(0, 10), (7, 10), (447, 513), (10, 10)]:
+        low, high = reward.wilson_interval(right, total)
+        for bound in (low, high):
+            assert abs(right / total - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / total), abs=1e-9)
+        assert -1e-12 <= low <= right / total <= high <= 1 + 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------ policies
+
+
+def test_advantages_by_hand():
+    """Three steps with γ = 0.9, λ = 0.5, and a reply of one step beside them."""
+    rewards = torch.tensor([[1.0, -2.0, 3.0], [5.0, 9.0, 9.0]])
+    values = torch.tensor([[0.5, 1.0, 2.0], [1.0, 7.0, 7.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    deltas = [1 + 0.9 * 1.0 - 0.5, -2 + 0.9 * 2.0 - 1.0, 3 - 2.0]
+    third = deltas[2]
+    second = deltas[1] + 0.45 * third
+    first = deltas[0] + 0.45 * second
+    got = policy.advantages(rewards, values, mask, gamma=0.9, lam=0.5)
+    assert torch.allclose(got, torch.tensor([[first, second, third], [4.0, 0.0, 0.0]]))
+    # with λ = γ = 1 it is what is still to come, less the value
+    got = policy.advantages(rewards, values, mask, gamma=1.0, lam=1.0)
+    assert torch.allclose(got[0], torch.tensor([2.0 - 0.5, 1.0 - 1.0, 3.0 - 2.0]))
+
+
+def test_leave_one_out_by_hand():
+    got = policy.leave_one_out(torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]]))
+    assert torch.allclose(got, torch.tensor([[1.0 - 4.0, 2.0 - 3.5, 6.0 - 1.5], [0.0, 0.0, 0.0]]))
+
+
+def test_ppo_gradient_by_hand():
+    """d/dlogp of -min(ratio·A, clipped·A) is -ratio·A inside the clip, 0 where clipping gains nothing more."""
+    old = torch.zeros(1, 4)
+    new = torch.tensor([[0.1, 0.5, 0.5, -0.5]], requires_grad=True)
+    advantage = torch.tensor([[2.0, 2.0, -2.0, 2.0]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    loss = policy.ppo_loss(new, old, advantage, mask, clip=0.2)
+    e = math.exp
+    assert loss.item() == pytest.approx(-(2 * e(0.1) + 2 * 1.2 - 2 * e(0.5) + 2 * e(-0.5)) / 4)
+    loss.backward()
+    assert torch.allclose(new.grad, torch.tensor([[-2 * e(0.1), 0.0, 2 * e(0.5), -2 * e(-0.5)]]) / 4)
+
+
+def test_value_loss_by_hand():
+    """A value that moved by more than 0.2 is held to the worse of both errors."""
+    values = torch.tensor([[1.0, 0.1, 9.0]], requires_grad=True)
+    mask = torch.tensor([[True, True, False]])
+    loss = policy.value_loss(values, torch.zeros(1, 3), torch.ones(1, 3), mask, clip=0.2)
+    assert loss.item() == pytest.approx(0.5 * ((0.2 - 1) ** 2 + (0.1 - 1) ** 2) / 2)
+    loss.backward()
+    assert torch.allclose(values.grad, torch.tensor([[0.0, (0.1 - 1) / 2, 0.0]]))
+
+
+def test_dpo_loss_is_that_of_trl():
+    """Numbers that `_compute_loss` of TRL 1.16.0's DPOTrainer gave for these log-probabilities of two pairs."""
+    ours = torch.tensor([[-1.0, -2.0, -0.5, 0.0], [-0.3, -0.7, 0.0, 0.0],
+                         [-2.0, -1.5, -1.0, -0.25], [-1.1, -0.4, -0.9, 0.0]]).sum(1).requires_grad_()
+    reference = torch.tensor([[-1.5, -2.1, -0.4, 0.0], [-0.2, -0.9, 0.0, 0.0],
+                              [-1.0, -1.5, -1.3, -0.5], [-1.4, -0.3, -0.8, 0.0]]).sum(1)
+    for beta, recorded in {0.1: 0.66996104, 0.5: 0.58836812}.items():
+        loss = policy.dpo_loss(ours[:2], ours[2:], reference[:2], reference[2:], beta)
+        assert loss.item() == pytest.approx(recorded, abs=1e-6)
+    # dloss/dbetter = -β σ(-β margin) a pair, over two pairs; margins by hand: 0.5 + 0.45 and 0.1 - 0.1
+    loss.backward()
+    by_hand = [-0.5 / (1 + math.exp(0.5 * margin)) / 2 for margin in (0.95, 0.0)]
+    assert torch.allclose(ours.grad, torch.tensor([*by_hand, *(-one for one in by_hand)]))
+
+
+def test_the_price_of_a_nat_is_steered():
+    kl = policy.AdaptiveKL(price=0.2, target=6.0, horizon=1000)
+    kl.update(kl=6.3, replies=100)  # 5 % too far
+    assert kl.price == pytest.approx(0.2 * (1 + 0.05 * 0.1))
+    kl.update(kl=60.0, replies=100)  # an error counts for 20 % at most
+    assert kl.price == pytest.approx(0.2 * 1.005 * 1.02)
+    kl = policy.AdaptiveKL(price=0.2, target=0.0, horizon=1000)
+    kl.update(kl=60.0, replies=100)
+    assert kl.price == 0.2
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A policy and a reference of 3 words and the control tokens, replies of at most 2 tokens, and a context."""
+    folder = tmp_path_factory.mktemp("small")
+    special = Specials(3, 4, 5, 6, 7)
+    models = []
+    for seed in (0, 1):
+        bare = make_checkpoint(folder / f"bare{seed}", n_layer=1, n_embd=8, n_head=2, n_positions=32, vocab_size=8,
+                               initializer_range=0.7)
+        torch.manual_seed(seed)
+        models.append(policy.PolicyNetwork(load_model(str(bare))))
+    return *models, special, policy.Turn([[0, 1]], [[2], [1, 1], [0]], ([], []), [])
+
+
+def likelihood(model, turn, reply: policy.Reply, special: Specials) -> float:
+    """Log-probability of a reply, token by token, as the decoder computes it: any control token ends it."""
+    context = build_context(turn.persona, turn.history, special)
+    ids, types, total = context.ids + [special.speaker1], context.types + [special.speaker1], 0.0
+    for token in [*reply.ids, None][:len(reply.ids) + reply.ended]:
+        with torch.no_grad():
+            out = model.model(torch.tensor([ids]), token_type_ids=torch.tensor([types]))
+        probabilities = out.logits[0, -1].double().softmax(-1)
+        total += math.log(probabilities[list(special)].sum() if token is None else probabilities[token])
+        ids, types = [*ids, token], [*types, special.speaker1]
+    return total
+
+
+def every_reply() -> list[policy.Reply]:
+    """All that can be said in at most 2 of 3 words."""
+    cut = [policy.Reply([one, other], False) for one in range(3) for other in range(3)]
+    return [policy.Reply([], True), *(policy.Reply([one], True) for one in range(3)), *cut]
+
+
+def measured(small, replies: list[policy.Reply]) -> tuple:
+    ours, reference, special, turn = small
+    actions = policy.pack_actions([turn._replace(replies=replies)], special, ours.model)
+    with torch.no_grad():
+        both = [policy.action_logprobs(network(actions.batch)[0], special) for network in (ours, reference)]
+    return actions, *both
+
+
+def test_log_probabilities_are_those_of_the_decoder(small):
+    """All replies in one packed row against each token by token; their probabilities add up to 1."""
+    replies = every_reply()
+    actions, ours, reference = measured(small, replies)
+    for network, logprobs in ((small[0], ours), (small[1], reference)):
+        got = policy.chosen(logprobs, actions).sum(1)
+        want = torch.tensor([likelihood(network, small[3], reply, small[2]) for reply in replies])
+        assert torch.allclose(got, want.float(), atol=1e-5)
+        assert got.exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_divergence_is_never_negative_and_unbiased(small):
+    """Its mean over all replies, weighted by their probability, is the KL of the two distributions over replies."""
+    replies = every_reply()
+    actions, ours, reference = measured(small, replies)
+    log_p, log_q = (policy.chosen(one, actions).sum(1).double() for one in (ours, reference))
+    exact = float((log_p.exp() * (log_p - log_q)).sum())
+    per_reply = (policy.divergence(ours, reference)[actions.place] * actions.mask).sum(1).double()
+    assert float((log_p.exp() * per_reply).sum()) == pytest.approx(exact, rel=1e-5)
+    assert (per_reply >= 0).all() and (log_p - log_q).min() < 0  # a mere log-ratio would be negative for some
+    torch.manual_seed(0)
+    for scale in (1e-4, 1e-2, 1.0, 30.0):
+        logits = torch.randn(200, 50)
+        near = (logits + scale * torch.randn(200, 50)).log_softmax(-1)
+        kl = policy.divergence(logits.log_softmax(-1), near)
+        exact = F.kl_div(near.double(), logits.double().log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        assert (kl >= 0).all() and torch.allclose(kl.double(), exact, rtol=1e-2, atol=2e-6)
+        assert (policy.divergence(near, near) == 0).all()
+
+
+def test_samples_are_the_models_own_distribution(small):
+    """How often each reply is said, of 4,000, against its probability; and the sampled divergence against the exact."""
+    ours, reference, special, turn = small
+    torch.manual_seed(0)
+    said = policy.sample_replies(ours.model, [turn], special, max_length=2, samples=4000)[0].replies
+    replies = every_reply()
+    for reply in replies:
+        probability = math.exp(likelihood(ours, turn, reply, special))
+        share = said.count(reply) / len(said)
+        assert abs(share - probability) < 4.5 * math.sqrt(probability * (1 - probability) / len(said)) + 1e-9
+    assert set(map(tuple, (reply.ids for reply in said))) <= set(map(tuple, (reply.ids for reply in replies)))
+
+
+def policy_flags(world: Path, folder: Path, judged: Path, *more) -> Namespace:
+    """feedback.policy's own command line, small."""
+    return policy.parse_args(list(map(str, [
+        "--model_checkpoint", world / "run", "--dataset_path", world / "data.json", "--dataset_cache", world / "cache",
+        "--max_history", 1, "--device", "cpu", "--policy", folder, "--max_length", 6, "--batch_size", 16, "--steps", 6,
+        "--lr", 3e-3, "--evaluate_every", 3, "--evaluation_contexts", 20, "--save_every", 2, "--rule",
+        "--reward_model", judged / "reward", "--pairs", world / "pairs.jsonl", "--answers", judged / "answers.jsonl",
+        *more])))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "dpo"])
+def test_a_killed_policy_goes_on_to_the_same_run_folder(algorithm, world, judged, tmp_path, monkeypatch):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    policy.train_policy(policy_flags(world, whole, judged, "--algorithm", algorithm))
+    arguments = policy_flags(world, part, judged, "--algorithm", algorithm)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, policy, 2)  # at step 4, one after an evaluation
+        policy.train_policy(arguments)
+    with open(part / "evaluations.jsonl", "a") as file:  # as if the kill had come after the next evaluation
+        file.write('{"step": 6, "kl": 99}\n')
+    policy.train_policy(arguments)
+    for name in ("model.safetensors", "evaluations.jsonl"):
+        assert (part / name).read_bytes() == (whole / name).read_bytes()
+    figures = [json.loads(line) for line in (whole / "evaluations.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in figures] == [0, 3, 6]
+    assert figures[0]["kl"] == 0 and all(one["kl"] > 0 for one in figures[1:])
+    with pytest.raises(InputError, match="--steps 7: .* was begun with 6"):
+        policy.train_policy(Namespace(**vars(arguments) | {"steps": 7}))
+
+
+def test_the_result_is_an_ordinary_run_folder(world, judged, tmp_path):
+    """The choice head is the fine-tuned model's still, plain transformers opens it, and the policy has moved."""
+    run = policy.train_policy(policy_flags(world, tmp_path / "run", judged, "--algorithm", "rloo", "--steps", 2))
+    before, after = load_model(str(world / "run")), load_model(str(run))
+    assert torch.equal(before.multiple_choice_head.summary.weight, after.multiple_choice_head.summary.weight)
+    assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+    from transformers import OpenAIGPTDoubleHeadsModel
+
+    plain = OpenAIGPTDoubleHeadsModel.from_pretrained(run)
+    assert torch.equal(plain.transformer.tokens_embed.weight, after.get_input_embeddings().weight)
+    collect.collect(flags(world, model_checkpoint=str(run), pairs=str(tmp_path / "pairs.jsonl"), contexts=4))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_a_policy_follows_its_reward(algorithm, world, judged, tmp_path):
+    """Paid by the question alone, it asks more: the reward at the end is above that at first."""
+    policy.train_policy(policy_flags(
+        world, tmp_path / "run", judged, "--algorithm", algorithm, "--reward_model", "", "--utterance_metrics", 4,
+        "--sentiment", 0, "--repetition", 0, "--similarity", 0, "--toxicity", 0, "--question", 1, "--steps", 15,
+        "--batch_size", 32, "--kl_coef", 0.01, "--lr", 1e-2, "--evaluate_every", 15, "--save_every", 100,
+        "--evaluation_contexts", 40))
+    first, last = map(json.loads, (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines())
+    assert last["reward"] > first["reward"] + 0.2, (first, last)
+
+
+def test_dpo_names_and_counts_the_pairs_it_cannot_learn_from(world, pairs, judged, tmp_path, caplog):
+    caplog.set_level("INFO")
+    trainer = policy.Trainer(policy_flags(world, tmp_path / "run", judged, "--algorithm", "dpo"))
+    better, _ = annotate.preferences(pairs, annotate.read_answers([judged / "answers.jsonl"], pairs))
+    kept = [(pair, best) for pair, best in better if not reward.held_out(pair, 0.15, 42)]
+    ended = [(pair, best) for pair, best in kept if pair["replies"][best]["ended"]]
+    assert 0 < len(trainer.pairs) == len(ended) < len(kept) < len(better)
+    assert f"{len(kept) - len(ended)} (better reply cut: from these it would learn never to end)" in caplog.text
+    assert f"{len(better) - len(kept)} (held out)" in caplog.text
+    first = trainer.pairs[0].replies
+    assert [reply.ids for reply in first] == [ended[0][0]["replies"][n]["ids"] for n in (1 - ended[0][1], ended[0][1])]
+    with pytest.raises(InputError, match="no pair is left to learn from"):
+        policy.Trainer(policy_flags(world, tmp_path / "run", judged, "--algorithm", "dpo", "--model_checkpoint",
+                                    judged / "reward"))
+    assert f"{len(kept)} (said by another model than --model_checkpoint)" in caplog.text
+
+
+def test_a_cut_reply_is_worth_what_is_charged_for_it(world, judged, tmp_path):
+    trainer = policy.Trainer(policy_flags(world, tmp_path / "run", judged, "--unfinished_reward", -3.5))
+    turn = trainer.turn(trainer.contexts, 0)
+    ids = trainer.tokenizer.encode("hello there .")
+    turn = turn._replace(replies=[policy.Reply(ids, True), policy.Reply(ids, False)])
+    model = reward.RewardModel(str(judged / "reward"))
+    text = readable(trainer.tokenizer, ids)
+    assert trainer.rewards([turn]).tolist() == pytest.approx([model([(*turn.texts, [text])])[0][0], -3.5])
+
+
+def test_reward_terms_add_up(world, judged, tmp_path):
+    arguments = policy_flags(world, tmp_path / "run", judged, "--utterance_metrics", 2, "--dyme", 0.5, "--question", 1,
+                             "--dyme_dialogs", 20)
+    trainer = policy.Trainer(arguments)
+    turn = ([], ["hello there ."], ["what happened to you ?", "i like tea ."])
+    model = reward.RewardModel(str(judged / "reward"))([turn])[0]
+    weights = metrics.WEIGHTS | {"question": 1.0}
+    by_hand = [score + 2 * metrics.weighted(text, turn[1], weights) - 0.5 * trainer.reward.dyme.deviation(text, turn[1])
+               for score, text in zip(model, turn[2], strict=True)]
+    assert trainer.reward([turn])[0] == pytest.approx(by_hand)
+
+
+def test_policies_say_what_they_lack(world, judged, tmp_path):
+    for more, complaint in [(["--reward_model", ""], "--algorithm ppo: follows a reward"),
+                            (["--algorithm", "rloo", "--samples", 1], "--samples 1: rloo compares"),
+                            (["--batch_size", 10], "--batch_size 10: is no multiple of --samples 4")]:
+        with pytest.raises(InputError, match=complaint):
+            policy_flags(world, tmp_path, judged, *more)
+    with pytest.raises(InputError, match="--max_length 95: the model has 96 positions"):
+        policy.train_policy(policy_flags(world, tmp_path / "run", judged, "--max_length", 95))
+    with pytest.raises(InputError, match="no finished reward model, it has no whole reward.json"):
+        policy.train_policy(policy_flags(world, tmp_path / "other", judged, "--reward_model", world / "run"))

@@ -1,0 +1,237 @@
+"""Learn what people prefer: a reward model from their choices.
+
+    python -m feedback.reward --model_checkpoint RUN --pairs pairs.jsonl --answers answers.jsonl --reward reward
+
+The choice head scores both replies of a pair; cross-entropy with the better one as gold is the Bradley-Terry model,
+log σ(r(better) - r(worse)). The folder ``--reward`` is an ordinary run folder, with the reward's scale in reward.json
+and a page, reward.html. Started again after a kill, it goes on.
+"""
+
+import json
+import logging
+import math
+import random
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from functools import partial
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
+from ignite.metrics import RunningAverage
+from ignite.utils import manual_seed
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from corpora import InputError, command
+from feedback.annotate import preferences, probability, read_answers
+from feedback.pairs import read_pairs
+from feedback.snapshot import check_arguments, restore_snapshot, save_snapshot
+from inputs import LengthBatches, Row, Specials, collate, pack_turn
+from interact import load_checkpoint
+from model import HALF, DoubleHeadsModel, autocast, save_model
+from report import bars, calibration, calibration_error, calibration_table, html
+from train import BAR, create_trainer
+from utils import add_device_flag, positive_number, tokenize, whole_number
+
+SCALE = "reward.json"
+logger = logging.getLogger("feedback.reward")
+
+
+# ----------------------------------------------------------------------------------------------------- scoring
+
+
+def pack_texts(persona: Sequence[str], history: Sequence[str], replies: Sequence[str], tokenizer,
+               model: DoubleHeadsModel) -> Row:
+    """`pack_turn` of texts: replies to one context in one row."""
+    persona = [] if model.no_persona else persona
+    ids = tokenize(tokenizer, [*persona, *history, *replies])
+    said, candidates = ids[len(persona):len(ids) - len(replies)], ids[len(ids) - len(replies):]
+    return pack_turn(ids[:len(persona)], said, candidates, Specials.of(tokenizer),
+                     model.max_positions, model.history_start)
+
+
+@torch.inference_mode()
+def raw_scores(model: DoubleHeadsModel, tokenizer, turns: Sequence[tuple], fp16: str = "",
+               batch_size: int = 32) -> list[list[float]]:
+    """The choice head's scores of the replies of each turn; a turn is (persona, history, replies), all texts."""
+    rows = [pack_texts(*turn, tokenizer, model) for turn in turns]
+    scores: list[list[float]] = [[]] * len(rows)
+    for places in LengthBatches(np.array([len(row.input_ids) for row in rows], int), batch_size):
+        batch = collate([rows[place] for place in places], tokenizer.pad_token_id)
+        del batch["labels"]  # no reply is a gold one here
+        with autocast(str(model.device), fp16):
+            out = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+        for place, row in zip(places.tolist(), out.mc_logits.tolist(), strict=True):
+            scores[place] = row[:len(rows[place].mc_token_ids)]
+    return scores
+
+
+class RewardModel:
+    """A trained reward model: texts in, rewards out, of mean 0 and deviation 1 over the replies it was scaled on."""
+
+    def __init__(self, folder: str, device: str = "cpu", fp16: str = ""):
+        """Raises `InputError` when the folder is no finished reward model."""
+        try:
+            self.scale = json.loads(Path(folder, SCALE).read_text("utf-8"))
+            self.mean, self.deviation = float(self.scale["mean"]), float(self.scale["deviation"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{folder}: no finished reward model, it has no whole {SCALE}; make one with "
+                             "python -m feedback.reward") from None
+        self.model, self.tokenizer = load_checkpoint(Namespace(model_checkpoint=folder, device=device, max_len=0))
+        self.fp16 = fp16
+
+    def __call__(self, turns: Sequence[tuple]) -> list[list[float]]:
+        """Rewards of the replies of each turn (persona, history, replies)."""
+        return [[(score - self.mean) / self.deviation for score in row]
+                for row in raw_scores(self.model, self.tokenizer, turns, self.fp16)]
+
+
+# ------------------------------------------------------------------------------------------------------ figures
+
+
+def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a share of ``right`` in ``total`` (Wilson 1927)."""
+    share, spread = right / total, z * z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / total / 4)
+    return middle - half, middle + half
+
+
+def held_out(pair: dict, share: float, seed: int) -> bool:
+    """Whether a pair is kept from training; all pairs of a dialog are or none is."""
+    return random.Random(f"{seed} {pair['data']} {pair['split']} {pair['dialog']}").random() < share
+
+
+def measure_held_out(model: DoubleHeadsModel, tokenizer, pairs: list[tuple[dict, int]], args: Namespace) -> dict:
+    """Figures over (pair, number of the better reply): accuracy, calibration, and the scale of the scores."""
+    turns = [(pair["persona"], pair["history"], [pair["replies"][1 - better]["text"], pair["replies"][better]["text"]])
+             for pair, better in pairs]
+    model.eval()
+    records = [{"scores": scores} for scores in raw_scores(model, tokenizer, turns, args.fp16)]
+    values = np.array([record["scores"] for record in records])
+    right = int((values[:, 1] > values[:, 0]).sum())
+    bins = calibration(records)
+    return {"held_out_pairs": len(pairs), "accuracy": right / len(pairs),
+            "accuracy_interval": wilson_interval(right, len(pairs)), "mean": float(values.mean()),
+            "deviation": float(values.std()) or 1.0, "calibration": bins, "calibration_error": calibration_error(bins)}
+
+
+def write_page(figures: dict, path: Path) -> None:
+    low, high = figures["accuracy_interval"]
+    left_out = "".join(f"<dt>pairs left out: {escape(reason)}</dt><dd>{count:,}</dd>"
+                       for reason, count in figures["left_out"].items())
+    counts = [([f"{one['from']:.1f} to {one['to']:.1f}"], one["turns"]) for one in figures["calibration"]]
+    path.write_text(html("Reward model", [
+        "<h1>Reward model</h1>"
+        f"<p>Prefers what people prefer in <b>{figures['accuracy']:.3f}</b> of {figures['held_out_pairs']:,} pairs of "
+        f"dialogs that it has not seen (95 % interval {low:.3f} to {high:.3f}); chance is 0.5.</p>"
+        f"<dl><dt>pairs learnt from</dt><dd>{figures['training_pairs']:,}</dd>{left_out}</dl>",
+        "<h2>Calibration</h2><p>How often the reply with the higher score was the better one, by the probability "
+        f"σ(difference of scores). Expected calibration error: {figures['calibration_error']:.3f}.</p>"
+        + calibration_table(figures["calibration"], "pairs", "was better"),
+        "<h2>How sure it is</h2>" + bars(["given"], counts),
+    ]), "utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+
+def training_batches(lengths: np.ndarray, args: Namespace) -> list[list[int]]:
+    """The pairs of every step of all epochs."""
+    batches = LengthBatches(lengths, args.train_batch_size, args.seed)
+    steps = []
+    for epoch in range(1, args.n_epochs + 1):
+        batches.set_epoch(epoch)
+        steps += [batch.tolist() for batch in batches]
+    return steps
+
+
+def train_reward(args: Namespace) -> dict:
+    """The whole of it; returns what is in reward.json. Raises `InputError` where there is too little to learn from."""
+    manual_seed(args.seed)
+    pairs = read_pairs(args.pairs)
+    better, left_out = preferences(pairs, read_answers(args.answers, pairs))
+    kept = [one for one in better if not held_out(one[0], args.held_out, args.seed)]
+    tests = [one for one in better if held_out(one[0], args.held_out, args.seed)]
+    logger.info("%s pairs to learn from, %s held out; without a better reply: %s", f"{len(kept):,}", f"{len(tests):,}",
+                ", ".join(f"{count:,} ({reason})" for reason, count in left_out.items()) or "none")
+    if not kept or not tests:
+        raise InputError(f"{args.pairs}: {len(better)} pairs with a better reply are too few to learn from some and "
+                         "test on others; annotate more")
+    run = Path(args.reward)
+    check_arguments(run, args, may_change={"reward", "device", "save_every"})
+    model, tokenizer = load_checkpoint(args)
+    rows = [pack_texts(pair["persona"], pair["history"],
+                       [pair["replies"][number]["text"] for number in (1 - best, best)], tokenizer, model)
+            for pair, best in tqdm(kept, desc="Packing", unit=" pairs")]
+    steps = training_batches(np.array([len(row.input_ids) for row in rows]), args)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-6, weight_decay=0.0, fused=True)
+    trainer = create_trainer(model, optimizer, args)
+    done = (restore_snapshot(run, model, optimizer) or {"step": 0})["step"]
+
+    @trainer.on(Events.ITERATION_STARTED)
+    def prepare_step(engine: Engine) -> None:
+        step = done + engine.state.iteration - 1
+        manual_seed(args.seed + step)  # dropout; a step's is the same after a kill
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - step / len(steps))
+
+    @trainer.on(Events.ITERATION_COMPLETED(every=args.save_every))
+    def save(engine: Engine) -> None:
+        save_snapshot(run, model, optimizer, {"step": done + engine.state.iteration})
+
+    RunningAverage(output_transform=lambda out: out["mc_loss"]).attach(trainer, "mc_loss")
+    ProgressBar(persist=True, bar_format=BAR).attach(trainer, metric_names=["mc_loss"])
+    loader = DataLoader(rows, batch_sampler=steps[done:], collate_fn=partial(collate, pad=tokenizer.pad_token_id))
+    if done < len(steps):
+        trainer.run(loader)
+        save_snapshot(run, model, optimizer, {"step": len(steps)})
+
+    figures = {"training_pairs": len(kept), "left_out": left_out} | measure_held_out(model, tokenizer, tests, args)
+    tokenizer.save_pretrained(run)
+    save_model(model, run)
+    write_page(figures, run / "reward.html")
+    (run / SCALE).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    low, high = figures["accuracy_interval"]
+    print(f"Accuracy on {len(tests):,} held-out pairs: {figures['accuracy']:.3f} "
+          f"(95 % interval {low:.3f} to {high:.3f})")
+    if low <= 0.5:
+        logger.warning("%s", NO_BETTER_THAN_CHANCE.format(run))
+    return figures
+
+
+NO_BETTER_THAN_CHANCE = ("{}: on held-out pairs it is not certainly better than chance: what follows it follows noise. "
+                         "Collect more answers, or look at how far annotators agree")
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m feedback.reward", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model_checkpoint", default="", metavar="CHECKPOINT",
+        help="what the reward model starts from (default: the published fine-tuned model)")
+    add("--pairs", default="pairs.jsonl", metavar="FILE", help="of feedback.collect (default: %(default)s)")
+    add("--answers", default=["answers.jsonl"], nargs="+", metavar="FILE",
+        help="of feedback.annotate (default: answers.jsonl)")
+    add("--reward", default="reward", metavar="DIR", help="folder of the reward model (default: %(default)s)")
+    add("--held_out", type=probability, default=0.15, help="share of the dialogs to test on (default: %(default)s)")
+    add("--n_epochs", type=positive_number, default=3, help="(default: %(default)s)")
+    add("--train_batch_size", type=positive_number, default=16, help="pairs (default: %(default)s)")
+    add("--lr", type=float, default=6.25e-5, help="learning rate; falls linearly to 0 (default: %(default)s)")
+    add("--max_norm", type=float, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
+    add("--save_every", type=positive_number, default=200, metavar="N",
+        help="steps after which a killed training can go on (default: %(default)s)")
+    add("--fp16", default="", choices=["", "O0", *HALF], help="half precision, as in train.py (default: none)")
+    add_device_flag(parser)
+    add("--seed", type=whole_number, default=42, help="of the division and of dropout (default: %(default)s)")
+    parser.set_defaults(lm_coef=0.0, mc_coef=1.0, gradient_accumulation_steps=1, max_len=0)  # of the trainer
+    train_reward(parser.parse_args())
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    command(main)
