@@ -110,7 +110,8 @@ def pack_actions(turns: Sequence[Turn], special: Specials, model: DoubleHeadsMod
         return torch.tensor([row + [0] * (steps - len(row)) for row in values], device=model.device)
 
     mask = padded([[1] * len(row) for row in tokens]).bool()
-    batch = {name: tensor.to(model.device) for name, tensor in collate(rows, special.pad).items()}
+    batch = {name: tensor.to(model.device) for name, tensor in collate(rows, special.pad).items()
+             if not name.startswith("mc_")}  # no choice is asked for
     return Actions(padded(tokens), mask, padded(places), batch)
 
 
@@ -129,12 +130,14 @@ class PolicyNetwork(nn.Module):
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a packed batch, for each label in its order: logits (labels, vocabulary) and values (labels,)."""
-        masks = self.model.packed_masks(batch["segment_ids"], batch["position_ids"])
-        states = self.model.read(batch["input_ids"], token_type_ids=batch["token_type_ids"],
-                                 position_ids=batch["position_ids"], attention_mask=masks,
-                                 use_cache=False).last_hidden_state
-        states = states[:, :-1][batch["labels"][:, 1:] != IGNORED]
-        return self.model.vocabulary_logits(states).float(), self.value(states)[:, 0]
+        states = []
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
+        try:
+            logits = self.model(**batch).logits
+        finally:
+            hook.remove()
+        return logits, self.value(states[0])[:, 0]
 
 
 def action_logprobs(logits: torch.Tensor, special: Specials) -> torch.Tensor:
