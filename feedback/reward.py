@@ -26,6 +26,7 @@ from ignite.utils import manual_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import devices
 from corpora import InputError, command
 from feedback.annotate import preferences, probability, read_answers
 from feedback.pairs import read_pairs
@@ -170,8 +171,9 @@ def train_reward(args: Namespace) -> dict:
             for pair, best in tqdm(kept, desc="Packing", unit=" pairs")]
     steps = training_batches(np.array([len(row.input_ids) for row in rows]), args)
 
+    network, scaler = devices.prepare(model, args), devices.loss_scaler(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-6, weight_decay=0.0, fused=True)
-    trainer = create_trainer(model, optimizer, args)
+    trainer = create_trainer(network, optimizer, scaler, args)
     done = (restore_snapshot(run, model, optimizer) or {"step": 0})["step"]
 
     @trainer.on(Events.ITERATION_STARTED)
@@ -228,7 +230,8 @@ def main() -> None:
     add("--fp16", default="", choices=["", "O0", *HALF], help="half precision, as in train.py (default: none)")
     add_device_flag(parser)
     add("--seed", type=whole_number, default=42, help="of the division and of dropout (default: %(default)s)")
-    parser.set_defaults(lm_coef=0.0, mc_coef=1.0, gradient_accumulation_steps=1, max_len=0)  # of the trainer
+    # What else the trainer of train.py and the loading of checkpoints ask for:
+    parser.set_defaults(lm_coef=0.0, mc_coef=1.0, gradient_accumulation_steps=1, max_len=0, shard=False)
     train_reward(parser.parse_args())
 
 
