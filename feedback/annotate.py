@@ -140,7 +140,6 @@ class Session:
     def __init__(self, pairs: dict[str, dict], path: Path, seed: int, questions: bool):
         self.pairs, self.path, self.seed, self.questions = pairs, path, seed, questions
         self.order = sorted(pairs, key=lambda name: random.Random(f"{seed} {name}").random())
-        path.parent.mkdir(parents=True, exist_ok=True)
         append_lines(path, [])  # whether it can be written is better known before the work than after
         self.answered = {key: answer["choice"] for key, answer in read_answers([path], pairs).items()}
         self.lock = Lock()
@@ -298,8 +297,9 @@ def web_server(session: Session, port: int) -> ThreadingHTTPServer:
 
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
-        raise InputError(f"--port {port}: cannot be used ({error.strerror}); give another, or 0 for any") from None
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"--port {port}: cannot be used ({reason}); give another, or 0 for any") from None
 
 
 # ------------------------------------------------------------------------------------------- simulated annotators

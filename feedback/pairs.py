@@ -19,6 +19,7 @@ logger = logging.getLogger("feedback.pairs")
 def append_lines(path: Path, records: list[dict]) -> None:
     """Add a line a record, on the disk when this returns. A half line that a kill has left is kept as a line."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
                 file.write(b"\n")

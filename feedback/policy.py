@@ -543,7 +543,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
     add("--seed", type=whole_number, default=42, help="of contexts, replies and order (default: %(default)s)")
 
     rewards = parser.add_argument_group("what ppo and rloo follow").add_argument
-    rewards("--reward_model", default="", metavar="DIR", help="of feedback.reward; counts once")
+    rewards("--reward_model", default="", metavar="DIR", help="of feedback.reward; counts once. dpo only measures it")
     rewards("--utterance_metrics", type=float, default=0.0, metavar="W",
             help="count the utterance metrics W times (default: not at all)")
     for name, weight in WEIGHTS.items():
