@@ -227,30 +227,41 @@ class TurnDataset(Dataset):
         context = self.context(turn, rotation)
         return pack_turn(*context, candidates, self.special, self.max_positions, self.history_start)
 
+    STRETCH = 1 << 16  # turns whose lengths are computed at once
+
     def lengths(self) -> tuple[np.ndarray, int]:
         """Tokens in each row (at most), (len(self),) int64, and how many turns lose some of their context.
 
         From the table's offsets alone: no row is built.
         """
-        sizes = np.diff(self.split.table.array("token_offsets"))
+        turns = np.arange(self.split.num_turns)
+        stretches = [self._lengths(turns[start:start + self.STRETCH]) for start in range(0, len(turns), self.STRETCH)]
+        lengths, too_long = zip(*stretches, strict=True) if stretches else ([turns], [0])
+        return np.tile(np.concatenate(lengths), self.permutations), sum(too_long)
 
-        def ragged(field: str, keep: int, extra: int) -> tuple[np.ndarray, np.ndarray]:
+    def _lengths(self, turns: np.ndarray) -> tuple[np.ndarray, int]:
+        """The same of consecutive turns."""
+        ends = self.split.table.array("token_offsets")
+
+        def ragged(field: str, rows: np.ndarray, keep: int, extra: int) -> tuple[np.ndarray, np.ndarray]:
             """Sum and largest, over the last ``keep`` strings of each row (0: all), of tokens + ``extra``."""
             name = f"{self.split.name}.{field}"
             offsets = self.split.table.array(f"{name}_offsets")
-            start = np.maximum(offsets[:-1], offsets[1:] - keep) if keep else offsets[:-1]
-            values = np.append(sizes[self.split.table.array(name)] + extra, 0)
+            first, stop = offsets[rows], offsets[rows + 1]
+            strings = self.split.table.array(name)[first[0]:stop[-1]]
+            start, stop = np.maximum(first, stop - keep if keep else 0) - first[0], stop - first[0]
+            values = np.append(ends[strings + 1] - ends[strings] + extra, 0)
             total = np.append(0, np.cumsum(values))
-            largest = np.maximum.reduceat(values, np.stack([start, offsets[1:]], 1).ravel())[::2]
-            return total[offsets[1:]] - total[start], largest
+            largest = np.maximum.reduceat(values, np.stack([start, stop], 1).ravel())[::2]
+            return total[stop] - total[start], largest
 
-        persona = 1 + ragged("persona", 0, 0)[0][self.split.turn_dialog] * (not self.no_persona)
-        history = ragged("history", self.num_utterances, 1)[0]
-        candidates, longest = ragged("candidates", self.num_candidates, 2)
+        persona = 1 + ragged("persona", self.split.turn_dialog[turns], 0, 0)[0] * (not self.no_persona)
+        history = ragged("history", turns, self.num_utterances, 1)[0]
+        candidates, longest = ragged("candidates", turns, self.num_candidates, 2)
         too_long = (self.history_start or persona) + history + longest > self.max_positions
         if self.history_start:
             too_long |= persona > self.history_start
-        return np.tile(persona + history + candidates, self.permutations), int(too_long.sum())
+        return persona + history + candidates, int(too_long.sum())
 
 
 def longest_persona(split: Split) -> int:

@@ -20,15 +20,15 @@ if [ ! -e "$model/config.json" ]; then
     mkdir -p "$model"
     cp "$tokenizer"/vocab.json "$tokenizer"/merges.txt "$model"
     cat > "$model/config.json" <<JSON
-{"model_type": "gpt2", "vocab_size": 50257, "n_positions": 512, "n_embd": 256, "n_layer": 4, "n_head": 4,
+{"model_type": "gpt2", "vocab_size": 50257, "n_positions": 512, "n_embd": 128, "n_layer": 2, "n_head": 4,
  "bos_token_id": 50256, "eos_token_id": 50256}
 JSON
 fi
 
-common="--data_dir $data --no_persona --mc_coef 0 --max_turns 5 --fp16 bf16 --valid_batch_size 32"
+common="--data_dir $data --no_persona --mc_coef 0 --target second --max_turns 5 --valid_batch_size 32"
 python train.py --model_checkpoint "$model" --dataset "$corpora" $common --seed 42 \
     --n_epochs 1 --epoch_batches 400 --train_batch_size 8 --gradient_accumulation_steps 1 \
-    --lr 1e-3 --warmup_ratio 0.1 --lr_decay polynomial
+    --lr 2e-3 --warmup_ratio 0.1 --lr_decay polynomial
 [[ $corpora == *,* ]] || exit 0
 run=$(ls -td runs/*_"$(basename "$model")"* | head -n 1)
 for corpus in ${corpora//,/ }; do  # a mix, validated on each of its parts

@@ -1,0 +1,111 @@
+"""What a million turns cost against few: memory and speed of building the token table, and of training from it.
+
+    PYTHONPATH=. python benchmarks/data_growth.py --data_dir FOLDER --model_checkpoint TOKENIZER_AND_CONFIG
+
+FOLDER holds DailyDialog's release. Data of each size are made of its text: real dialogs, drawn again and again, an
+utterance of another dialog behind each of theirs, so that nearly all differ. Each size runs in processes of its own.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import utils
+from inputs import TurnDataset, get_loader
+from model import add_special_tokens_, load_model
+
+
+def write_release(folder: Path, source: Path, turns: int, seed: int) -> None:
+    """DailyDialog's layout with about ``turns`` turns to train on and a dialog to validate on."""
+    dialogs = [line.split("__eou__")[:-1] for line in source.read_text("utf-8").splitlines()]
+    sentences = [text for dialog in dialogs for text in dialog]
+    rng, written = random.Random(seed), 0
+    folder.mkdir(parents=True)
+    with open(folder / "dialogues_train.txt", "w", encoding="utf-8") as file:
+        while written < turns:
+            dialog = rng.choice(dialogs)
+            file.write("".join(f"{text} {rng.choice(sentences)} __eou__" for text in dialog) + "\n")
+            written += len(dialog) - 1
+    (folder / "dialogues_validation.txt").write_text("Hello . __eou__ Hello . __eou__\n")
+
+
+def memory(field: str) -> float:
+    """MiB of this process: ``Rss`` with the mapped file's pages, ``Anonymous`` without."""
+    lines = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    return int(lines[field].split()[0]) / 1024
+
+
+def run(folder: str, checkpoint: str, batches: int) -> dict:
+    """Build, then train: the figures of one size."""
+    tokenizer = utils.get_tokenizer(checkpoint)
+    if "build" in sys.argv:
+        before, start = memory("Rss"), time.perf_counter()
+        utils.get_dataset(tokenizer, "", f"{folder}/cache", "dailydialog", folder)
+        peak = int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines()
+                        if line.startswith("VmHWM"))) / 1024
+        return {"build, s": time.perf_counter() - start, "build, peak MiB more": peak - before}
+    model = load_model(checkpoint)
+    add_special_tokens_(model, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    start, before = time.perf_counter(), memory("Anonymous")
+    split = utils.get_dataset(tokenizer, "", f"{folder}/cache", "dailydialog", folder)["train"]
+    dataset = TurnDataset(split, tokenizer, 512, num_candidates=1)
+    loader = get_loader(dataset, dataset.lengths()[0], 16, seed=1)
+    ready = iter(loader)
+    figures = {"turns": split.num_turns, "strings": len(split.table.array("token_offsets")) - 1,
+               "table, MiB": os.path.getsize(next(Path(folder).glob("cache*.safetensors"))) / 2 ** 20}
+    next(ready)
+    figures["first batch, s"] = time.perf_counter() - start
+    took, stepped = [], []
+    took, stepped = [], []  # in time of the CPU, which neighbours disturb less
+    for _ in range(batches // 50):
+        start = time.process_time()
+        for _ in range(50):
+            next(ready)
+        took.append((time.process_time() - start) / 50)
+    for _, batch in zip(range(batches // 4), ready, strict=False):
+        start = time.process_time()
+        model(**batch).lm_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        stepped.append((time.process_time() - start) / int((batch["segment_ids"] >= 0).sum()))
+    return figures | {"a batch of 16, ms of CPU": 1e3 * statistics.median(took),
+                      "training, µs of CPU a token": 1e6 * statistics.median(stepped),
+                      "private memory more, MiB": memory("Anonymous") - before, "Rss, MiB": memory("Rss")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--model_checkpoint", required=True)
+    parser.add_argument("--turns", type=int, nargs="+", default=[20_000, 1_000_000])
+    parser.add_argument("--batches", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--of", help=argparse.SUPPRESS)  # one size, in its own process: a folder
+    args, _ = parser.parse_known_args()
+    if args.of:
+        print(json.dumps(run(args.of, args.model_checkpoint, args.batches)))
+        return
+    source = next(Path(args.data_dir).rglob("dialogues_train.txt"))
+    for turns in args.turns:
+        with tempfile.TemporaryDirectory() as folder:
+            write_release(Path(folder, "dailydialog"), source, turns, args.seed)
+            figures = {}
+            for phase in ("build", "train"):
+                done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--of", folder, phase], check=True,
+                                      stdout=subprocess.PIPE, text=True)
+                figures |= json.loads(done.stdout.splitlines()[-1])
+            print(", ".join(f"{name} {value:,.2f}" for name, value in figures.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
