@@ -35,7 +35,8 @@ FORMAT = "transfertransfo checkpoint 1"
 ARGUMENTS = "training_args.json"
 # What a resumed run may do otherwise than it began: run elsewhere, find its files elsewhere, write more or fewer.
 MAY_CHANGE = {"resume", "device", "local_rank", "num_workers", "shard", "compile", "dataset_path", "dataset_cache",
-              "model_checkpoint", "valid_batch_size", "eval_before_start", "checkpoint_every", "keep_checkpoints"}
+              "data_dir", "model_checkpoint", "valid_batch_size", "eval_before_start", "checkpoint_every",
+              "keep_checkpoints"}
 
 logger = logging.getLogger(__name__)
 

@@ -72,8 +72,10 @@ def describe(path: str) -> None:
         even = sum(len(turn["history"]) % 2 == 0 for turn in turns)
         personas = sum(bool(entry.get("personality")) for entry in entries)
         span = " to ".join(map(str, dict.fromkeys((candidates[0], candidates[-1]))))
-        print(f"{split}: {len(entries):,} dialogs ({personas:,} with a persona), {len(turns):,} turns, "
+        print(f"{split}: {len(entries):,} entries ({personas:,} with a persona), {len(turns):,} turns, "
               f"{span} candidates a turn")
+        if alone := sum(len(turn["candidates"]) == 1 for turn in turns):
+            print(f"  note: {alone:,} turns have the right reply alone: there is nothing to choose, hits@1 means nothing")
         if even:
             print(f"  note: {even:,} turns have a history of even length: the bot's own words come first in it")
     print(f"{printable(str(path))}: well-formed")

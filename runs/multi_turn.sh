@@ -6,7 +6,7 @@
 #
 # CHECKPOINT: a folder with gpt2's vocab.json and merges.txt, for a small GPT-2 from random weights; or a model's folder.
 # DATA_FOLDER: where the releases are, as for --data_dir; what is not there is downloaded. CORPORA: others, with commas
-# between. The system itself fine-tuned GPT-2 for ten epochs:
+# between. Started again, it goes on where it was stopped. The system itself fine-tuned GPT-2 for ten epochs:
 #
 #   train.py --model_checkpoint gpt2 --dataset dailydialog,empathetic_dialogues,personachat,blended_skill_talk \
 #       --no_persona --mc_coef 0 --target second --max_turns 5 --n_epochs 10 --lr 2e-5 --warmup_ratio 0.1 \
@@ -25,12 +25,14 @@ if [ ! -e "$model/config.json" ]; then
 JSON
 fi
 
+name=$(basename "$model")
+stopped=$(ls -t runs/*_"$name"/checkpoints/*.safetensors 2> /dev/null | head -n 1 || true)
 common="--data_dir $data --no_persona --mc_coef 0 --target second --max_turns 5 --valid_batch_size 32"
 python train.py --model_checkpoint "$model" --dataset "$corpora" $common --seed 42 \
     --n_epochs 1 --epoch_batches 400 --train_batch_size 8 --gradient_accumulation_steps 1 \
-    --lr 2e-3 --warmup_ratio 0.1 --lr_decay polynomial
+    --lr 2e-3 --warmup_ratio 0.1 --lr_decay polynomial --checkpoint_every 100 ${stopped:+--resume "$stopped"}
 [[ $corpora == *,* ]] || exit 0
-run=$(ls -td runs/*_"$(basename "$model")"* | head -n 1)
+run=$(ls -td runs/*_"$name" | head -n 1)
 for corpus in ${corpora//,/ }; do  # a mix, validated on each of its parts
     echo "$corpus:"
     python train.py --model_checkpoint "$run" --dataset $corpus $common --n_epochs 0

@@ -234,8 +234,8 @@ def test_your_own_dialogs_converted_by_the_command(tmp_path):
         json.dumps({"personas": [["i am ä ."], []], "turns": [f"question {n} ?", f"answer {n} .", "bye ."]}) + "\n"
         for n in range(20)))
     said = script("example_entry.py", "--convert", "own.jsonl", "own.json", "--target", "second", cwd=tmp_path)
-    assert "train: 17 dialogs (0 with a persona), 17 turns, 17 candidates a turn" in said
-    assert "valid: 3 dialogs" in said and "own.json: well-formed" in said
+    assert "train: 17 entries (0 with a persona), 17 turns, 17 candidates a turn" in said
+    assert "valid: 3 entries" in said and "own.json: well-formed" in said
     corpus = read_corpus(tmp_path / "own.json")
     for split, found in corpus.items():
         golds = {turn["candidates"][-1] for entry in found for turn in entry["utterances"]}
