@@ -75,7 +75,7 @@ def describe(path: str) -> None:
         print(f"{split}: {len(entries):,} entries ({personas:,} with a persona), {len(turns):,} turns, "
               f"{span} candidates a turn")
         if alone := sum(len(turn["candidates"]) == 1 for turn in turns):
-            print(f"  note: {alone:,} turns have the right reply alone: there is nothing to choose, hits@1 means nothing")
+            print(f"  note: {alone:,} turns have one candidate, the reply: nothing to choose, so hits@1 says nothing")
         if even:
             print(f"  note: {even:,} turns have a history of even length: the bot's own words come first in it")
     print(f"{printable(str(path))}: well-formed")
