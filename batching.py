@@ -35,6 +35,9 @@ logger = logging.getLogger("batching")
 class Busy(Exception):
     """As many requests are waiting as may wait."""
 
+    def __str__(self) -> str:
+        return "Too many people are talking to this model; try again in a moment."
+
 
 # ---------------------------------------------------------------------------------------------------------- tokens
 

@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 from batching import Bot, Busy, Decoding, Reply
 from corpora import InputError, command
 from interact import add_decoding_flags
-from page import HEAD, STYLE, THEME, build_page, complaint, sentences
+from page import HEAD, STYLE, THEME, build_page, sentences
 from utils import TokenTable, add_common_flags, dataset_of, positive_number
 
 MAX_BODY = 256 * 1024  # bytes of a request: a very long conversation
@@ -247,7 +247,7 @@ def build_app(bot: Bot, table: TokenTable) -> FastAPI:
 
     @app.exception_handler(Busy)
     def busy(request: Request, problem: Busy) -> JSONResponse:
-        return error(503, complaint(problem), "queue_full")
+        return error(503, str(problem), "queue_full")
 
     @app.exception_handler(Exception)
     def failed(request: Request, problem: Exception) -> JSONResponse:

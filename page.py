@@ -32,8 +32,10 @@ THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], 
 STYLE = """
 .gradio-container { max-width: 70rem !important; margin: 0 auto !important }
 #suggestion { justify-content: start; text-align: start; white-space: normal; font-weight: normal }
+#notice p { border-inline-start: 4px solid #d9822b; padding: .2rem .6rem; margin: 0 }
 .seen { --persona: #dcecd8; --user: #dbe7fb; --bot: #fbe5cf; --ink: #1d2733 }
-.dark .seen { --persona: #24422b; --user: #223c63; --bot: #583a1b; --ink: #e9eef4 }
+.dark #notice p { border-inline-start: 4px solid #d9822b; padding: .2rem .6rem; margin: 0 }
+.seen { --persona: #24422b; --user: #223c63; --bot: #583a1b; --ink: #e9eef4 }
 .seen ol { list-style: none; padding: 0; margin: 0 }
 .seen li { margin: .3rem 0; line-height: 2.2 }
 .seen li > b { display: inline-block; min-width: 5.5rem }
@@ -51,6 +53,8 @@ STYLE = """
 # A shared address differs only behind its #, for which browsers do not load a page again.
 HEAD = '<script>addEventListener("hashchange", () => location.reload())</script>'
 FOCUS = '() => document.querySelector("#message textarea, #message input").focus()'
+SILENT = gr.HTML(visible=False)
+NO_SUGGESTION = gr.Button("Suggestion: none yet", interactive=False)
 # The box is emptied here and nowhere else, so that nothing is lost of what people write while a reply is coming.
 TAKE = '(text, busy) => busy || !text.trim() ? [text, "", busy] : ["", text, true]'
 DOWNLOAD = """text => {
@@ -200,6 +204,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                                   feedback_options=None, placeholder="Say hello.")
                 message = gr.Textbox(label="Your message", placeholder="Write, and press Enter", lines=1, max_lines=4,
                                      max_length=MAX_TEXT, elem_id="message")
+                notice = gr.HTML(visible=False, elem_id="notice")
                 suggestion = gr.Button("Suggestion: none yet", size="sm", interactive=False, elem_id="suggestion")
                 with gr.Row():
                     send = gr.Button("Send", variant="primary", size="sm", min_width=80)
@@ -223,7 +228,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                 return
             this = visit_now.next_turn()
             said = [*said_in(chat_now), text]
-            yield {chat: as_chat(said), suggestion: gr.Button("Suggestion: none yet", interactive=False), lost: ""}
+            yield {chat: as_chat(said), suggestion: NO_SUGGESTION, lost: "", notice: SILENT}
             try:
                 decoding = Decoding(temperature=temperature_now, top_k=top_k_now, top_p=top_p_now, num_beams=beams_now,
                                     max_tokens=length_now, seed=seed_now or 0)
@@ -235,8 +240,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                 said.append(bot.text(reply))
                 yield {chat: as_chat(said), busy: False, seen: what_it_saw(bot, reply)}
             except (InputError, Busy, ValidationError, RuntimeError) as error:
-                gr.Warning(complaint(error))
-                yield {chat: chat_now, busy: False, lost: text}
+                yield {chat: chat_now, busy: False, lost: text, notice: complaint(error)}
                 return
             if not suggests_now:
                 return
@@ -254,51 +258,51 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
 
         def begin(visit_now) -> dict:
             visit_now.next_turn()
-            return {chat: [], busy: False, suggestion: gr.Button("Suggestion: none yet", interactive=False),
-                    seen: "Nothing yet.", address: gr.Textbox(visible=False)}
+            return {chat: [], busy: False, suggestion: NO_SUGGESTION, notice: SILENT, seen: "Nothing yet.",
+                    address: gr.Textbox(visible=False)}
 
         def mixed(text) -> str:
             """As many sentences, each of somebody else."""
             return "\n".join(random.choice(somebody()) for _ in range(len(sentences(text)) or 4))
 
         def restore(fragment_now) -> dict:
-            if not fragment_now:
-                return {persona: "\n".join(somebody()) if people else ""}
             try:
+                if not fragment_now:
+                    return {persona: "\n".join(somebody()) if people else ""}
                 personality, own_then, said = unpack(fragment_now)
             except InputError as error:
-                gr.Warning(complaint(error))
-                return restore("")
+                return restore("") | {notice: complaint(error)}
             return {persona: "\n".join(personality), own: "\n".join(own_then), chat: as_chat(said)}
 
         def share_it(persona_now, own_now, chat_now, here) -> dict:
             packed = pack(sentences(persona_now), sentences(own_now), said_in(chat_now))
             return {address: gr.Textbox(f"{here}#{packed}", visible=True)}
 
-        def save_it(persona_now, chat_now) -> str:
+        def save_it(persona_now, chat_now) -> dict:
             try:
-                return export(sentences(persona_now), said_in(chat_now))
+                return {file: export(sentences(persona_now), said_in(chat_now)), notice: SILENT}
             except InputError as error:
-                gr.Warning(complaint(error))
-                return ""
+                return {file: "", notice: complaint(error)}
 
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         said_it = gr.on([message.submit, send.click], None, [message, busy], [message, pending, busy], js=TAKE, **quick)
-        said_it.then(
+        answered = said_it.then(
             turn, [pending, chat, persona, own, temperature, top_k, top_p, beams, length, seed, suggests, visit],
-            [chat, busy, suggestion, seen, lost], show_progress="hidden", trigger_mode="multiple",
+            [chat, busy, suggestion, seen, lost, notice], show_progress="hidden", trigger_mode="multiple",
             concurrency_limit=None, api_visibility="private",
-        ).then(None, [message, lost], [message], js="(text, lost) => text || lost", **quick)
+        )
+        answered.then(None, [message, lost], message, js="(text, lost) => text || lost", **quick)
+        answered.failure(None, [message, pending], [message, busy], js="(text, lost) => [text || lost, false]", **quick)
         suggestion.click(None, suggestion, message, js="label => label.replace(/^Suggestion: /, '')", **quick
                          ).then(None, js=FOCUS, **quick)
-        gr.on([start.click, chat.clear], begin, visit, [chat, busy, suggestion, seen, address], **quick
+        gr.on([start.click, chat.clear], begin, visit, [chat, busy, suggestion, seen, notice, address], **quick
               ).then(None, js=FOCUS, **quick)
         anybody.click(lambda: "\n".join(somebody()), None, persona, **quick)
         shuffle.click(mixed, persona, persona, **quick)
         share.click(share_it, [persona, own, chat, fragment], address, **quick,
                     js="(...all) => [...all.slice(0, 3), location.origin + location.pathname]")
-        save.click(save_it, [persona, chat], file, **quick).then(None, file, js=DOWNLOAD, **quick)
-        page.load(restore, fragment, [persona, own, chat], js="() => location.hash.slice(1)", **quick)
+        save.click(save_it, [persona, chat], [file, notice], **quick).then(None, file, js=DOWNLOAD, **quick)
+        page.load(restore, fragment, [persona, own, chat, notice], js="() => location.hash.slice(1)", **quick)
 
         # --------------------------------------------------------------------------------------------- for programs
 
@@ -310,18 +314,20 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                     async for reply in replies:
                         yield bot.text(reply)
             except (InputError, Busy, ValidationError) as error:
-                raise gr.Error(complaint(error), print_exception=False) from None
+                raise gr.Error(reason(error), print_exception=False) from None
 
         gr.api(answer, api_name="chat", concurrency_limit=None)
     page.queue(max_size=None, default_concurrency_limit=None)
     return page
 
 
-def complaint(error: Exception) -> str:
-    """What to tell people."""
-    if isinstance(error, Busy):
-        return "Too many people are talking to this model; try again in a moment."
+def reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        wrong = error.errors()[0]
-        return f"{wrong['loc'][0]}: {wrong['msg']}"
+        first = error.errors()[0]
+        return f"{first['loc'][0]}: {first['msg']}"
     return str(error)
+
+
+def complaint(error: Exception) -> gr.HTML:
+    """An error as the page shows it, and screen readers read it at once."""
+    return gr.HTML(f"<p role=alert>{escape(reason(error))}</p>", visible=True)

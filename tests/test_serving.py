@@ -341,6 +341,20 @@ def test_who_leaves_ends_the_decoding(address, bot, stream):
     assert answers(address)
 
 
+def test_who_closes_the_page_ends_the_decoding(address, bot, monkeypatch):
+    monkeypatch.setattr(bot.args, "max_length", LONG)
+    apis = httpx.get(f"{address}/config", timeout=WAIT).json()["dependencies"]
+    number = next(api["id"] for api in apis if api["api_name"] == "chat")
+    event = {"data": ["hello", [], [], 0], "fn_index": number, "session_hash": "somebody"}
+    httpx.post(f"{address}/gradio_api/queue/join", json=event, timeout=WAIT).raise_for_status()
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data?session_hash=somebody", timeout=WAIT) as stream:
+        next(line for line in stream.iter_lines() if "process_generating" in line)
+        reply = next(reply for reply in bot.decoder.decoding if reply.args.max_length == LONG)
+    until(lambda: reply.finish, "the end")
+    assert reply.finish == "cancelled" and len(reply.tokens) < LONG
+    assert answers(address)
+
+
 def test_a_thousand_requests_at_once(address):
     """Far more than may wait: who comes too late is told so, the others are answered."""
     body = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 50}).encode()
