@@ -34,8 +34,8 @@ from feedback.annotate import preferences, probability, read_answers, rule_score
 from feedback.collect import model_hash
 from feedback.metrics import WEIGHTS, Dyme, weighted
 from feedback.pairs import append_lines, read_lines, read_pairs
-from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, held_out
-from feedback.snapshot import check_arguments, restore_snapshot, save_snapshot
+from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint, held_out
+from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
 from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, pack_turn
 from interact import generate_replies, load_checkpoint, readable
 from model import DoubleHeadsModel, save_model
@@ -339,6 +339,7 @@ class Trainer:
         args, ours = self.args, model_hash(self.reference.model)
         pairs = read_pairs(args.pairs)
         better, without = preferences(pairs, read_answers(args.answers, pairs))
+        check_same(Path(args.policy), fingerprint(better))
         turns, left_out = [], Counter(without)
         for pair, best in better:
             replies = [Reply(reply["ids"], reply["ended"]) for reply in pair["replies"]]
@@ -482,6 +483,9 @@ def train_policy(args: Namespace) -> Path:
     """The whole training; returns the run folder."""
     run = Path(args.policy)
     check_arguments(run, args, may_change={"policy", "device", "save_every", "dataset_cache"})
+    if (run / "model.safetensors").exists():  # which is the last that is written
+        logger.info("%s is finished", run)
+        return run
     trainer = Trainer(args)
     state = restore_snapshot(run, trainer.network, trainer.optimizer) or {"step": 0, "price": args.kl_coef}
     done, trainer.kl.price = state["step"], state["price"]

@@ -7,9 +7,11 @@ log σ(r(better) - r(worse)). The folder ``--reward`` is an ordinary run folder,
 and a page, reward.html. Started again after a kill, it goes on.
 """
 
+import hashlib
 import json
 import logging
 import math
+import os
 import random
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ import devices
 from corpora import InputError, command
 from feedback.annotate import preferences, probability, read_answers
 from feedback.pairs import read_pairs
-from feedback.snapshot import check_arguments, restore_snapshot, save_snapshot
+from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
 from inputs import LengthBatches, Row, Specials, collate, pack_turn
 from interact import load_checkpoint
 from model import HALF, DoubleHeadsModel, autocast, save_model
@@ -121,6 +123,11 @@ def measure_held_out(model: DoubleHeadsModel, tokenizer, pairs: list[tuple[dict,
             "deviation": float(values.std()) or 1.0, "calibration": bins, "calibration_error": calibration_error(bins)}
 
 
+def fingerprint(better: list[tuple[dict, int]]) -> str:
+    """Changes when people's preferences do."""
+    return hashlib.sha256(json.dumps([[pair["pair"], best] for pair, best in better]).encode()).hexdigest()[:16]
+
+
 def write_page(figures: dict, path: Path) -> None:
     low, high = figures["accuracy_interval"]
     left_out = "".join(f"<dt>pairs left out: {escape(reason)}</dt><dd>{count:,}</dd>"
@@ -153,9 +160,17 @@ def training_batches(lengths: np.ndarray, args: Namespace) -> list[list[int]]:
 
 def train_reward(args: Namespace) -> dict:
     """The whole of it; returns what is in reward.json. Raises `InputError` where there is too little to learn from."""
+    run = Path(args.reward)
+    check_arguments(run, args, may_change={"reward", "device", "save_every"})
     manual_seed(args.seed)
     pairs = read_pairs(args.pairs)
     better, left_out = preferences(pairs, read_answers(args.answers, pairs))
+    check_same(run, fingerprint(better))
+    if (run / SCALE).exists():
+        figures = json.loads((run / SCALE).read_text("utf-8"))
+        logger.info("%s is finished", run)
+        _tell(figures, run)
+        return figures
     kept = [one for one in better if not held_out(one[0], args.held_out, args.seed)]
     tests = [one for one in better if held_out(one[0], args.held_out, args.seed)]
     logger.info("%s pairs to learn from, %s held out; without a better reply: %s", f"{len(kept):,}", f"{len(tests):,}",
@@ -163,8 +178,6 @@ def train_reward(args: Namespace) -> dict:
     if not kept or not tests:
         raise InputError(f"{args.pairs}: {len(better)} pairs with a better reply are too few to learn from some and "
                          "test on others; annotate more")
-    run = Path(args.reward)
-    check_arguments(run, args, may_change={"reward", "device", "save_every"})
     model, tokenizer = load_checkpoint(args)
     rows = [pack_texts(pair["persona"], pair["history"],
                        [pair["replies"][number]["text"] for number in (1 - best, best)], tokenizer, model)
@@ -198,13 +211,18 @@ def train_reward(args: Namespace) -> dict:
     tokenizer.save_pretrained(run)
     save_model(model, run)
     write_page(figures, run / "reward.html")
-    (run / SCALE).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    (run / "reward.unfinished").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    os.replace(run / "reward.unfinished", run / SCALE)
+    _tell(figures, run)
+    return figures
+
+
+def _tell(figures: dict, run: Path) -> None:
     low, high = figures["accuracy_interval"]
-    print(f"Accuracy on {len(tests):,} held-out pairs: {figures['accuracy']:.3f} "
+    print(f"Accuracy on {figures['held_out_pairs']:,} held-out pairs: {figures['accuracy']:.3f} "
           f"(95 % interval {low:.3f} to {high:.3f})")
     if low <= 0.5:
         logger.warning("%s", NO_BETTER_THAN_CHANCE.format(run))
-    return figures
 
 
 NO_BETTER_THAN_CHANCE = ("{}: on held-out pairs it is not certainly better than chance: what follows it follows noise. "

@@ -43,6 +43,20 @@ def check_arguments(run: Path, args: Namespace, may_change: set[str]) -> None:
                              "name another folder")
 
 
+def check_same(run: Path, preferences: str) -> None:
+    """Note in a run folder which preferences it learns from (their fingerprint); later, that they are still the same.
+
+    Raises `InputError` when they are not: people have gone on answering.
+    """
+    path = run / "preferences"
+    if not path.exists():
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text(preferences, "utf-8")
+        os.replace(unfinished, path)
+    if path.read_text("utf-8") != preferences:
+        raise InputError(f"{run}: was begun with other answers than there are now; name another folder for these")
+
+
 def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights, those that are one under two names once, and what the optimizer keeps of each."""
     for name, weight in network.named_parameters():

@@ -517,6 +517,7 @@ def test_a_killed_reward_training_goes_on_to_the_same_weights(world, judged, tmp
     with pytest.raises(InputError, match="--lr 0.1: .* was begun with 0.003"):
         reward.train_reward(Namespace(**vars(arguments) | {"lr": 0.1}))
     reward.train_reward(arguments)
+    assert reward.train_reward(arguments) == json.loads((tmp_path / "reward" / "reward.json").read_text())
     for name in ("model.safetensors", "reward.json"):
         assert (tmp_path / "reward" / name).read_bytes() == (judged / "reward" / name).read_bytes()
 
@@ -528,6 +529,8 @@ def test_a_reward_model_of_coin_flips_is_warned_of(world, pairs, tmp_path, caplo
     figures = reward.train_reward(arguments)
     assert figures["accuracy_interval"][0] <= 0.5 and "what follows it follows noise" in caplog.text
     answered(tmp_path, answer(next(iter(pairs)), 0))
+    with pytest.raises(InputError, match="was begun with other answers than there are now"):
+        reward.train_reward(arguments)
     with pytest.raises(InputError, match="too few to learn from some and test on others"):
         reward.train_reward(Namespace(**vars(arguments) | {"reward": str(tmp_path / "other")}))
 
@@ -755,6 +758,8 @@ def test_a_policy_follows_its_reward(algorithm, world, judged, tmp_path):
 
 def test_dpo_names_and_counts_the_pairs_it_cannot_learn_from(world, pairs, judged, tmp_path, caplog):
     caplog.set_level("INFO")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other").mkdir()
     trainer = policy.Trainer(policy_flags(world, tmp_path / "run", judged, "--algorithm", "dpo"))
     better, _ = annotate.preferences(pairs, annotate.read_answers([judged / "answers.jsonl"], pairs))
     kept = [(pair, best) for pair, best in better if not reward.held_out(pair, 0.15, 42)]
@@ -765,7 +770,7 @@ def test_dpo_names_and_counts_the_pairs_it_cannot_learn_from(world, pairs, judge
     first = trainer.pairs[0].replies
     assert [reply.ids for reply in first] == [ended[0][0]["replies"][n]["ids"] for n in (1 - ended[0][1], ended[0][1])]
     with pytest.raises(InputError, match="no pair is left to learn from"):
-        policy.Trainer(policy_flags(world, tmp_path / "run", judged, "--algorithm", "dpo", "--model_checkpoint",
+        policy.Trainer(policy_flags(world, tmp_path / "other", judged, "--algorithm", "dpo", "--model_checkpoint",
                                     judged / "reward"))
     assert f"{len(kept)} (said by another model than --model_checkpoint)" in caplog.text
 

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Learning from preferences on EmpatheticDialogues, end to end, with a simulated annotator. A small GPT-2 is fine-tuned; a
+# rule (longer answers that ask a question win, 10 % noise) compares pairs of its replies; a reward model learns what the
+# rule prefers; PPO, RLOO and DPO follow it, three seeds each. The control does the same with coin flips, others for each
+# seed. benchmarks/preferences.py prints the table and draws the curves.
+#
+#   runs/feedback.sh TOKENIZER_FOLDER EMPATHETIC_DIALOGUES_FOLDER
+#
+# TOKENIZER_FOLDER: a folder with gpt2's vocab.json and merges.txt, of which the most frequent 4,096 tokens are used.
+# Stopped and started again, it goes on where it was. People instead of the rule: python -m feedback.annotate --web.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tokenizer=$(realpath "$1") corpus=$(realpath "$2")
+
+work=.demo/feedback
+mkdir -p $work/gpt
+python - "$tokenizer" $work/gpt <<'PYTHON'
+import json, sys
+source, folder, tokens = sys.argv[1], sys.argv[2], 4096
+vocabulary = {token: number for token, number in json.load(open(f"{source}/vocab.json")).items() if number < tokens}
+lines = open(f"{source}/merges.txt", encoding="utf-8").read().splitlines()
+first = lines[0].startswith("#version")  # the 256 bytes come first in the vocabulary, then a token a merge
+merges = lines[:first] + lines[first:tokens - 256 + first]
+json.dump(vocabulary | {"<|endoftext|>": tokens}, open(f"{folder}/vocab.json", "w"))
+open(f"{folder}/merges.txt", "w", encoding="utf-8").write("\n".join(merges) + "\n")
+json.dump({"model_type": "gpt2", "vocab_size": tokens + 1, "n_positions": 256, "n_embd": 128, "n_layer": 4, "n_head": 4,
+           "initializer_range": 0.05, "bos_token_id": None, "eos_token_id": None}, open(f"{folder}/config.json", "w"))
+PYTHON
+[ -f $work/data.json ] || python example_entry.py --convert "$corpus" $work/data.json --target second
+data="--dataset_path $work/data.json --dataset_cache $work/cache"
+
+# 1. a baseline
+if [ ! -f $work/baseline ]; then
+    python train.py --model_checkpoint $work/gpt $data --seed 42 --n_epochs 1 --lr 1e-3 --lm_coef 2.0 --num_candidates 2 \
+        --train_batch_size 16 --gradient_accumulation_steps 1 --valid_batch_size 16
+    ls -td runs/*_gpt | head -n 1 > $work/baseline
+fi
+run=$(cat $work/baseline)
+
+# 2. pairs of its replies: three replies to one utterance, each two of them
+python -m feedback.collect --model_checkpoint "$run" $data --pairs $work/pairs.jsonl --contexts 3500 --replies 3 --seed 1 \
+    --max_history 0 --max_length 30 --temperature 1 --top_p 0 --batch_size 100
+
+policy() {  # who answers, seed, algorithm and its flags
+    python -m feedback.policy --model_checkpoint "$run" $data --max_history 0 --max_length 30 --rule --seed "$2" \
+        --pairs $work/pairs.jsonl --answers $work/"$1".jsonl --held_out 0.1 --reward_model $work/reward_"$1" \
+        --policy $work/"$1"_"$3"_"$2" --evaluate_every 20 --evaluation_contexts 192 --algorithm "${@:3}"
+}
+
+for how in rule coin; do
+    for seed in 1 2 3; do
+        # 3. which reply is better
+        case $how in rule) who=rule draw=1 ;; coin) who=coin$seed draw=$seed ;; esac
+        python -m feedback.annotate --pairs $work/pairs.jsonl --answers $work/$who.jsonl --simulate $how --seed $draw
+        # 4. a reward model
+        python -m feedback.reward --model_checkpoint "$run" --pairs $work/pairs.jsonl --answers $work/$who.jsonl \
+            --reward $work/reward_$who --lr 4e-4 --n_epochs 1 --held_out 0.1
+        # 5. policies
+        policy $who $seed rloo --steps 60 --lr 3e-4 --kl_coef 0.1 --kl_horizon 1000
+        policy $who $seed ppo --steps 40 --lr 3e-4 --lam 1 --kl_coef 0.1 --kl_horizon 1000
+        policy $who $seed dpo --steps 80 --batch_size 24 --lr 2e-4
+    done
+done
+PYTHONPATH=. python benchmarks/preferences.py $work
