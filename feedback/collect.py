@@ -61,7 +61,7 @@ def collect(args: Namespace) -> int:
     """
     model, tokenizer = load_checkpoint(args)
     table = dataset_of(args, tokenizer)
-    split = require_split(table, args.split, args.dataset_path)
+    split = require_split(table, args.split, args.dataset or args.dataset_path)
     dataset = TurnDataset(split, tokenizer, model.max_positions, max_history=args.max_history,
                           history_start=model.history_start, no_persona=model.no_persona)
     if args.contexts > len(dataset):

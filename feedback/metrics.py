@@ -11,6 +11,8 @@ from functools import cache
 
 import numpy as np
 
+from corpora import InputError
+
 QUESTION_WORDS = frozenset(
     "who whom whose what when where why which how "
     "is are am was were do does did have has had can could will would shall should may might "
@@ -21,6 +23,16 @@ QUESTION_WORDS = frozenset(
 def words(text: str) -> list[str]:
     """Lower-case words, apostrophes within them kept."""
     return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
+
+
+def check_libraries() -> None:
+    """Raise `InputError` if a library that the metrics need is missing."""
+    try:
+        import profanity_check  # noqa: F401
+        import sklearn  # noqa: F401
+        import vaderSentiment  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"the utterance metrics need {error.name}; pip install -r requirements-feedback.txt") from None
 
 
 # Each metric takes the utterance and the dialog so far, oldest first, and gives a number, the more the better.

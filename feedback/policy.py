@@ -32,7 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 from corpora import InputError, command, require_split
 from feedback.annotate import preferences, probability, read_answers, rule_score
 from feedback.collect import model_hash
-from feedback.metrics import WEIGHTS, Dyme, weighted
+from feedback.metrics import WEIGHTS, Dyme, check_libraries, weighted
 from feedback.pairs import append_lines, read_lines, read_pairs
 from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint, held_out
 from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
@@ -262,14 +262,15 @@ class Reward:
 
     def __init__(self, args: Namespace, table):
         self.args, self.model, self.dyme = args, None, None
+        if args.utterance_metrics or args.dyme:
+            check_libraries()
         if args.reward_model:
             self.model = RewardModel(args.reward_model, args.device)
             if self.model.scale["accuracy_interval"][0] <= 0.5:
                 logger.warning("%s", NO_BETTER_THAN_CHANCE.format(args.reward_model))
         if args.dyme:
-            split = require_split(table, "train", args.dataset_path)
-            dialogs = draw_dialogs(split, args.dyme_dialogs)
-            self.dyme = Dyme(dialogs)
+            split = require_split(table, "train", args.dataset or args.dataset_path)
+            self.dyme = Dyme(draw_dialogs(split, args.dyme_dialogs))
 
     def __call__(self, turns: Sequence[tuple]) -> list[list[float]]:
         """Rewards of the replies of each turn (persona, history, replies), all texts."""
@@ -315,7 +316,7 @@ class Trainer:
             self.contexts = self.dataset("train")
 
     def dataset(self, name: str) -> TurnDataset:
-        split = require_split(self.table, name, self.args.dataset_path)
+        split = require_split(self.table, name, self.args.dataset or self.args.dataset_path)
         model = self.network.model
         return TurnDataset(split, self.tokenizer, model.max_positions, max_history=self.args.max_history,
                            history_start=model.history_start, no_persona=model.no_persona)
@@ -404,7 +405,7 @@ class Trainer:
             old, old_values = chosen(policy, actions), values[actions.place] * mask
             # Each action pays for its log-ratio; the reply's score comes with its last one.
             rewards = -self.kl.price * (old - chosen(reference, actions))
-            rewards[torch.arange(len(score)), mask.sum(1) - 1] += score
+            rewards[torch.arange(len(score), device=mask.device), mask.sum(1) - 1] += score
             advantage = advantages(rewards, old_values, mask, args.gamma, args.lam)
             returns = advantage + old_values
             advantage = whitened(advantage, mask)

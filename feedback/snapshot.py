@@ -90,7 +90,8 @@ def restore_snapshot(run: Path, network: nn.Module, optimizer: torch.optim.Optim
                 if kind == "optimizer":
                     field, name = rest.split(".", 1)
                     value = file.get_tensor(key)
-                    optimizer.state[weights[name]][field] = value.to(weights[name].device) if value.ndim else value
+                    beside = value.ndim or optimizer.defaults.get("fused")  # where the count of steps is kept
+                    optimizer.state[weights[name]][field] = value.to(weights[name].device) if beside else value
     except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{run / FILE}: no snapshot of this training ({str(error).splitlines()[0][:160]}); delete it "
                          "to start anew") from None
