@@ -341,3 +341,22 @@ def test_a_tiny_llama_trains_is_evaluated_and_chats(tmp_path, small_corpus):
     assert said[:2] == ["Personality:", "  i keep bees ."] and len(said) >= 4
     plain = transformers.AutoModelForCausalLM.from_pretrained(run)
     assert plain.dtype == torch.float32 and len(transformers.AutoTokenizer.from_pretrained(run)) == 405
+
+
+def test_a_pretrained_folder_is_taken_as_it_is(tmp_path):
+    """In half precision and several files, with rows to spare: training begins at the pretrained model exactly."""
+    config = transformers.Qwen3Config(**SHAPE | MLP | {"vocab_size": 512}, head_dim=16)
+    write_checkpoint(tmp_path, config, words_and_digits())
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(
+        tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    model, tokenizer = load_model(str(tmp_path)), utils.get_tokenizer(str(tmp_path))
+    add_special_tokens_(model, tokenizer)
+    special = Specials.of(tokenizer)
+    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == 512 > max(special)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.tensor([[*special, *range(30, 60)]])
+    types = torch.full_like(ids, special.speaker2)
+    with torch.no_grad():
+        assert torch.equal(model(ids, token_type_ids=types).logits, plain(ids).logits)
