@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import peft
@@ -89,16 +90,25 @@ def test_an_adapter_from_training_to_merging(family, tmp_path, monkeypatch):
             torch.testing.assert_close(plain(ids).logits, merged[0](ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_train_evaluate_and_refusals(trained, small_corpus, tmp_path, monkeypatch):
-    """On a run folder, with states computed twice; the figures of training and of the adapter's folder agree."""
+def test_train_resume_evaluate_and_refusals(trained, small_corpus, tmp_path, monkeypatch):
+    """On a run folder, with states computed twice; the adapter's folder gives training's figures, and a killed run goes
+    on to the same adapter.
+    """
     flags = ["--dataset_path", small_corpus, "--n_epochs", 1]
     script("train.py", *flags, "--model_checkpoint", trained, "--lora", 4, "--lr", 1e-2, "--gradient_checkpointing",
-           "--gradient_accumulation_steps", 1, cwd=tmp_path)
+           "--gradient_accumulation_steps", 1, "--checkpoint_every", 5, "--keep_checkpoints", 99, cwd=tmp_path)
     assert "LoRA of rank 4" in script.stderr
     last = [line for line in script.stderr.splitlines() if "train: Validation: " in line][-1]
     run = next((tmp_path / "runs").iterdir())
     script("train.py", "--dataset_path", small_corpus, "--n_epochs", 0, "--model_checkpoint", run, cwd=tmp_path)
     assert [line for line in script.stderr.splitlines() if "train: Validation: " in line] == [last]
+
+    resumed = shutil.copytree(run, tmp_path / "resumed")  # as if killed after five steps
+    for late in [resumed / "adapter_model.safetensors", *resumed.glob("checkpoints/*")]:
+        if late.name != "step-5.safetensors":
+            late.unlink()
+    script("train.py", "--resume", resumed, cwd=tmp_path)
+    assert (resumed / "adapter_model.safetensors").read_bytes() == (run / "adapter_model.safetensors").read_bytes()
 
     complaint = error_line("train.py", *flags, "--model_checkpoint", TINY, "--lora", 4, cwd=tmp_path)
     assert "has no weights" in complaint and "--lora" in complaint
