@@ -476,12 +476,12 @@ def add_lora_(model: DoubleHeadsModel, tokenizer, rank: int, model_checkpoint: s
 def _adapted(checkpoint: str, base: str) -> DoubleHeadsModel:
     """The model of an adapter's folder: its base as it was trained on, with the adapter merged into it."""
     folders = [os.path.realpath(checkpoint)]
-    while next_base := adapter_base(folders[-1]):
-        folders.append(os.path.realpath(resolve_checkpoint(next_base)))
-        if folders.count(folders[-1]) > 1:
-            raise InputError(f"--model_checkpoint {checkpoint}: its adapter_config.json names itself as the model that "
-                             "it adapts; name the base model there")
     try:
+        while next_base := adapter_base(folders[-1]):
+            folders.append(os.path.realpath(resolve_checkpoint(next_base)))
+            if folders.count(folders[-1]) > 1:
+                raise InputError("whose adapter_config.json names itself as the model that it adapts; name the base "
+                                 "model there")
         model = load_model(base)
     except InputError as error:
         raise InputError(f"--model_checkpoint {checkpoint}: adapts {base}: {error}") from None
