@@ -17,7 +17,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -589,8 +589,10 @@ def _put_together(parts: list[dict[str, Iterable[dict]]], target: str, train_fra
     splits = {split: one_side(chain.from_iterable([part.get(split, []) for part in parts]), target)
               for split in dict.fromkeys(split for part in parts for split in part)}
     if "" in splits or train_frac is not None:
+        train_frac = 0.85 if train_frac is None else train_frac
+        logger.info("%s: %g of the dialogs are for training, the others for validation", name, train_frac)
         dialogs = chain.from_iterable(splits.pop(split, []) for split in ("", "train", "valid"))
-        splits = divided(dialogs, 0.85 if train_frac is None else train_frac, 0, name) | splits
+        splits = divided(dialogs, train_frac, 0, name) | splits
     return splits
 
 
@@ -802,7 +804,7 @@ def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
                              f"of a .tar.gz of one (default: {model_checkpoint or 'the published fine-tuned model'})")
     parser.add_argument("--max_history", type=whole_number, default=2, metavar="N",
                         help="exchanges the model sees: 2N+1 utterances (default: %(default)s)")
-    parser.add_argument("--max_turns", type=_odd, dest="max_history", metavar="N",
+    parser.add_argument("--max_turns", type=_odd, dest="max_history", default=SUPPRESS, metavar="N",
                         help="the same in utterances: N, an odd number")
     parser.add_argument("--max_len", type=_positions, default=0, metavar="N",
                         help="tokens that the model sees at once, context and reply (default: as in its training, "

@@ -1,5 +1,6 @@
 """Published corpora as data sets: where they are found, how they are mixed, what of them reaches the token table."""
 
+import io
 import json
 import shutil
 import tarfile
@@ -75,6 +76,13 @@ def test_corpora_are_found_and_mixed_split_by_split(tmp_path, data_dir, tokenize
     monkeypatch.setattr(utils, "download", unreachable)
     with pytest.raises(InputError, match="--dataset personachat: is not in .*data/personachat, and https://.*--data_dir"):
         mixed("personachat")
+
+
+def test_a_file_of_dialogs_needs_no_conversion(tmp_path, tokenizer):
+    (tmp_path / "own.txt").write_text("".join(f"what {n} ?\nwell {n} .\n\n" for n in range(20)))
+    table = utils.get_dataset(tokenizer, str(tmp_path / "own.txt"), str(tmp_path / "cache"))
+    assert (table["train"].num_turns, table["valid"].num_turns) == (17, 3)
+    assert sorted(golds(table["train"]) + golds(table["valid"])) == sorted(f"well {n} ." for n in range(20))
 
 
 def test_a_release_is_downloaded_where_it_is_missing(tmp_path, data_dir, tokenizer, monkeypatch):
@@ -194,3 +202,40 @@ def test_an_epoch_of_a_number_of_batches_repeats_no_turn_before_all_were_seen():
             assert len(set(turns.tolist())) == len(turns)
         assert all(len(turns) == 10 for turns in passes[:wanted // 4])
     assert np.concatenate(list(LengthBatches(lengths, 3, seed=5))).tolist() == np.concatenate(drawn[:4]).tolist()
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--dataset", "dailydialog,dialydailog"], "no corpus is called 'dialydailog'; known are dailydialog, empathetic_"),
+    (["--max_turns", "4"], "'4' is even"), (["--max_len", "8"], "'8' leaves no room"),
+    (["--train_frac", "1"], "'1' is not a number between 0 and 1"), (["--target", "third"], "choose from"),
+])
+def test_wrong_flags_are_named_with_what_is_right(flags, complaint, capsys):
+    parser = ArgumentParser()
+    utils.add_common_flags(parser, "")
+    with pytest.raises(SystemExit):
+        parser.parse_args(flags)
+    assert complaint in capsys.readouterr().err
+    assert parser.parse_args(["--max_turns", "7"]).max_history == 3 and parser.parse_args([]).max_history == 2
+
+
+def test_archives_of_archives_stay_in_their_folder_and_size(tmp_path):
+    """A zip within a zip is unpacked, one deeper is not; names that lead elsewhere end inside; bombs are refused."""
+    def zipped(**members: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+            for name, content in members.items():
+                file.writestr(name, content)
+        return buffer.getvalue()
+
+    inner = zipped(**{"../../../out.txt": b"x", "deeper.zip": zipped(a=b"a")})
+    (tmp_path / "good.zip").write_bytes(zipped(**{"inner.zip": inner, "/abs.txt": b"y"}))
+    folder = utils._unpack(tmp_path / "good.zip")
+    assert {file.name for file in folder.rglob("*") if file.is_file()} == {
+        "inner.zip", "abs.txt", "out.txt", "deeper.zip"}
+    assert not (tmp_path / "out.txt").exists() and not (tmp_path.parent / "out.txt").exists()
+    (tmp_path / "bomb.zip").write_bytes(zipped(zeros=bytes(120 << 20)))
+    for name in ("bomb.zip", "cut.zip"):
+        if name == "cut.zip":
+            (tmp_path / name).write_bytes((tmp_path / "good.zip").read_bytes()[:-30])
+        with pytest.raises(InputError, match=f"{name}: not a usable .tar.gz or .zip"):
+            utils._unpack(tmp_path / name)
