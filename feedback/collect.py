@@ -23,7 +23,7 @@ from corpora import InputError, command, require_split
 from feedback.pairs import append_lines, is_pair, pair_name, read_lines
 from inputs import TurnDataset
 from interact import add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
-from model import DoubleHeadsModel
+from model import DoubleHeadsModel, half_dtype
 from utils import add_common_flags, dataset_of, positive_number
 
 DECODING = ("no_sample", "max_length", "min_length", "temperature", "top_k", "top_p", "num_beams", "length_penalty",
@@ -54,7 +54,7 @@ def collect(args: Namespace) -> int:
     A line has ``pair``, its name (`pair_name`); ``persona`` and ``history`` as texts; two ``replies``, each with its
     ``text``, token ``ids``, whether it ``ended`` by itself, and its number among the ``decoders``; and how it was made:
     ``checkpoint`` and ``model`` (`model_hash`), ``data``, ``split``, ``dialog`` and ``turn``, ``max_history``, the
-    flags of each decoder, and the ``batch`` of turns that was decoded at once under ``seed``.
+    flags of each decoder, ``fp16``, and the ``batch`` of turns that was decoded at once under ``seed``.
 
     Batches are decoded in a fixed order, each under a seed of its own, so that what a kill interrupts can be made
     again: the last batch in the file is, when collecting goes on.
@@ -72,15 +72,17 @@ def collect(args: Namespace) -> int:
     made = {
         "checkpoint": args.model_checkpoint, "model": model_hash(model),
         "data": table.metadata["key"][:16], "split": args.split, "max_history": args.max_history,
-        "decoders": [{name: getattr(way, name) for name in DECODING} for way in ways],
+        "decoders": [{name: getattr(way, name) for name in DECODING} for way in ways], "fp16": args.fp16,
     }
+    model.to(half_dtype(args.device, args.fp16))  # each token reads all weights
+    longest = max(way.max_length for way in ways)
 
     path, skipped = Path(args.pairs), Counter()
     kept = _kept(path, made, batches, args.seed)
     for number in tqdm(range(_batches_done(kept, args.seed), len(batches)), desc="Collecting", unit=" batches"):
         turns = batches[number]
         lines = []
-        contexts = [fitted_context(model, *dataset.context(turn), dataset.special, args.max_length) for turn in turns]
+        contexts = [fitted_context(model, *dataset.context(turn), dataset.special, longest) for turn in turns]
         torch.manual_seed(args.seed + number)
         said: list[list[dict]] = [[] for _ in turns]  # of each context, its replies
         for way_number, way in enumerate(ways):
@@ -118,15 +120,14 @@ def _kept(path: Path, made: dict, batches: list[list[int]], seed: int) -> list[d
     lines = list(read_lines(path))
     if lines and lines[-1][1] is None:  # half written
         lines.pop()
+    ours = {seed + place: batch for place, batch in enumerate(batches)}
     for number, record in lines:
         if record is None or not is_pair(record):
             raise InputError(f"{path}: line {number} is no pair; mend it, or name another file with --pairs")
-        place = record.get("seed", 0) - seed
-        same_batch = 0 <= place < len(batches) and record.get("batch") == batches[place]
         if other := [name for name, value in made.items() if record.get(name) != value and name != "checkpoint"]:
             raise InputError(f"{path}: line {number} was made with another {', '.join(other)}; give the same flags to "
                              "go on, or name another file with --pairs")
-        if not same_batch:
+        if not isinstance(record.get("seed"), int) or record.get("batch") != ours.get(record["seed"]):
             raise InputError(f"{path}: line {number} is of another choice of contexts; give the same --seed, "
                              "--contexts and --batch_size to go on, or name another file with --pairs")
     records = [record for _, record in lines]

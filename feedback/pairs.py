@@ -72,7 +72,7 @@ def is_pair(record: dict) -> bool:
         return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
     replies = record.get("replies")
-    return (isinstance(record.get("pair"), str) and isinstance(record.get("model"), str)
+    return (all(isinstance(record.get(name), str) for name in ("pair", "model", "data", "split"))
             and sentences(record.get("persona")) and sentences(record.get("history")) and bool(record["history"])
             and isinstance(record.get("turn"), int) and isinstance(record.get("dialog"), int)
             and isinstance(replies, list) and len(replies) == 2

@@ -240,9 +240,8 @@ def dpo_loss(better: torch.Tensor, worse: torch.Tensor, reference_better: torch.
 class AdaptiveKL:
     """The price of a nat, steered so that replies come to be ``target`` nats from the reference's.
 
-    As Ziegler et al. (2019) do it.
-    ``horizon``: replies in which an error of 20 % and more changes the price by a factor of about e^0.2. ``target`` 0:
-    the price stays.
+    As Ziegler et al. (2019) do it: a batch's relative error, of 20 % at most, changes it in proportion to the batch's
+    share of ``horizon`` replies. ``target`` 0: the price stays.
     """
 
     def __init__(self, price: float, target: float, horizon: int):

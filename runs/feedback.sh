@@ -13,8 +13,8 @@ cd "$(dirname "$0")/.."
 tokenizer=$(realpath "$1") corpus=$(realpath "$2")
 
 work=.demo/feedback
-mkdir -p $work/gpt
-python - "$tokenizer" $work/gpt <<'PYTHON'
+mkdir -p $work/feedback-gpt2
+python - "$tokenizer" $work/feedback-gpt2 <<'PYTHON'
 import json, sys
 source, folder, tokens = sys.argv[1], sys.argv[2], 4096
 vocabulary = {token: number for token, number in json.load(open(f"{source}/vocab.json")).items() if number < tokens}
@@ -31,9 +31,11 @@ data="--dataset_path $work/data.json --dataset_cache $work/cache"
 
 # 1. a baseline
 if [ ! -f $work/baseline ]; then
-    python train.py --model_checkpoint $work/gpt $data --seed 42 --n_epochs 1 --lr 1e-3 --lm_coef 2.0 --num_candidates 2 \
-        --train_batch_size 16 --gradient_accumulation_steps 1 --valid_batch_size 16
-    ls -td runs/*_gpt | head -n 1 > $work/baseline
+    begun=$(ls -td runs/*_feedback-gpt2/checkpoints/step-* 2> /dev/null | head -n 1 || true)
+    python train.py --model_checkpoint $work/feedback-gpt2 $data --seed 42 --n_epochs 1 --lr 1e-3 --lm_coef 2.0 \
+        --num_candidates 2 --train_batch_size 16 --gradient_accumulation_steps 1 --valid_batch_size 16 \
+        --checkpoint_every 200 ${begun:+--resume "${begun%/checkpoints/*}"}
+    ls -td runs/*_feedback-gpt2 | head -n 1 > $work/baseline
 fi
 run=$(cat $work/baseline)
 
