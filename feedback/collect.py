@@ -127,7 +127,7 @@ def _kept(path: Path, made: dict, batches: list[list[int]], seed: int) -> list[d
         if other := [name for name, value in made.items() if record.get(name) != value and name != "checkpoint"]:
             raise InputError(f"{path}: line {number} was made with another {', '.join(other)}; give the same flags to "
                              "go on, or name another file with --pairs")
-        if not isinstance(record.get("seed"), int) or record.get("batch") != ours.get(record["seed"]):
+        if not isinstance(record.get("seed"), int) or record.get("batch") != ours.get(record["seed"], []):
             raise InputError(f"{path}: line {number} is of another choice of contexts; give the same --seed, "
                              "--contexts and --batch_size to go on, or name another file with --pairs")
     records = [record for _, record in lines]
