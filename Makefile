@@ -4,6 +4,7 @@
 # make install the set-up alone: .venv
 # make bench   measure speed against the textbook path, write benchmarks/RESULTS.md (needs real data: see --help there)
 # make parlai  an environment with the real ParlAI: .venv-parlai
+# make fuzz    coverage-guided fuzzing of the readers and tokenizers, some minutes
 # make lint    style
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 TEST_PROCESSES := 2  # each computes on one thread, see tests/conftest.py
 BIN := $(VENV)/bin
 
-.PHONY: parlai demo web test bench install lint clean
+.PHONY: parlai demo web test fuzz bench install lint clean
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./runs/demo.sh
@@ -21,6 +22,9 @@ web: $(VENV)/web-installed
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --durations 15
+
+fuzz: $(VENV)/fuzz-installed
+	$(BIN)/python tests/fuzz.py $(FUZZ_FLAGS)
 
 bench: $(VENV)/bench-installed
 	for claim in tokenising training training_profile choosing word_perplexity replying memory full_recipe growth; do \
@@ -54,9 +58,13 @@ $(VENV)/test-installed: $(VENV)/installed requirements-web.txt requirements-feed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
+$(VENV)/fuzz-installed: $(VENV)/installed requirements-fuzz.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-fuzz.txt
+	touch $@
+
 $(VENV)/bench-installed: $(VENV)/installed requirements-bench.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-bench.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-parlai .demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-parlai .demo .pytest_cache .ruff_cache .hypothesis .fuzz

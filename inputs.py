@@ -80,21 +80,19 @@ def fit_context(persona: list, history: list, room: int, history_start: int = 0)
     beginning of the last utterance. With ``history_start``, just the persona sentences go that do not fit before it.
     """
     persona, history = list(persona), list(history)
-
-    def before_history() -> int:
-        return 1 + sum(map(len, persona))
-
-    def excess() -> int:
-        return (history_start or before_history()) + sum(1 + len(utterance) for utterance in history) - room
-
-    while history_start and before_history() > history_start:
-        del persona[-1]
-    while excess() > 0 and len(history) > 1:
-        del history[0]
-    while excess() > 0 and persona and not history_start:
-        del persona[-1]
-    if excess() > 0 and history:
-        history[0] = history[0][min(excess(), len(history[0])):]
+    before_history = 1 + sum(map(len, persona))
+    while history_start and before_history > history_start:
+        before_history -= len(persona.pop())
+    excess = (history_start or before_history) + sum(1 + len(utterance) for utterance in history) - room
+    left_out = 0
+    while excess > 0 and left_out < len(history) - 1:
+        excess -= 1 + len(history[left_out])
+        left_out += 1
+    del history[:left_out]
+    while excess > 0 and persona and not history_start:
+        excess -= len(persona.pop())
+    if excess > 0 and history:
+        history[0] = history[0][min(excess, len(history[0])):]
     return persona, history
 
 

@@ -4,11 +4,12 @@ Knows records of an evaluation and texts; nothing of the network. `convai_evalua
 """
 
 import json
-from html import escape
+from html import escape as escape_html
 from pathlib import Path
 
 import numpy as np
 
+from corpora import printable
 from utils import Split
 
 WORST = 20
@@ -31,6 +32,11 @@ section { background: var(--tint); border-radius: 8px; padding: .8rem 1rem; marg
 section p { margin: .2rem 0 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.5rem } dd { margin: 0 }
 """
+
+
+def escape(text: str) -> str:
+    """Text as HTML, without letters that would turn its direction or end it."""
+    return escape_html(printable(text))
 
 
 def softmax(scores: list[float]) -> np.ndarray:
@@ -100,7 +106,7 @@ def write_report(folder: Path, figures: dict[str, float], settings: dict, split:
         report["replies"] = [{"turn": turn, "history": split.texts("history", turn)[-1:],
                               "gold": split.texts("candidates", turn)[-1], "reply": replies[turn]["reply"]}
                              for turn in range(0, len(replies), step)][:WORST]
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8", "replace")
     (folder / "report.html").write_text(_page(report), "utf-8")
 
 

@@ -20,7 +20,7 @@ import zlib
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from importlib.metadata import version
 from itertools import chain
@@ -457,7 +457,7 @@ class TokenTable(Mapping):
     ``turn_dialog`` (turns,).
     """
 
-    FORMAT = "1"
+    FORMAT = "2"
 
     def __init__(self, path: str | Path):
         """Open the file. Raises ``SafetensorError`` or ``OSError`` when it is damaged or missing."""
@@ -465,6 +465,19 @@ class TokenTable(Mapping):
             self.metadata = file.metadata() or {}
             self._arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}
         self._splits = {name: Split(self, name) for name in json.loads(self.metadata.get("splits", "[]"))}
+
+    @staticmethod
+    def digest(arrays: Mapping[str, np.ndarray]) -> str:
+        """A hash of everything in a table, by which bytes that changed on the disk are noticed."""
+        digest = hashlib.sha256()
+        for name in sorted(arrays):
+            digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+            digest.update(arrays[name])
+        return digest.hexdigest()
+
+    def is_whole(self) -> bool:
+        """Whether the arrays are those that were written."""
+        return self.metadata.get("digest") == self.digest(self._arrays)
 
     def __getitem__(self, split: str) -> "Split":
         return self._splits[split]
@@ -553,7 +566,8 @@ def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str =
     cache = Path(f"{dataset_cache}_{type(tokenizer).__name__}_{key[:16]}.safetensors")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{cache}.lock"):
+        place_is_fixed = cache.exists() and not os.access(cache.parent, os.W_OK)  # where no lock can be, nor is needed
+        with nullcontext() if place_is_fixed else FileLock(f"{cache}.lock"):
             if table := _open_table(cache, key):
                 logger.info("Token table read from %s", cache)
                 return table
@@ -640,10 +654,10 @@ def _open_table(cache: Path, key: str) -> TokenTable | None:
         return None
     try:
         table = TokenTable(cache)
-        if table.metadata.get("key") == key:
+        if table.metadata.get("key") == key and table.is_whole():
             return table
-        logger.warning("%s is not a token table of this data; building it again", cache)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        logger.warning("%s is not a token table of this data, or changed since; building it again", cache)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         logger.warning("%s is damaged (%s); building it again", cache, _short(str(error)))
     return None
 
@@ -700,7 +714,7 @@ def _build_table(tokenizer, splits: Mapping[str, Iterable[dict]], distractors: s
         texts.append(string.encode("utf-8", "replace"))
     arrays |= tokens.arrays("tokens", "token_offsets") | texts.arrays("text", "text_offsets")
     tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    write_tensors(tensors, cache, {"key": key, "splits": json.dumps(list(splits))})
+    write_tensors(tensors, cache, {"key": key, "splits": json.dumps(list(splits)), "digest": TokenTable.digest(arrays)})
 
 
 def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[str], how: str) -> None:

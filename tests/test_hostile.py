@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import resource
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, error_line, make_checkpoint, script
+from conftest import ROOT, TINY, error_line, make_checkpoint, script
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -444,3 +445,44 @@ def test_endless_words_and_blanks_are_read_in_no_time(model_folder, letters):
     """Each of these once took from half a minute to hours."""
     tokenizer = utils.get_tokenizer(str(model_folder))
     tokenizer.encode(letters * (60_000 // len(letters)))
+
+
+# ------------------------------------------------------------------------------------------------ the token table
+
+
+@pytest.fixture(scope="module")
+def table_file(tmp_path_factory) -> tuple[Path, Path]:
+    """A data file, and the token table of it."""
+    folder = tmp_path_factory.mktemp("table")
+    entry = {"personality": ["i am ."], "utterances": [{"history": ["hi ."], "candidates": ["no .", "hello ."]}]}
+    (folder / "data.json").write_text(json.dumps({"train": [entry] * 3, "valid": [entry]}))
+    utils.get_dataset(utils.get_tokenizer(str(TINY)), str(folder / "data.json"), str(folder / "cache"))
+    return folder / "data.json", next(folder.glob("cache*.safetensors"))
+
+
+def test_a_table_cut_or_changed_anywhere_is_built_again(table_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "sync", lambda path: None)  # the machine does not crash here, and disks are slow
+    data, file = table_file
+    whole, tokenizer, rng = file.read_bytes(), utils.get_tokenizer(str(TINY)), random.Random(5)
+    good = utils.get_dataset(tokenizer, str(data), str(file.parent / "cache"))
+    damaged = [whole[:place] for place in rng.sample(range(len(whole)), 50)]
+    for place in rng.sample(range(len(whole)), 50):
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1:])
+    for content in [*damaged, whole + b"x", (2).to_bytes(8, "little") + b"{}"]:
+        (tmp_path / file.name).write_bytes(content)
+        table = utils.get_dataset(tokenizer, str(data), str(tmp_path / "cache"))
+        assert {split: list(table[split]) for split in table} == {split: list(good[split]) for split in good}
+        assert table["train"].texts("candidates", 0) == ["no .", "hello ."]
+        assert utils.TokenTable(tmp_path / file.name).is_whole()
+
+
+def test_places_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    tokenizer = utils.get_tokenizer(str(TINY))
+    for place in ("round", "round/data.json", "x" * 300):
+        with pytest.raises(InputError, match="cannot be read|no such file"):
+            utils.get_dataset(tokenizer, str(tmp_path / place), str(tmp_path / "cache"))
+    (tmp_path / "data.json").write_text(json.dumps({"train": [json.loads(ENTRY)]}))
+    for place in ("round/cache", "x" * 300):
+        with pytest.raises(InputError, match="--dataset_cache .*cannot be written"):
+            utils.get_dataset(tokenizer, str(tmp_path / "data.json"), str(tmp_path / place))
