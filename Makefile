@@ -27,7 +27,7 @@ fuzz: $(VENV)/fuzz-installed
 	$(BIN)/python tests/fuzz.py $(FUZZ_FLAGS)
 
 bench: $(VENV)/bench-installed
-	for claim in tokenising training training_profile choosing word_perplexity replying memory full_recipe growth; do \
+	for claim in tokenising training training_profile choosing word_perplexity replying serving memory full_recipe growth; do \
 		echo "== $$claim"; PYTHONPATH=. $(BIN)/python benchmarks/$$claim.py $(BENCH_FLAGS) || exit; done
 	PYTHONPATH=. $(BIN)/python benchmarks/write_results.py
 

@@ -33,22 +33,20 @@ STYLE = """
 .gradio-container { max-width: 70rem !important; margin: 0 auto !important }
 #suggestion { justify-content: start; text-align: start; white-space: normal; font-weight: normal }
 #notice p { border-inline-start: 4px solid #d9822b; padding: .2rem .6rem; margin: 0 }
-.seen { --persona: #dcecd8; --user: #dbe7fb; --bot: #fbe5cf; --ink: #1d2733 }
-.dark #notice p { border-inline-start: 4px solid #d9822b; padding: .2rem .6rem; margin: 0 }
-.seen { --persona: #24422b; --user: #223c63; --bot: #583a1b; --ink: #e9eef4 }
+.seen { --persona: #3fa34d; --user: #3f83e0; --bot: #e08a2e }
 .seen ol { list-style: none; padding: 0; margin: 0 }
 .seen li { margin: .3rem 0; line-height: 2.2 }
 .seen li > b { display: inline-block; min-width: 5.5rem }
-.seen .token { color: var(--ink); background: var(--colour); border-radius: 4px; padding: .15rem .3rem;
-               white-space: pre }
+.seen .token { background: color-mix(in srgb, var(--colour) 25%, transparent); border-radius: 4px;
+               padding: .15rem .3rem; white-space: pre }
 .seen sub { opacity: .75; font-size: .7em; margin-inline-start: .2em }
 .seen .persona { --colour: var(--persona) } .seen .user { --colour: var(--user) } .seen .bot { --colour: var(--bot) }
 .seen table { border-collapse: collapse; margin-top: 1rem; width: 100%; max-width: 40rem }
 .seen caption { text-align: start; padding-bottom: .3rem }
-.seen table th, .seen table td, .seen table tr { border: none !important; text-align: start;
+.seen table, .seen table th, .seen table td, .seen table tr { border: none !important; text-align: start;
                                                  padding: .1rem .6rem .1rem 0; font-variant-numeric: tabular-nums }
-.seen .bar { background: #6a9be8; height: .4rem; border-radius: 2px; min-width: 1px }
-.seen .bar + .bar { background: #d58a3f; margin-top: 1px }
+.seen .bar { background: var(--user); height: .4rem; border-radius: 2px; min-width: 1px }
+.seen .bar + .bar { background: var(--bot); margin-top: 1px }
 """
 # A shared address differs only behind its #, for which browsers do not load a page again.
 HEAD = '<script>addEventListener("hashchange", () => location.reload())</script>'
@@ -176,7 +174,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
     # ------------------------------------------------------------------------------------------------ what there is
 
     with gr.Blocks(title="TransferTransfo", analytics_enabled=False) as page:
-        gr.Markdown(f"# TransferTransfo\nTalk to somebody. The model is `{bot.name}`, version `{bot.version}`.")
+        gr.Markdown(f"# TransferTransfo\nTalk to `{bot.name}`, version `{bot.version}`")
         with gr.Row():
             with gr.Column(scale=2):
                 persona = gr.Textbox(label="The bot's personality, a sentence a line", lines=5, max_lines=12,

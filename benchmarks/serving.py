@@ -74,11 +74,10 @@ async def measure(address: str, dialogs: list[tuple[list[str], list[str]]], alon
         crowd = await asyncio.gather(*(converse(client, number, *dialog, waits)
                                        for number, dialog in enumerate(dialogs)))
         seconds = time.perf_counter() - start
-    for number, replies in enumerate(single):
-        for mine, same in zip(replies[:1], crowd[number][:1], strict=True):  # later turns read the earlier replies
-            likest = max(range(len(crowd)), key=lambda other: len(os.path.commonprefix([mine, crowd[other][0]])))
-            if likest != number:
-                raise SystemExit(f"conversation {number} got another's reply: {same!r}, alone {mine!r}")
+    for number, (first, *_) in enumerate(single):  # after a near tie, later turns read another reply
+        likest = max(range(len(crowd)), key=lambda other: len(os.path.commonprefix([first, crowd[other][0]])))
+        if likest != number:
+            raise SystemExit(f"conversation {number} got another's reply, {crowd[number][0]!r}; alone {first!r}")
     equal = sum(mine == same for replies, others in zip(single, crowd, strict=False)
                 for mine, same in zip(replies, others, strict=True))
     return {"ours": sum(map(len, crowd)) / seconds, "reference": sum(map(len, single)) / seconds_alone,

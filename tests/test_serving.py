@@ -20,7 +20,7 @@ import uvicorn
 from conftest import FAMILIES, SAMPLE, TINY_TOKENS, make_checkpoint
 
 import demo
-from batching import Bot, Busy, Decoder
+from batching import Bot, Busy, Decoder, Decoding
 from corpora import InputError
 from inputs import Specials, build_context
 from interact import generate_replies, readable
@@ -339,6 +339,28 @@ def test_who_leaves_ends_the_decoding(address, bot, stream):
     until(lambda: reply.finish, "the end")
     assert reply.finish == "cancelled" and len(reply.tokens) < LONG
     assert answers(address)
+
+
+def test_thirty_two_conversations_at_once_stay_apart(bot, address, monkeypatch):
+    """Each persona bears a mark of its own; every reply of every turn is the one to that persona and what was said."""
+    monkeypatch.setattr(bot.decoder, "max_waiting", 32)
+    personas = [[f"i have {number} dogs .", "i like sushi ."] for number in range(32)]
+
+    async def converse(persona: list[str], seed: int) -> list[str]:
+        said = []
+        for line in ("hello !", "how are you ?", "do you have pets ?", "what do you eat ?", "bye !"):
+            said.append(line)
+            async for reply in bot.reply(persona, said, Decoding(max_tokens=12, seed=seed)):  # noqa: B007
+                pass
+            said.append(bot.text(reply))
+        return said
+
+    async def all_at_once() -> list[list[str]]:
+        return await asyncio.gather(*(converse(persona, seed) for seed, persona in enumerate(personas, 1)))
+
+    for seed, (persona, said) in enumerate(zip(personas, asyncio.run(all_at_once()), strict=True), 1):
+        for turn in range(1, 10, 2):
+            assert said[turn] == reply_alone(bot, persona, said[max(0, turn - 5):turn], seed, 12)
 
 
 def test_who_closes_the_page_ends_the_decoding(address, bot, monkeypatch):
