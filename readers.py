@@ -14,10 +14,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from corpora import InputError, Json, open_data, read_corpus, read_pieces
+from corpora import LONGEST_SENTENCE, InputError, Json, open_data, read_corpus, read_pieces
 
 HISTORY = 100  # utterances kept before a turn, or 99, so that who opens the list is who opened the dialog
 LONGEST_LINE = 1 << 24  # bytes
+MOST_TURNS = 10_000  # of a dialog; each is kept with its history
 TARGETS = ("both", "second", "first")  # whose turns are learnt: of both people, of who answers, of who opens the dialog
 logger = logging.getLogger("readers")
 
@@ -51,12 +52,10 @@ def clean(text: str) -> str:
 def merged(turns: Iterable[Turn]) -> list[Turn]:
     """Consecutive utterances of one speaker as one; who says nothing does not speak."""
     out: list[Turn] = []
-    for turn in turns:
-        if text := clean(turn.text):
-            if out and out[-1].speaker == turn.speaker:
-                out[-1] = out[-1]._replace(text=f"{out[-1].text} {text}")
-            else:
-                out.append(turn._replace(text=text))
+    spoken = [turn._replace(text=text) for turn in turns if (text := clean(turn.text))]
+    for _, of_one in groupby(spoken, key=lambda turn: turn.speaker):
+        first, *more = of_one
+        out.append(first._replace(text=" ".join([first.text, *(turn.text for turn in more)])) if more else first)
     return out
 
 
@@ -64,11 +63,15 @@ def entries(dialogs: Iterable[Dialog], path: str | Path) -> Iterator[dict]:
     """An entry a side of each dialog: the second speaker's, then that of who opened it.
 
     The opening has nothing before it and is nobody's turn. A dialog without a turn, or of more than two people, is
-    left out; at the end these are counted in a warning.
+    left out; at the end these are counted in a warning. Raises `InputError` for a dialog without end.
     """
     left_out, first = Counter(), {}
     for dialog in dialogs:
+        _check_length(dialog.turns, path, dialog.place)
         turns = merged(dialog.turns)
+        if (longest := max([len(turn.text) for turn in turns], default=0)) > LONGEST_SENTENCE:
+            raise InputError(f"{path}: in the dialog of {dialog.place} somebody says {longest:,} letters at once, more "
+                             f"than {LONGEST_SENTENCE:,}; split that")
         if len({turn.speaker for turn in turns}) > 2:
             reason = "more than two people speak"
         elif any(sides := list(_sides(dialog, turns))):
@@ -81,6 +84,12 @@ def entries(dialogs: Iterable[Dialog], path: str | Path) -> Iterator[dict]:
     for reason, count in left_out.items():
         logger.warning("%s: %s dialogs left out because in them %s; the first at %s", path, f"{count:,}", reason,
                        first[reason])
+
+
+def _check_length(turns: list, path: str | Path, place: str) -> None:
+    if len(turns) > MOST_TURNS:
+        raise InputError(f"{path}: the dialog of {place} has more than {MOST_TURNS:,} utterances; divide it, in plain "
+                         "text by an empty line")
 
 
 def _sides(dialog: Dialog, turns: list[Turn]) -> Iterator[dict]:
@@ -161,6 +170,7 @@ def read_parlai(path: str | Path) -> Iterator[Dialog]:
             persona.append(re.sub(r"(?<=[^\s.])\.$", " .", clean(text.removeprefix("your persona: "))))
         elif not text.startswith("partner's persona: "):
             turns += _parlai_turn(text)
+            _check_length(turns, path, place)
     if last:
         yield Dialog(place, turns, {"bot": persona}, "bot")
 
@@ -269,6 +279,7 @@ def read_plain(path: str | Path) -> Iterator[Dialog]:
         if line.strip():
             place = place if said else f"line {number}"
             said.append(Turn(len(said) % 2, line))
+            _check_length(said, path, place)
         elif said:
             yield Dialog(place, said)
             said = []

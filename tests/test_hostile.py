@@ -27,6 +27,7 @@ import model
 import utils
 from corpora import InputError, printable, read_corpus
 from inputs import Specials
+from readers import read_any
 
 TURN = '{"history": ["hi ."], "candidates": ["hello ."]}'
 ENTRY = '{"utterances": [' + TURN + "]}"
@@ -124,6 +125,21 @@ def test_devices_end(tmp_path):
     assert "Expecting value" in limited(READ, "/dev/zero")
     assert "longer than 16 MiB" in limited(
         "from readers import read_any; command(lambda: list(read_any(Path(sys.argv[1]))['']) and None)", "/dev/zero")
+
+
+@pytest.mark.parametrize("content, complaint", [
+    ("a\nb\n" * 6000, "the dialog of line 1 has more than 10,000 utterances; divide it"),
+    ("1 a\tb\n" + "".join(f"{number} a\tb\n" for number in range(2, 6000)), "the dialog of line 1 has more"),
+    (json.dumps({"turns": ["a", "b"] * 6000}), "the dialog of line 1 has more"),
+    (json.dumps({"turns": ["a" * 100_001, "b"]}), "in the dialog of line 1 somebody says 100,001 letters"),
+    (json.dumps({"turns": ["a" * 200] * 9000 + ["b"], "speakers": [0] * 9000 + [1]}), "1,808,999 letters at once"),
+    ('{"turns": ["a", "b"], "speakers": [0, ' + "7" * 5000 + "]}", "a number that long"),
+    ("[" * 100_000, "nested too deeply"),
+])
+def test_dialogs_without_end_are_refused(tmp_path, content, complaint):
+    (tmp_path / "own.txt").write_text(content)
+    with pytest.raises(InputError, match=complaint):
+        list(read_any(tmp_path / "own.txt")[""])
 
 
 @given(st.binary(max_size=60), st.integers(1, 9))
