@@ -12,7 +12,7 @@ import threading
 from argparse import Namespace
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -84,14 +84,14 @@ class Reply:
     def end(self, finish: str) -> None:
         self.rows, self.finish = [], finish
 
-    def go_on(self, token: int) -> None:
-        """Take the next token, which may be the end."""
-        if token in self.special:
-            return self.end("stop")
-        self.tokens.append(token)
-        self.rows[0].token = token
-        if len(self.tokens) == self.args.max_length:
-            self.end("length")
+    def go_on(self, token: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Take the next token, which may be the end, chosen from the logits ``after`` the filter."""
+        if token not in self.special:
+            self.tokens.append(token)
+            self.rows[0].token = token
+        if token in self.special or len(self.tokens) == self.args.max_length:
+            self.last_step = before.float().clone(), after.clone()  # first: who sees the end may ask for it
+            self.end("stop" if token in self.special else "length")
 
     def go_on_with_beams(self, scores: torch.Tensor) -> None:
         parents = self.beams.step(scores)
@@ -381,13 +381,11 @@ class Decoder:
             rows = [row.slot - first for row in reply.rows]
             if reply.beams:
                 reply.go_on_with_beams(scores[rows])
-            elif reply.args.no_sample:
-                reply.go_on(int(scores[rows[0]].argmax()))
             else:
-                probabilities = scores[rows].softmax(-1)
-                reply.go_on(int(torch.multinomial(probabilities, 1, generator=reply.random)))
-            if reply.finish and not reply.beams:  # after finish
-                reply.last_step = logits[rows[0]].float().clone(), scores[rows[0]].clone()
+                after = scores[rows[0]]
+                token = after.argmax() if reply.args.no_sample else \
+                    torch.multinomial(after.softmax(-1), 1, generator=reply.random)
+                reply.go_on(int(token), logits[rows[0]], after)
             reply.notify()
 
 
@@ -428,7 +426,7 @@ class Bot:
         self.name = Path(resolve_checkpoint(args.model_checkpoint)).name
         digest = hashlib.sha256()
         for weights in self.model.state_dict().values():
-            digest.update(weights.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(weights.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         self.version = digest.hexdigest()[:12]
         self.decoder = Decoder(self.model, self.special, args.max_batch, args.max_waiting)
 
@@ -453,10 +451,11 @@ class Bot:
         if self.decoder.full:  # before any work is done
             raise Busy
         args = decoding.over(self.args, self.model.max_positions // 2)
-        async for reply in self.decoder.reply(self.context(personality, said, args), args):
-            if reply.finish in ("error", "cancelled"):
-                raise RuntimeError("the reply could not be decoded; the server's log says why")
-            yield reply
+        async with aclosing(self.decoder.reply(self.context(personality, said, args), args)) as replies:
+            async for reply in replies:
+                if reply.finish in ("error", "cancelled"):
+                    raise RuntimeError("the reply could not be decoded; the server's log says why")
+                yield reply
 
     def text(self, reply: Reply) -> str:
         """The reply so far, for a person's eyes."""
