@@ -305,11 +305,12 @@ def add_family_flag(parser: ArgumentParser) -> None:
 
 def _above_zero(text: str) -> float:
     try:
-        if (value := float(text)) > 0:
+        if 1e-6 <= (value := float(text)) <= 1e6:  # beyond, what it divides is no number any more
             return value
     except ValueError:
         pass
-    raise ArgumentTypeError(f"{text!r} is not a number above 0; for the likeliest token always, use --no_sample")
+    raise ArgumentTypeError(f"{text!r} is not a number above 0, or none to sample with; for the likeliest token "
+                            "always, use --no_sample")
 
 
 def load_checkpoint(args: Namespace) -> tuple[DoubleHeadsModel, object]:

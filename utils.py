@@ -51,6 +51,7 @@ LARGEST_TEXT = 256 << 20  # in bytes; the tokenizers of the largest vocabularies
 LARGEST_MODEL = {"num_hidden_layers": 1_000, "hidden_size": 1 << 16, "num_attention_heads": 1 << 12,
                  "vocab_size": 1 << 23, "max_position_embeddings": 1 << 28}
 LARGEST_RANK = 1 << 13  # of an adapter
+LARGEST_NUMBER = 2 ** 31 - 1  # of a flag; numpy's seeds and counts end not far above
 HF_FINETUNED_MODEL = (
     "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
 )
@@ -836,14 +837,16 @@ def whole_number(text: str) -> int:
     """0, 1, 2, …, for argparse."""
     if not text.isdecimal():
         raise ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    if len(text) > 12 or int(text) > LARGEST_NUMBER:
+        raise ArgumentTypeError(f"{text[:20]!r} is more than {LARGEST_NUMBER:,}")
     return int(text)
 
 
 def positive_number(text: str) -> int:
     """1, 2, 3, …, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or not (number := whole_number(text)):
         raise ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+    return number
 
 
 def share(text: str) -> float:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import corpora
+import interact
 import model
 import utils
 from corpora import InputError, printable, read_corpus
@@ -502,3 +504,12 @@ def test_places_that_cannot_be_read_are_named(tmp_path):
     for place in ("round/cache", "x" * 300):
         with pytest.raises(InputError, match="--dataset_cache .*cannot be written"):
             utils.get_dataset(tokenizer, str(tmp_path / "data.json"), str(tmp_path / place))
+
+
+@pytest.mark.parametrize("read, text", [
+    (utils.whole_number, "1" + "0" * 30), (utils.whole_number, "9" * 5000), (utils.positive_number, "0"),
+    (utils.positive_number, "2147483648"), (interact._above_zero, "1e-300"), (interact._above_zero, "inf"),
+])
+def test_numbers_that_nothing_can_be_done_with_are_refused_as_flags(read, text):
+    with pytest.raises(ArgumentTypeError):
+        read(text)
