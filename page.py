@@ -189,13 +189,15 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                 with gr.Accordion("Decoding options", open=False):
                     flags = bot.args
                     suggests = gr.Checkbox(True, label="Suggest what to say")
-                    temperature = gr.Slider(0, 2, 0 if flags.no_sample else flags.temperature, step=0.05,
+                    temperature = gr.Slider(0, 5, 0 if flags.no_sample else min(flags.temperature, 5), step=0.05,
                                             label="Temperature", info="0: always the likeliest token")
-                    top_k = gr.Slider(0, 200, flags.top_k, step=1, label="Top k", info="0: off")
-                    top_p = gr.Slider(0, 1, max(flags.top_p, 0), step=0.05, label="Top p", info="0: off")
-                    beams = gr.Slider(1, 10, flags.num_beams, step=1, label="Beams",
+                    top_k = gr.Slider(0, max(200, flags.top_k), max(flags.top_k, 0), step=1, label="Top k",
+                                      info="0: off")
+                    top_p = gr.Slider(0, 1, min(max(flags.top_p, 0), 1), step=0.05, label="Top p", info="0: off")
+                    beams = gr.Slider(1, 16, min(flags.num_beams, 16), step=1, label="Beams",
                                       info="more than 1: beam search, no sampling")
-                    length = gr.Slider(1, 100, flags.max_length, step=1, label="Longest reply, in tokens")
+                    length = gr.Slider(1, max(100, flags.max_length), flags.max_length, step=1,
+                                       label="Longest reply, in tokens")
                     seed = gr.Number(flags.seed, precision=0, minimum=0, label="Seed", info="0: another each time")
             with gr.Column(scale=3):
                 chat = gr.Chatbot(label="Conversation", height=420, render_markdown=False, buttons=[], elem_id="chat",
