@@ -14,41 +14,41 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import warm
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 600  # seconds that anything may take on a busy machine
 
 
-def start(folder: Path, *args: str) -> subprocess.Popen:
-    with open(folder / "log", "a") as log:
-        return subprocess.Popen([sys.executable, ROOT / "train.py", *args], cwd=folder, stderr=log, stdout=log)
+def start(folder: Path, *args: str):
+    """train.py in ``folder``, what it says in ``folder/log``; forked from a process that has imported torch."""
+    log, nothing = folder / "log", Path(os.devnull)
+    log.unlink(missing_ok=True)
+    log.touch()
+    return warm.start(ROOT / "train.py", [*args], folder, {**os.environ}, [nothing, nothing, log])
 
 
-def until(process: subprocess.Popen, condition, *args) -> bool:
-    """Wait for ``condition(*args)``; False if the process ended before."""
+def end(process) -> int:
+    process.join(PATIENCE)
+    return process.exitcode if process.exitcode is not None else sys.exit(f"no end within {PATIENCE} s")
+
+
+def until(process, condition, *args) -> None:
+    """Wait for ``condition(*args)`` or the process's end."""
     deadline = time.monotonic() + PATIENCE
-    while process.poll() is None:
-        if condition(*args):
-            return True
+    while process.is_alive() and not condition(*args):
         if time.monotonic() > deadline:
             sys.exit(f"nothing happened for {PATIENCE} s")
         time.sleep(0.001)
-    return False
 
 
 def half_written(folder: Path) -> bool:
     return any(folder.glob("runs/*/checkpoints/*.unfinished"))
-
-
-def training_began(folder: Path, log: Path, size: int) -> bool:
-    """Whether a first checkpoint is there, or a resumed run has written to its log that it goes on."""
-    return last_checkpoint(folder) is not None and (size == 0 or b"Going on after" in log.read_bytes()[size:])
 
 
 def contents(path: Path) -> dict:
@@ -60,7 +60,11 @@ def contents(path: Path) -> dict:
 
 def last_checkpoint(folder: Path) -> Path | None:
     files = folder.glob("runs/*/checkpoints/step-*.safetensors")
-    return max(files, key=lambda path: int(path.stem[5:]), default=None)
+    return max(files, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem[5:])
 
 
 def disturbed(folder: Path, name: str, times: int, arguments: list[str]) -> dict:
@@ -70,14 +74,18 @@ def disturbed(folder: Path, name: str, times: int, arguments: list[str]) -> dict
     rng = random.Random(f"{name} {done['signals']}")
     log = folder / "log"
     while True:
-        before, size = last_checkpoint(folder), log.stat().st_size if log.exists() else 0
+        before = last_checkpoint(folder)
         process = start(folder, *(["--resume", str(before.parents[1])] if before else arguments))
-        if done["signals"] < times and until(process, training_began, folder, log, size if before else 0):
-            time.sleep(rng.uniform(0, 1.5))
+        if done["signals"] < times:
+            until(process, lambda: b"Epoch [" in log.read_bytes())
+            step = (step_of(before) if before else 0) + rng.randint(0, 8)
+            until(process, lambda step=step: last_checkpoint(folder) and step_of(last_checkpoint(folder)) >= step)
+            time.sleep(rng.uniform(0, 0.1))
             if name == "KILL" and done["signals"] % 3 == 0:
                 until(process, half_written, folder)
-            process.send_signal(signal.Signals[f"SIG{name}"])
-        status = process.wait(PATIENCE)
+            if process.is_alive():
+                os.kill(process.pid, signal.Signals[f"SIG{name}"])
+        status = end(process)
         if status == 0:
             break
         if status != (-9 if name == "KILL" else 143):
@@ -104,14 +112,14 @@ def main() -> None:
     config = json.loads((model / "config.json").read_text()) | {"n_layer": 1, "n_embd": 32}
     (model / "config.json").write_text(json.dumps(config))
     arguments = [f"--model_checkpoint={model}", f"--dataset_path={ROOT}/data/sample_personachat.json",
-                 f"--dataset_cache={folder}/cache", "--n_epochs=6", "--lr=1e-3", "--train_batch_size=8",
+                 f"--dataset_cache={folder}/cache", "--n_epochs=1", "--lr=1e-3", "--train_batch_size=4",
                  "--valid_batch_size=56", "--gradient_accumulation_steps=3", "--checkpoint_every=2"]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     (folder / "undisturbed").mkdir(exist_ok=True)
     if not (folder / "undisturbed" / "done").exists():
         shutil.rmtree(folder / "undisturbed" / "runs", ignore_errors=True)
-        if start(folder / "undisturbed", *arguments).wait(PATIENCE):
+        if end(start(folder / "undisturbed", *arguments)):
             sys.exit(f"the undisturbed run failed; see {folder}/undisturbed/log")
         (folder / "undisturbed" / "done").touch()
     expected = contents(last_checkpoint(folder / "undisturbed"))

@@ -18,13 +18,20 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(IMPORTED)
 
 
+def start(path: Path, args: list[str], cwd: Path, env: dict[str, str],
+          streams: list[Path]) -> multiprocessing.process.BaseProcess:
+    """Start a script, its standard input, output and error being the three files, which exist."""
+    process = _context.Process(target=_become, args=(path, args, cwd, env, streams))
+    process.start()
+    return process
+
+
 def run(path: Path, args: list[str], cwd: Path, env: dict[str, str], streams: list[Path], timeout: float) -> int:
-    """Run a script, its standard input, output and error being the three files; returns the exit status.
+    """`start` a script and return its exit status.
 
     Raises ``TimeoutError`` after ``timeout`` seconds, when the process has been killed.
     """
-    process = _context.Process(target=_become, args=(path, args, cwd, env, streams))
-    process.start()
+    process = start(path, args, cwd, env, streams)
     process.join(timeout)
     if process.is_alive():
         process.kill()
