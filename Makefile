@@ -1,6 +1,7 @@
 # make demo    from a fresh clone to a trained, evaluated bot, on embedded defaults and without a hub
 # make web     the same bot on a web page, at http://127.0.0.1:7860
 # make test    the whole test suite
+# make faults  kill a training run 40 times, resume it, compare the weights: some minutes; started again, it goes on
 # make install the set-up alone: .venv
 # make bench   measure speed against the textbook path, write benchmarks/RESULTS.md (needs real data: see --help there)
 # make parlai  an environment with the real ParlAI: .venv-parlai
@@ -12,7 +13,7 @@ VENV := .venv
 TEST_PROCESSES := 2  # each computes on one thread, see tests/conftest.py
 BIN := $(VENV)/bin
 
-.PHONY: parlai demo web test fuzz bench install lint clean
+.PHONY: faults parlai demo web test fuzz bench install lint clean
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./runs/demo.sh
@@ -25,6 +26,9 @@ test: $(VENV)/test-installed
 
 fuzz: $(VENV)/fuzz-installed
 	$(BIN)/python tests/fuzz.py $(FUZZ_FLAGS)
+
+faults: $(VENV)/test-installed
+	$(BIN)/python tests/faults.py
 
 bench: $(VENV)/bench-installed
 	for claim in tokenising training training_profile choosing word_perplexity replying serving memory full_recipe growth; do \

@@ -53,7 +53,7 @@ class Checkpoints:
                  schedule, args: Namespace):
         self.run_folder, self.folder, self.args = run, run / "checkpoints", args
         self.model, self.optimizer, self.scaler, self.schedule = model, optimizer, scaler, schedule
-        self.signal, self.no_room, self.model_saved = 0, False, True
+        self.signal, self.refused, self.model_saved = 0, set(), True
 
     def run(self, trainer: Engine, evaluator: Engine, loader: DataLoader) -> None:
         """``trainer.run`` over all epochs, or over what ``--resume`` has left of them.
@@ -125,13 +125,18 @@ class Checkpoints:
         if not devices.is_first():
             yield
             return
+        lock = FileLock(self.run_folder / "training.lock")
         try:
-            with FileLock(self.run_folder / "training.lock", timeout=0):
-                for unfinished in [*self.run_folder.glob("*.unfinished"), *self.folder.glob("*.unfinished")]:
-                    unfinished.unlink(missing_ok=True)
-                yield
+            lock.acquire(timeout=0)
+            for unfinished in [*self.run_folder.glob("*.unfinished"), *self.folder.glob("*.unfinished")]:
+                unfinished.unlink(missing_ok=True)
         except Timeout:
             raise InputError(f"{self.run_folder}: another process is training this run; end it first") from None
+        except OSError as error:
+            raise InputError(f"{self.run_folder}: cannot be written ({error.strerror}); give a run that you may "
+                             "write to") from None
+        with lock:
+            yield
 
     def mark(self, step: int, iteration: int) -> None:
         """A whole step is done: this is the place that `save` describes until the next mark.
@@ -162,10 +167,10 @@ class Checkpoints:
 
     def save_model(self) -> None:
         """Write the weights as they are now as the run folder's model, or keep the old one where the disk refuses."""
-        self.model_saved = self._write("model.safetensors", self.model.state_dict().items(),
+        self.model_saved = self._write(Path("model.safetensors"), self.model.state_dict().items(),
                                        lambda weights: save_model(self.model, self.run_folder, weights))
 
-    def _write(self, what: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], write: Callable) -> bool:
+    def _write(self, what: Path, tensors: Iterable[tuple[str, torch.Tensor]], write: Callable) -> bool:
         """Gather tensors by name, and let the first process ``write`` them. Returns whether that worked."""
         gathered = {}
         for name, tensor in tensors:
@@ -176,19 +181,20 @@ class Checkpoints:
         devices.wait()
         return worked
 
-    def _attempt(self, what: str | Path, write: Callable[[], None]) -> bool:
+    def _attempt(self, what: Path, write: Callable[[], None]) -> bool:
         """Whether ``write()`` worked. If the disk refuses, say so once, not at every try."""
+        kind = what.parent  # checkpoints, or the model
         try:
             write()
         except OSError as error:
-            if not self.no_room:
+            if kind not in self.refused:
                 logger.warning("%s/%s cannot be written (%s). Training goes on, %s. Make room", self.run_folder, what,
                                error.strerror or error, self._last())
-            self.no_room = True
+            self.refused.add(kind)
             return False
-        if self.no_room:
+        if kind in self.refused:
             logger.warning("%s/%s: written again", self.run_folder, what)
-        self.no_room = False
+        self.refused.discard(kind)
         return True
 
     def _last(self) -> str:
@@ -270,7 +276,7 @@ def find(resume: str) -> tuple[Path, Path]:
     """
     path = Path(resume)
     if path.suffix == ".safetensors":
-        return path.absolute().parents[1], path
+        return path.parent.parent if len(path.parts) > 2 else path.absolute().parents[1], path
     try:
         if not (path / ARGUMENTS).is_file():
             raise InputError(f"--resume {path}: is not a run folder, it has no {ARGUMENTS}; give a folder under runs/")
@@ -303,13 +309,18 @@ def begin(args: Namespace, tokenizer) -> Path:
 
 
 def spared(curves: TensorboardLogger) -> TensorboardLogger:
-    """Let a full disk end the curves, not the run: their writer's thread would die of it, and training wait for it."""
+    """Let a full disk end the curves, not the run.
+
+    tensorboardX writes in a thread that would die of it, or of a clock that jumps, and training would then wait for
+    its full queue; so events are written here and now.
+    """
     if not devices.is_first():
         return curves  # which writes nothing
-    events = curves.writer.file_writer.event_writer._ev_writer
-    ended = False
+    writer = curves.writer.file_writer.event_writer
+    events, ended = writer._ev_writer, False
+    writer._worker.stop()
 
-    def spared(write: Callable) -> Callable:
+    def spare(write: Callable) -> Callable:
         def attempt(*args):
             nonlocal ended
             try:
@@ -319,8 +330,8 @@ def spared(curves: TensorboardLogger) -> TensorboardLogger:
                 logger.warning("The curves for TensorBoard end here (%s); training goes on", error.strerror or error)
         return attempt
 
-    for name in ("write_event", "flush", "close"):
-        setattr(events, name, spared(getattr(events, name)))
+    writer.add_event = spare(lambda event: (events.write_event(event), events.flush()))
+    events.flush, events.close = spare(events.flush), spare(events.close)
     return curves
 
 
@@ -332,7 +343,8 @@ def parse_resumable(parser: ArgumentParser) -> Namespace:
     args = parser.parse_args()
     if not args.resume:
         return args
-    path = find(args.resume)[0] / ARGUMENTS
+    run, checkpoint = find(args.resume)
+    path = run / ARGUMENTS
     try:
         began = json.loads(path.read_text("utf-8"))
         began = {name: began[name] for name in vars(args) if name in began}
@@ -345,6 +357,7 @@ def parse_resumable(parser: ArgumentParser) -> Namespace:
         if name not in MAY_CHANGE and getattr(args, name) != value:
             raise InputError(f"--{name} {getattr(args, name)}: the run began with {value!r} and goes on with it; leave "
                              "the flag out, or start a new run")
+    args.resume = str(checkpoint)
     return args
 
 

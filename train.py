@@ -6,7 +6,6 @@ evaluator, and what happens when. What a turn looks like is in inputs.py, the ne
 """
 
 import logging
-import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -178,7 +177,7 @@ def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
     metrics = {
         **({"hits@1": mean_over_turns(lambda out: out.gold_rank == 0)} if args.mc_coef else {}),
         "nll": nll / tokens,  # a token: total negative log-likelihood over total gold tokens
-        "ppl": MetricsLambda(math.exp, nll / tokens),
+        "ppl": MetricsLambda(lambda mean: float(torch.tensor(mean).double().exp()), nll / tokens),  # inf, if it must
     }
     for name, metric in metrics.items():
         metric.attach(evaluator, name)

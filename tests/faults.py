@@ -44,7 +44,7 @@ def until(process, condition, *args) -> None:
     while process.is_alive() and not condition(*args):
         if time.monotonic() > deadline:
             sys.exit(f"nothing happened for {PATIENCE} s")
-        time.sleep(0.001)
+        time.sleep(0.0005)
 
 
 def half_written(folder: Path) -> bool:
@@ -77,12 +77,13 @@ def disturbed(folder: Path, name: str, times: int, arguments: list[str]) -> dict
         before = last_checkpoint(folder)
         process = start(folder, *(["--resume", str(before.parents[1])] if before else arguments))
         if done["signals"] < times:
-            until(process, lambda: b"Epoch [" in log.read_bytes())
-            step = (step_of(before) if before else 0) + rng.randint(0, 8)
+            until(process, lambda: b"loss=" in log.read_bytes())
+            step = (step_of(before) if before else 0) + rng.randint(0, 6)
             until(process, lambda step=step: last_checkpoint(folder) and step_of(last_checkpoint(folder)) >= step)
             time.sleep(rng.uniform(0, 0.1))
-            if name == "KILL" and done["signals"] % 3 == 0:
-                until(process, half_written, folder)
+            if name == "KILL" and done["signals"] % 3 == 0:  # a moment of milliseconds, which may be missed
+                step = step_of(last_checkpoint(folder))
+                until(process, lambda step=step: half_written(folder) or step_of(last_checkpoint(folder)) > step + 8)
             if process.is_alive():
                 os.kill(process.pid, signal.Signals[f"SIG{name}"])
         status = end(process)

@@ -1,0 +1,317 @@
+"""Runs that stop, fail or are killed, and go on to exactly what they would have become."""
+
+import itertools
+import json
+import logging
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import warm
+from conftest import ROOT, SAMPLE, TINY, error_line, make_checkpoint, script
+from safetensors.torch import load_file
+from test_commands import scalars
+from test_distributed import PATIENCE, until
+
+import train
+from checkpoints import find, read_header, step_files
+from corpora import InputError
+from utils import get_dataset, get_tokenizer, make_logdir
+
+
+def the_run(work: Path) -> Path:
+    return next((work / "runs").iterdir())
+
+
+def files_of(run: Path) -> list[str]:
+    return [path.name for path in step_files(run)]
+
+
+def assert_equal_to_the_last_bit(run: Path, expected: Path) -> None:
+    """The last checkpoints: weights, optimizer, schedule, random streams, validation; and the model that is left."""
+    last, theirs = step_files(run)[-1], step_files(expected)[-1]
+    assert last.name == theirs.name and read_header(last) == read_header(theirs)
+    assert_equal_tensors(last, theirs)
+    assert_equal_tensors(run / "model.safetensors", expected / "model.safetensors")
+
+
+def assert_equal_tensors(path: Path, other: Path) -> None:
+    tensors, others = load_file(path), load_file(other)
+    assert tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in others)
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory, small_corpus) -> list:
+    """Two epochs of eight batches, three of them a step: an epoch ends within a step. With dropout."""
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("dropout") / "model", n_layer=1, n_embd=32)
+    return ["--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 2, "--lr", 1e-3,
+            "--train_batch_size", 8, "--gradient_accumulation_steps", 3, "--checkpoint_every", 1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, arguments) -> Path:
+    work = tmp_path_factory.mktemp("undisturbed")
+    script("train.py", *arguments, "--keep_checkpoints", 99, cwd=work)
+    return the_run(work)
+
+
+@contextmanager
+def started(*args, cwd: Path):
+    """train.py at work, to be disturbed."""
+    log = cwd / "log"
+    log.touch()
+    process = warm.start(ROOT / "train.py", list(map(str, args)), cwd, dict(os.environ),
+                         [Path(os.devnull), Path(os.devnull), log])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_run_that_is_stopped_goes_on_to_the_same_weights(number, status, arguments, undisturbed, tmp_path):
+    with started(*arguments, cwd=tmp_path) as process:
+        until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*.safetensors")), [process])
+        os.kill(process.pid, number)
+        process.join(PATIENCE)
+        assert process.exitcode == status
+    said, run = (tmp_path / "log").read_text(), the_run(tmp_path)
+    assert "Traceback" not in said and ("--resume" in said) == (number != signal.SIGKILL)
+    script("train.py", "--resume", run, cwd=tmp_path)
+    assert_equal_to_the_last_bit(run, undisturbed)
+    script("train.py", "--resume", run, cwd=tmp_path)  # nothing is left to do
+    assert "The run is in" in script.stderr and "Epoch" not in script.stderr
+
+
+def resumed_from(checkpoint: Path, work: Path) -> Path:
+    """The run of a checkpoint, as it was when that was its last one, resumed."""
+    run = work / "runs" / "copy"
+    (run / "checkpoints").mkdir(parents=True)
+    for path in checkpoint.parents[1].iterdir():
+        if path.is_file() and not path.name.startswith(("model", "events")):
+            shutil.copy(path, run)
+    for path in step_files(checkpoint.parents[1]):
+        if int(path.stem[5:]) <= int(checkpoint.stem[5:]):
+            shutil.copy(path, run / "checkpoints")
+    return run
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 4])
+def test_every_checkpoint_leads_to_the_same_end(place, undisturbed, tmp_path):
+    """Also that of the first epoch's end, which lies within a step: the epoch is validated again."""
+    run = resumed_from(step_files(undisturbed)[place], tmp_path)
+    script("train.py", "--resume", run, cwd=tmp_path)
+    assert_equal_to_the_last_bit(run, undisturbed)
+    assert files_of(run) == files_of(undisturbed) == [f"step-{step}.safetensors" for step in range(1, 7)]
+
+
+def test_a_checkpoint_says_where_it_is(undisturbed):
+    headers = [read_header(path) for path in step_files(undisturbed)]
+    assert [header["iteration"] for header in headers] == [3, 6, 9, 12, 15, 16]
+    validated = [header["nll"] for header in headers if header["nll"]]
+    assert validated == pytest.approx(scalars(undisturbed)["validation/nll"], rel=1e-6)
+    assert [header["schedule"]["event_index"] for header in headers] == [3, 6, 9, 12, 15, 16]
+
+
+def test_the_last_ones_and_the_best_are_kept(arguments, small_corpus, tmp_path):
+    """At a rate that rises until it undoes everything: an early epoch validates best, and its checkpoint stays."""
+    script("train.py", *arguments, "--n_epochs", 4, "--lr", 10, "--warmup_ratio", 0.95, "--gradient_accumulation_steps",
+           1, "--checkpoint_every", 3, "--keep_checkpoints", 2, cwd=tmp_path)
+    nll = scalars(the_run(tmp_path))["validation/nll"]
+    best = 8 * (1 + nll.index(min(nll)))
+    assert files_of(the_run(tmp_path)) == [f"step-{step}.safetensors" for step in sorted({best, 30, 32})]
+    assert best < 30
+
+
+class Runs:
+    """Pickled, it would run a command."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.proof}",)
+
+
+def test_a_damaged_or_foreign_last_checkpoint_is_passed_over(undisturbed, tmp_path):
+    run = resumed_from(step_files(undisturbed)[4], tmp_path)
+    whole = (run / "checkpoints" / "step-5.safetensors").read_bytes()
+    (run / "checkpoints" / "step-5.safetensors").write_bytes(whole[:-1000])
+    (run / "checkpoints" / "step-6.safetensors").write_bytes(pickle.dumps(Runs(tmp_path / "proof")))
+    (run / "checkpoints" / "step-7.safetensors").write_bytes(b"")
+    (run / "checkpoints" / "step-6.safetensors.99.unfinished").write_bytes(whole[:1000])
+    script("train.py", "--resume", run, "--keep_checkpoints", 99, cwd=tmp_path)
+    assert script.stderr.count("trying the one before") == 3 and "Going on after step 4" in script.stderr
+    assert not (tmp_path / "proof").exists() and not list(run.rglob("*.unfinished"))
+    (run / "checkpoints" / "step-7.safetensors").unlink()
+    assert_equal_to_the_last_bit(run, undisturbed)
+
+
+def test_what_cannot_be_resumed_is_refused(undisturbed, small_corpus, tmp_path):
+    def refused(*args, env=None) -> str:
+        return error_line("train.py", "--resume", *args, cwd=tmp_path, env=env)
+
+    run = resumed_from(step_files(undisturbed)[0], tmp_path)
+    assert "is not a run folder" in refused(tmp_path / "nowhere")
+    assert "--lr 0.5: the run began with 0.001" in refused(run, "--lr", 0.5)
+    other = json.loads(small_corpus.read_text())
+    other["train"].pop()
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert "its data was" in refused(run, "--dataset_path", tmp_path / "other.json")
+    wider = make_checkpoint(tmp_path / "wider", n_layer=1, n_embd=64)
+    assert "is not a checkpoint of this run's model" in refused(run, "--model_checkpoint", wider)
+    with started("--resume", run, cwd=tmp_path) as process:  # with two at once, one refuses
+        until(lambda: "Going on" in (tmp_path / "log").read_text(), [process])
+        os.kill(process.pid, signal.SIGSTOP)
+        assert "another process is training this run" in refused(run)
+    (run / "training_args.json").write_text("[1")
+    assert "training_args.json: cannot be read" in refused(run)
+    shutil.rmtree(run / "checkpoints")
+    assert "has no checkpoint" in refused(run)
+
+
+@contextmanager
+def nobody():
+    """Somebody to whom the files of the tests are closed; root keeps its own rights to come back."""
+    if os.geteuid():
+        pytest.skip("needs root, to become nobody")
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_folder_that_may_not_be_read_or_written(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o700)
+    with nobody(), pytest.raises(InputError, match="cannot be read .Permission denied."):
+        find(str(undisturbed))
+    with nobody(), pytest.raises(InputError, match="cannot be made .Permission denied."):
+        make_logdir("model")
+
+
+@contextmanager
+def small_disk(folder: Path, size: str):
+    """A file system of that size at ``folder``."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_costs_checkpoints_and_no_more(arguments, undisturbed, tmp_path):
+    """The tokenizer and one checkpoint fit, not two, nor the model. With room, the run goes on from that one."""
+    with small_disk(tmp_path / "runs", "1000k"):
+        script("train.py", *arguments, cwd=tmp_path, status=2)
+        run = the_run(tmp_path)
+        assert script.stderr.count("cannot be written (") == 2 == script.stderr.count("No space left on device")
+        assert re.search(r"step-2.safetensors cannot .*, step-1.safetensors is kept", script.stderr)
+        assert "Epoch [2/2]: [8/8]" in script.stderr  # it went on to the end
+        assert "all is trained, but the weights could not be written; make room" in script.stderr
+        assert files_of(run) == ["step-1.safetensors"] and not list(run.rglob("*.unfinished"))
+        subprocess.run(["mount", "-o", "remount,size=50m", tmp_path / "runs"], check=True)
+        script("train.py", "--resume", run, cwd=tmp_path)
+        assert_equal_to_the_last_bit(run, undisturbed)
+
+
+def test_a_clock_that_jumps_changes_nothing(arguments, undisturbed, tmp_path, monkeypatch):
+    """Each look at the clock is a year off, ahead or back; checkpoints go by their steps, whatever their dates say."""
+    monkeypatch.chdir(tmp_path)
+    year, looks, now = 365 * 24 * 3600, itertools.count(), time.time
+    monkeypatch.setattr(time, "time", lambda: now() + (next(looks) % 3 - 1) * year)
+    train_here(monkeypatch, *arguments, "--keep_checkpoints", 99)
+    run = the_run(tmp_path)
+    for path in step_files(run):
+        os.utime(path, (0, 4_000_000_000 - int(path.stem[5:])))
+    (run / "checkpoints" / "step-6.safetensors").unlink()
+    train_here(monkeypatch, "--resume", run)
+    assert_equal_tensors(step_files(run)[-1], step_files(undisturbed)[-1])
+    assert files_of(run) == files_of(undisturbed)
+
+
+def train_here(monkeypatch, *args) -> None:
+    """train.py's command line in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    train.main()
+
+
+def test_processes_that_want_one_cache_build_it_once(small_corpus, tmp_path):
+    """Four at the same moment: one writes the table, the others read it."""
+    tokenizer = get_tokenizer(str(TINY))
+    tokenizer("in one process first")
+    gate, opened = os.pipe()
+    children = []
+    for number in range(4):
+        if not (child := os.fork()):
+            os.close(opened)
+            os.read(gate, 1)  # until all are there
+            messages = logging.FileHandler(tmp_path / f"log-{number}")
+            logging.getLogger("utils").addHandler(messages)
+            logging.getLogger("utils").setLevel(logging.INFO)
+            try:
+                table = get_dataset(tokenizer, str(small_corpus), str(tmp_path / "cache"))
+                (tmp_path / f"found-{number}").write_text(json.dumps([table["train"][0], table["valid"][3]]))
+            finally:
+                os._exit(0)
+        children.append(child)
+    os.close(opened)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    logs = "".join((tmp_path / f"log-{number}").read_text() for number in range(4))
+    assert logs.count("Tokenising") == 1 and logs.count("Token table read") == 3
+    found = {(tmp_path / f"found-{number}").read_text() for number in range(4)}
+    alone = get_dataset(tokenizer, str(small_corpus), str(tmp_path / "alone"))
+    assert found == {json.dumps([alone["train"][0], alone["valid"][3]])}
+    assert len(list(tmp_path.glob("cache*.safetensors"))) == 1 and not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_loss_that_is_no_number_names_the_turns(tmp_path):
+    """At an absurd learning rate. The batch that shows it is named, and an earlier checkpoint is still there."""
+    corpus = json.loads(SAMPLE.read_text("utf-8"))
+    (tmp_path / "few.json").write_text(json.dumps({"train": corpus["train"][:3], "valid": corpus["valid"][:1]}))
+    turns = [f"train[{dialog}].utterances[{turn}]" for dialog, entry in enumerate(corpus["train"][:3])
+             for turn in range(len(entry["utterances"]))]
+    checkpoint = make_checkpoint(tmp_path / "model", n_layer=1, n_embd=32)
+    line = error_line("train.py", "--dataset_path", "few.json", "--model_checkpoint", checkpoint, "--lr", 1e30,
+                      "--n_epochs", 30, "--train_batch_size", 99, "--gradient_accumulation_steps", 1, cwd=tmp_path)
+    step = int(re.search(r"(?:nan|inf) in step (\d+), on ", line)[1])
+    assert sorted(re.findall(r"train\[\d+\]\.utterances\[\d+\]", line)) == sorted(turns)
+    assert files_of(the_run(tmp_path))[-1] == f"step-{step - 1}.safetensors" and f"step-{step - 1}" in line
+    last = load_file(step_files(the_run(tmp_path))[-1])
+    assert all(tensor.isfinite().all() for tensor in last.values())
+
+
+def test_memory_that_runs_out_says_what_to_lower(small_corpus, tmp_path, monkeypatch):
+    """57 turns of 100 tokens through 40,000 inner units are 900 MB; the process may have 500 more than it has."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = make_checkpoint(tmp_path / "wide", model_type="gpt2", vocab_size=1152, n_layer=1, n_embd=32,
+                                 n_inner=40_000)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, limits[1]))
+    try:
+        with pytest.raises(InputError) as training:
+            train_here(monkeypatch, "--dataset_path", small_corpus, "--model_checkpoint", checkpoint,
+                       "--train_batch_size", 57, "--gradient_accumulation_steps", 3)
+        with pytest.raises(InputError) as validating:
+            train_here(monkeypatch, "--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 0,
+                       "--valid_batch_size", 17)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert re.search("out of memory on a batch of 57 turns, .*--train_batch_size 29 --gradient_accumulation_steps 6",
+                     str(training.value))
+    assert re.search("out of memory on a batch of 17 turns, .*--valid_batch_size 8", str(validating.value))
