@@ -39,7 +39,7 @@ class InputError(Exception):
 
 
 def command(main: Callable[[], int | None]) -> None:
-    """Run a script's ``main``: an `InputError` becomes one line on standard error and exit status 2.
+    """Run a script's ``main``: an `InputError`, or a file that cannot be used, becomes one line and exit status 2.
 
     Ctrl-C ends quietly with 130, a closed output pipe with 141, as the shell's own commands do. Neither errors nor the
     log can carry commands to the terminal, and a terminal that lacks a letter shows a question mark.
@@ -59,6 +59,12 @@ def command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
         sys.exit(141)
+    except OSError as error:
+        if not error.filename:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {printable(str(error.filename))}: cannot be used ({error.strerror}); "
+              "name a place you may read and write", file=sys.stderr)
+        sys.exit(2)
 
 
 def printable(text: str) -> str:

@@ -123,6 +123,12 @@ def test_a_bomb_is_refused_in_little_memory(tmp_path, unit, complaint):
     assert complaint in limited(READ, tmp_path / "bomb.json.gz")
 
 
+def test_a_place_that_cannot_be_used_is_named_whoever_meets_it():
+    said = limited("command(lambda: Path('x\x1b' * 200).is_dir())")
+    assert said.count("\n") == 1 and "\x1b" not in said
+    assert said.startswith("-c: error: x x x") and "cannot be used (File name too long)" in said
+
+
 def test_devices_end(tmp_path):
     assert "Expecting value" in limited(READ, "/dev/zero")
     assert "longer than 16 MiB" in limited(
