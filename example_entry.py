@@ -90,8 +90,8 @@ def convert(source: Path, out: Path, target: str, distractors: str, train_frac: 
     if out.exists() and source.exists() and out.samefile(source):
         raise InputError(f"{out}: would be written over what it is made of; give the converted file another name")
     splits = {split: list(one_side(entries, target)) for split, entries in read_any(source).items()}
-    if "" in splits or train_frac is not None:
-        dialogs = chain.from_iterable(splits.pop(split, []) for split in ("", "train", "valid"))
+    if None in splits or train_frac is not None:
+        dialogs = chain.from_iterable(splits.pop(split, []) for split in (None, "train", "valid"))
         splits = divided(dialogs, 0.85 if train_frac is None else train_frac, seed, source) | splits
     elif missing := {"train", "valid"} - splits.keys():
         raise InputError(f"{source}: has no {' or '.join(sorted(missing))} split; add it beside the others, or let "

@@ -337,11 +337,11 @@ def read_release(release: Release, files: dict[str, Path]) -> dict[str, Iterable
     return {split: entries(release.read(path), path) for split, path in files.items()}
 
 
-def read_any(path: Path) -> dict[str, Iterable[dict]]:
+def read_any(path: Path) -> dict[str | None, Iterable[dict]]:
     """The splits, each to be read once, of a file or folder in any layout that this project reads.
 
     A folder is a published corpus, or holds ``train`` and ``valid`` in one of the layouts of files. A file that has no
-    splits comes as one, called ``""``. Raises `InputError` when it is none of these.
+    splits comes as one, whose name is None. Raises `InputError` when it is none of these.
     """
     if path.is_dir():
         own = {file.name.split(".")[0]: file for file in sorted(path.iterdir())
@@ -354,7 +354,7 @@ def read_any(path: Path) -> dict[str, Iterable[dict]]:
                              "file; name the file itself")
         return {split: entries(_reader(file)(file), file) for split, file in own.items()}
     reader = _reader(path)
-    return read_corpus(path) if reader is read_corpus else {"": entries(reader(path), path)}
+    return read_corpus(path) if reader is read_corpus else {None: entries(reader(path), path)}
 
 
 def _reader(path: Path) -> Callable:

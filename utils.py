@@ -603,10 +603,10 @@ def _put_together(parts: list[dict[str, Iterable[dict]]], target: str, train_fra
     """Corpora as one, split by split, and of their turns those of ``target``."""
     splits = {split: one_side(chain.from_iterable([part.get(split, []) for part in parts]), target)
               for split in dict.fromkeys(split for part in parts for split in part)}
-    if "" in splits or train_frac is not None:
+    if None in splits or train_frac is not None:
         train_frac = 0.85 if train_frac is None else train_frac
         logger.info("%s: %g of the dialogs are for training, the others for validation", name, train_frac)
-        dialogs = chain.from_iterable(splits.pop(split, []) for split in ("", "train", "valid"))
+        dialogs = chain.from_iterable(splits.pop(split, []) for split in (None, "train", "valid"))
         splits = divided(dialogs, train_frac, 0, name) | splits
     return splits
 

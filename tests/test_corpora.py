@@ -22,7 +22,7 @@ from readers import HISTORY, Dialog, Turn, divided, entries, one_side, read_any
 def entries_of(path, content: str, target: str = "both") -> list[dict]:
     """What `read_any` makes of a file without splits."""
     path.write_text(content)
-    return list(one_side(read_any(path)[""], target))
+    return list(one_side(read_any(path)[None], target))
 
 
 def pairs(found: list[dict]) -> list[tuple]:
@@ -108,7 +108,7 @@ def test_parlai_text_with_and_without_candidates(tmp_path):
 def test_parlai_text_is_the_published_json_of_the_same_dialogs():
     text = shared("data/personachat/ConvAI2/valid_self_original.txt")
     published = read_corpus(shared("data/personachat/personachat_self_original.json"))["valid"]
-    assert list(read_any(text)[""]) == published
+    assert list(read_any(text)[None]) == published
 
 
 def test_the_published_jsons_silence_is_no_utterance(tmp_path):
@@ -205,7 +205,7 @@ def test_dialogs_that_teach_nothing_are_counted_and_shown(tmp_path, caplog):
 
 def test_a_dialog_without_end_takes_room_in_proportion(tmp_path):
     (tmp_path / "own.txt").write_text("word\n" * 3001)
-    found = list(read_any(tmp_path / "own.txt")[""])
+    found = list(read_any(tmp_path / "own.txt")[None])
     lengths = [len(turn["history"]) for entry in found for turn in entry["utterances"]]
     assert len(lengths) == 3000 and max(lengths) <= HISTORY
     assert sum(length % 2 for length in lengths) == 1500  # sides stay apart
@@ -219,7 +219,7 @@ def test_whatever_the_file_holds_it_is_entries_or_one_clear_line(tmp_path_factor
     path = tmp_path_factory.mktemp("any") / "file"
     path.write_bytes(content)
     try:
-        corpus = {split: list(found) for split, found in read_any(path).items()}
+        corpus = {str(split): list(found) for split, found in read_any(path).items()}
     except InputError as error:
         assert str(path) in str(error) and "\n" not in str(error)
     else:

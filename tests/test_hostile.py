@@ -132,7 +132,7 @@ def test_a_place_that_cannot_be_used_is_named_whoever_meets_it():
 def test_devices_end(tmp_path):
     assert "Expecting value" in limited(READ, "/dev/zero")
     assert "longer than 16 MiB" in limited(
-        "from readers import read_any; command(lambda: list(read_any(Path(sys.argv[1]))['']) and None)", "/dev/zero")
+        "from readers import read_any; command(lambda: list(read_any(Path(sys.argv[1]))[None]) and None)", "/dev/zero")
 
 
 @pytest.mark.parametrize("content, complaint", [
