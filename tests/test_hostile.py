@@ -147,7 +147,7 @@ def test_devices_end(tmp_path):
 def test_dialogs_without_end_are_refused(tmp_path, content, complaint):
     (tmp_path / "own.txt").write_text(content)
     with pytest.raises(InputError, match=complaint):
-        list(read_any(tmp_path / "own.txt")[""])
+        list(read_any(tmp_path / "own.txt")[None])
 
 
 @given(st.binary(max_size=60), st.integers(1, 9))
