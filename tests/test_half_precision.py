@@ -1,0 +1,62 @@
+"""--fp16 with apex's meanings, on the type that CPUs have for it, bfloat16."""
+
+import copy
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import TINY, make_checkpoint
+
+import devices
+from inputs import TurnDataset, collate
+from model import add_special_tokens_, load_model
+from utils import get_dataset, get_tokenizer
+
+
+@pytest.fixture
+def model_and_batch(tmp_path, small_corpus):
+    torch.manual_seed(0)
+    tokenizer = get_tokenizer(str(TINY))
+    model = load_model(str(make_checkpoint(tmp_path / "model", n_layer=1, n_embd=32)))
+    add_special_tokens_(model, tokenizer)
+    dataset = TurnDataset(get_dataset(tokenizer, str(small_corpus), str(tmp_path / "cache"))["train"], tokenizer, 256)
+    return model, collate([dataset[turn] for turn in range(4)], dataset.special.pad)
+
+
+def losses_and_gradients(network, batch, parameters):
+    network.eval()
+    out = network(**batch)
+    (out.lm_loss + out.mc_loss).backward()
+    return out, [parameter.grad for parameter in parameters]
+
+
+@pytest.mark.parametrize("fp16, weights", [("O0", torch.float32), ("O1", torch.float32), ("O2", torch.float32),
+                                           ("O3", torch.bfloat16), ("bf16", torch.float32)])
+def test_weights_and_losses_of_each_level(model_and_batch, fp16, weights):
+    model, batch = model_and_batch
+    with torch.no_grad():
+        exact = model(**batch)
+    network = devices.prepare(model, Namespace(device="cpu", fp16=fp16, shard=False, seed=0))
+    out, gradients = losses_and_gradients(network, batch, model.parameters())
+    assert model.transformer.wte.weight.dtype == weights
+    assert model.multiple_choice_head.summary.weight.dtype == torch.float32
+    for name in ("lm_loss", "mc_loss"):
+        assert getattr(out, name).dtype == torch.float32
+        assert getattr(out, name).item() == pytest.approx(getattr(exact, name).item(), rel=0.05)
+        assert (getattr(out, name) == getattr(exact, name)) == (fp16 == "O0")
+    assert [gradient.dtype for gradient in gradients] == [parameter.dtype for parameter in model.parameters()]
+
+
+def test_o2_computes_with_rounded_copies_of_its_masters(model_and_batch):
+    """Losses and gradients are those of a model whose weights are in half precision; the masters stay as they are."""
+    model, batch = model_and_batch
+    pure, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    out, gradients = losses_and_gradients(devices.HalfPrecision(model, "cpu", "O2"), batch, model.parameters())
+    for name, weight in pure.named_parameters():
+        if not name.startswith("multiple_choice_head"):
+            weight.data = weight.data.bfloat16()
+    expected, halves = losses_and_gradients(pure, batch, pure.parameters())
+    assert out.lm_loss == expected.lm_loss and out.mc_loss == expected.mc_loss
+    assert all(torch.allclose(gradient, half.float(), rtol=2e-2, atol=1e-3)
+               for gradient, half in zip(gradients, halves, strict=True))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
