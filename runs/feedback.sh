@@ -39,14 +39,14 @@ if [ ! -f $work/baseline ]; then
 fi
 run=$(cat $work/baseline)
 
-# 2. pairs of its replies: three replies to one utterance, each two of them
-python -m feedback.collect --model_checkpoint "$run" $data --pairs $work/pairs.jsonl --contexts 3500 --replies 3 --seed 1 \
-    --max_history 0 --max_length 30 --temperature 1 --top_p 0 --batch_size 100
+# 2. pairs of its replies
+python -m feedback.collect --model_checkpoint "$run" $data --pairs $work/pairs.jsonl --contexts 4000 --seed 1 \
+    --max_length 30 --temperature 1 --top_p 0 --batch_size 64
 
 policy() {  # who answers, seed, algorithm and its flags
     python -m feedback.policy --model_checkpoint "$run" $data --max_history 0 --max_length 30 --rule --seed "$2" \
-        --pairs $work/pairs.jsonl --answers $work/"$1".jsonl --held_out 0.1 --reward_model $work/reward_"$1" \
-        --policy $work/"$1"_"$3"_"$2" --evaluate_every 20 --evaluation_contexts 192 --algorithm "${@:3}"
+        --pairs $work/pairs.jsonl --answers $work/"$1".jsonl --reward_model $work/reward_"$1" \
+        --policy $work/"$1"_"$3"_"$2" --evaluate_every 10 --evaluation_contexts 192 --algorithm "${@:3}"
 }
 
 for how in rule coin; do
@@ -56,11 +56,11 @@ for how in rule coin; do
         python -m feedback.annotate --pairs $work/pairs.jsonl --answers $work/$who.jsonl --simulate $how --seed $draw
         # 4. a reward model
         python -m feedback.reward --model_checkpoint "$run" --pairs $work/pairs.jsonl --answers $work/$who.jsonl \
-            --reward $work/reward_$who --lr 4e-4 --n_epochs 1 --held_out 0.1
+            --reward $work/reward_$who --lr 3e-4 --n_epochs 3
         # 5. policies
-        policy $who $seed rloo --steps 60 --lr 3e-4 --kl_coef 0.1 --kl_horizon 1000
-        policy $who $seed ppo --steps 40 --lr 3e-4 --lam 1 --kl_coef 0.1 --kl_horizon 1000
-        policy $who $seed dpo --steps 80 --batch_size 24 --lr 2e-4
+        policy $who $seed ppo --steps 20 --lr 3e-4 --lam 1 --kl_coef 0.1 --kl_horizon 1000
+        policy $who $seed rloo --steps 30 --lr 3e-4 --kl_coef 0.1 --kl_horizon 1000
+        policy $who $seed dpo --steps 60 --batch_size 24 --lr 3e-4
     done
 done
 PYTHONPATH=. python benchmarks/preferences.py $work
