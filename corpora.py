@@ -285,7 +285,7 @@ def check_splits(corpus: object, name: str | Path) -> None:
     if len(corpus) > MOST_SPLITS:
         raise _wrong(name, "the file", f"has more than {MOST_SPLITS} splits", "put the entries into few lists")
     for split, entries in corpus.items():
-        if not split.isprintable() or len(split) > 100:
+        if not split.isprintable() or not 0 < len(split) <= 100:
             raise _wrong(name, f"the split {split[:100]!r}", "has no printable, short name", "call it train or valid")
         if not isinstance(entries, list):
             raise _wrong(name, split, f"is {_kind(entries)}, not a list", "write a list of entries")

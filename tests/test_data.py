@@ -119,7 +119,10 @@ def test_the_sample_is_what_its_script_writes(tmp_path):
     assert (tmp_path / "again.json").read_bytes() == SAMPLE.read_bytes()
 
 
-@given(st.dictionaries(st.text(max_size=5).filter(str.isprintable), st.lists(ENTRIES, max_size=3), min_size=1))
+NAMES = st.text(min_size=1, max_size=5).filter(str.isprintable)
+
+
+@given(st.dictionaries(NAMES, st.lists(ENTRIES, max_size=3), min_size=1))
 def test_whatever_has_the_format_comes_back_from_the_table(tmp_path_factory, tokenizer, corpus):
     folder = tmp_path_factory.mktemp("table")
     path = folder / "data.json"

@@ -62,6 +62,7 @@ def of_data(path: Path, content: bytes) -> str:
     (json.dumps({"\x1b[2J": []}), "the split '\\x1b[2J' has no printable, short name"),
     (json.dumps({"\ud800": []}), "the split '\\ud800' has no printable, short name"),
     (json.dumps({"x" * 1000: []}), "the split"),
+    (json.dumps({"": []}), "the split '' has no printable, short name"),
     (json.dumps({str(number): [] for number in range(101)}), "the file has more than 100 splits"),
     (json.dumps({"train": [{"utterances": [{"history": ["a" * 100_001], "candidates": ["b"]}]}]}),
      "train[0].utterances[0].history[0] has 100,001 letters, more than 100,000; split it"),
