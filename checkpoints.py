@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader
 import devices
 from corpora import InputError
 from model import save_model
-from utils import make_logdir, write_tensors
+from tables import write_tensors
+from utils import make_logdir
 
 FORMAT = "transfertransfo checkpoint 1"
 ARGUMENTS = "training_args.json"

@@ -45,7 +45,8 @@ from interact import (
 )
 from model import DoubleHeadsModel, autocast, half_dtype
 from report import gold_rank, write_report
-from utils import Split, TokenTable, add_common_flags, dataset_of, positive_number, tokenize
+from tables import Split, TokenTable, tokenize
+from utils import add_common_flags, dataset_of, positive_number
 
 try:
     from parlai.core.agents import Agent

@@ -72,6 +72,12 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(letter if letter.isprintable() else " " for letter in text)
 
 
+def short(message: str) -> str:
+    """The first line of somebody else's error message, cut to a length that fits in one of ours."""
+    line = message.strip().split("\n")[0].rstrip(".")
+    return line if len(line) <= 160 else line[:157] + "…"
+
+
 def _printable_record(record: logging.LogRecord) -> bool:
     record.msg, record.args = printable(record.getMessage()), None
     return True
@@ -118,7 +124,7 @@ def open_data(path: str | Path, largest: int = LARGEST_FILE) -> Iterator[BinaryI
             gzipped = file.peek(2)[:2] == b"\x1f\x8b"
             yield io.BufferedReader(_Bounded(gzip.open(file) if gzipped else file, file, path, largest), PIECE)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give a .json or .json.gz file, or its address") from None
+        raise InputError(f"{path}: no such file; name one that is there") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise InputError(f"{path}: the gzip data is damaged or cut short; fetch the file again") from None
     except OSError as error:

@@ -28,7 +28,8 @@ from batching import Bot, Busy, Decoding, Reply
 from corpora import InputError, command
 from interact import add_decoding_flags
 from page import HEAD, STYLE, THEME, build_page, sentences
-from utils import TokenTable, add_common_flags, dataset_of, positive_number
+from tables import TokenTable
+from utils import add_common_flags, dataset_of, positive_number
 
 MAX_BODY = 256 * 1024  # bytes of a request: a very long conversation
 DRAINED = 64 * MAX_BODY  # bytes of a longer one that are read, and thrown away, before it is refused

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import SPECIAL_TOKENS, Split
+from tables import Split
+from utils import SPECIAL_TOKENS
 
 IGNORED = -100  # a label the losses skip, as everywhere in transformers
 NO_CANDIDATE = -1  # in mc_token_ids: this turn has fewer candidates than its neighbours

@@ -32,6 +32,7 @@ from transformers.utils import ModelOutput, cached_file
 
 from corpora import InputError, command
 from inputs import IGNORED, NO_CANDIDATE
+from tables import write_tensors
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     SPECIAL_TOKENS,
@@ -40,7 +41,6 @@ from utils import (
     quiet_transformers,
     read_config,
     resolve_checkpoint,
-    write_tensors,
 )
 
 logger = logging.getLogger(__name__)

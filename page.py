@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from batching import MAX_TEXT, Bot, Busy, Decoding, Reply
 from corpora import InputError, check_corpus
-from utils import TokenTable
+from tables import TokenTable
 
 SHOWN = 10  # likeliest next tokens
 LINGER = 60  # s

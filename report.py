@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from corpora import printable
-from utils import Split
+from tables import Split
 
 WORST = 20
 STYLE = """

@@ -27,10 +27,10 @@ from corpora import command, require_split
 from inputs import TurnDataset, build_input_from_segments, get_loader, longest_persona
 from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, add_lora_, add_special_tokens_, load_model
 from schedule import Decay, add_schedule_flags
+from tables import TokenTable
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     SPECIAL_TOKENS,
-    TokenTable,
     add_common_flags,
     dataset_of,
     get_tokenizer,

@@ -1,4 +1,4 @@
-"""Where things come from and go to: downloads, tokenizers, the token table on disk, run folders.
+"""Where things come from and go to: downloads, tokenizers, data sets, run folders; and the flags that say so.
 
 Text comes in here and leaves as token ids; nothing in this file knows a model's weights.
 """
@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
 import socket
@@ -18,8 +17,7 @@ import warnings
 import zipfile
 import zlib
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from importlib.metadata import version
@@ -27,21 +25,18 @@ from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pooch
 import requests
 import torch
 import transformers
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from corpora import MOST_GROWTH, InputError, read_corpus
-from distractors import COUNT, HOW, draw_distractors
+from corpora import MOST_GROWTH, InputError, read_corpus, short
+from distractors import HOW
 from readers import RELEASES, TARGETS, Release, divided, find_release, fraction, one_side, read_any, read_release
+from tables import TokenTable, build_table, open_table
 
 PERSONACHAT_URL = RELEASES["personachat"][0].address
 LARGEST_DOWNLOAD = 64 << 30  # bytes
@@ -90,10 +85,10 @@ def download(address: str) -> Path:
         fetch = _BoundedDownloader(progressbar=True, timeout=30)
         return Path(pooch.retrieve(url, checksum, fname=name, path=folder, downloader=fetch))
     except requests.RequestException as error:
-        raise InputError(f"{url}: cannot be downloaded ({_short(str(error))}); check the network, or fetch the file by "
+        raise InputError(f"{url}: cannot be downloaded ({short(str(error))}); check the network, or fetch the file by "
                          "another way and name it with --dataset_path or --model_checkpoint") from None
     except ValueError as error:  # pooch: the hash differs
-        raise InputError(f"{url}: {_short(str(error))}; try again, or check the address's #sha256=") from None
+        raise InputError(f"{url}: {short(str(error))}; try again, or check the address's #sha256=") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); "
                          "set TRANSFERTRANSFO_CACHE to a folder that can") from None
@@ -184,7 +179,7 @@ def _unpack(archive: Path) -> Path:
                     _unpack_into(Path(unfinished, "out"), archive)
                 except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, ValueError, RuntimeError,
                         OSError) as error:
-                    raise InputError(f"{archive}: not a usable .tar.gz or .zip ({_short(str(error))}); "
+                    raise InputError(f"{archive}: not a usable .tar.gz or .zip ({short(str(error))}); "
                                      "delete it and try again") from None
                 os.rename(f"{unfinished}/out", folder)
     return folder
@@ -365,7 +360,7 @@ def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase
                     checkpoint, split_special_tokens=True, trust_remote_code=False))
         tokenizer.encode("hello")
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
-        raise InputError(f"{checkpoint}: its tokenizer cannot be read ({_short(str(error))}); the folder needs "
+        raise InputError(f"{checkpoint}: its tokenizer cannot be read ({short(str(error))}); the folder needs "
                          "vocab.json and merges.txt, or tokenizer.json") from None
     if not tokenizer.is_fast:
         raise InputError(f"{checkpoint}: its tokenizer has no tokenizer.json; convert it to one first")
@@ -417,7 +412,7 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
     except Exception as error:  # a damaged file can make the library raise anything
         where = "its config.json cannot be read" if os.path.isdir(checkpoint) else \
             "neither a folder here nor a model the hub would give"
-        raise InputError(f"--model_checkpoint {checkpoint}: {where} ({_short(str(error))}); "
+        raise InputError(f"--model_checkpoint {checkpoint}: {where} ({short(str(error))}); "
                          "name a run folder, or a hub name with the network up") from None
     if config.model_type not in {*TOKENIZERS, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}:
         raise InputError(f"--model_checkpoint {checkpoint}: is a '{config.model_type}' model, no decoder that "
@@ -445,101 +440,7 @@ def _check_config(config: transformers.PretrainedConfig, checkpoint: str) -> Non
                          f"{least >> 30:,} GiB, and this machine has {memory >> 30:,}; choose a smaller one")
 
 
-# ------------------------------------------------------------------------------------------------- token table
-
-
-class TokenTable(Mapping):
-    """A tokenised data set: each distinct string once, and the dialogs as index arrays into those strings.
-
-    A mapping from split names to `Split`. All arrays lie in one safetensors file that is memory-mapped, so opening
-    it reads next to nothing and several processes share one copy. Arrays: ``text``/``text_offsets`` (UTF-8 bytes)
-    and ``tokens``/``token_offsets``, ragged over strings; for each split ``persona``/``persona_offsets`` ragged over
-    dialogs, ``history``/``history_offsets`` and ``candidates``/``candidates_offsets`` ragged over turns, and
-    ``turn_dialog`` (turns,).
-    """
-
-    FORMAT = "2"
-
-    def __init__(self, path: str | Path):
-        """Open the file. Raises ``SafetensorError`` or ``OSError`` when it is damaged or missing."""
-        with safe_open(path, framework="pt") as file:
-            self.metadata = file.metadata() or {}
-            self._arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}
-        self._splits = {name: Split(self, name) for name in json.loads(self.metadata.get("splits", "[]"))}
-
-    @staticmethod
-    def digest(arrays: Mapping[str, np.ndarray]) -> str:
-        """A hash of everything in a table, by which bytes that changed on the disk are noticed."""
-        digest = hashlib.sha256()
-        for name in sorted(arrays):
-            digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-            digest.update(arrays[name])
-        return digest.hexdigest()
-
-    def is_whole(self) -> bool:
-        """Whether the arrays are those that were written."""
-        return self.metadata.get("digest") == self.digest(self._arrays)
-
-    def __getitem__(self, split: str) -> "Split":
-        return self._splits[split]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._splits)
-
-    def __len__(self) -> int:
-        return len(self._splits)
-
-    def array(self, name: str) -> np.ndarray:
-        """A whole stored array; see the class for the names."""
-        return self._arrays[name]
-
-    def tokens(self, string: int) -> np.ndarray:
-        """Token ids of a string, (tokens,) int32."""
-        return self._ragged("tokens", "token_offsets", string)
-
-    def text(self, string: int) -> str:
-        """A string as it stands in the data file."""
-        return self._ragged("text", "text_offsets", string).tobytes().decode()
-
-    def _ragged(self, values: str, offsets: str, row: int) -> np.ndarray:
-        bounds = self._arrays[offsets]
-        return self._arrays[values][bounds[row]:bounds[row + 1]]
-
-
-class Split(Sequence):
-    """One split of a `TokenTable`: as a sequence, its dialogs as nested lists of token ids, as 2019 code expects."""
-
-    def __init__(self, table: TokenTable, name: str):
-        self.table, self.name = table, name
-        self.turn_dialog = table.array(f"{name}.turn_dialog")  # (turns,): which dialog a turn is of, ascending
-
-    def __len__(self) -> int:
-        return len(self.table.array(f"{self.name}.persona_offsets")) - 1
-
-    @property
-    def num_turns(self) -> int:
-        return len(self.turn_dialog)
-
-    def strings(self, field: str, row: int) -> np.ndarray:
-        """String numbers: ``persona`` of a dialog, ``history`` or ``candidates`` of a turn."""
-        return self.table._ragged(f"{self.name}.{field}", f"{self.name}.{field}_offsets", row)
-
-    def texts(self, field: str, row: int) -> list[str]:
-        """The same as text."""
-        return [self.table.text(string) for string in self.strings(field, row)]
-
-    def token_ids(self, field: str, row: int) -> list[list[int]]:
-        """The same as token ids."""
-        return [self.table.tokens(string).tolist() for string in self.strings(field, row)]
-
-    def __getitem__(self, dialog: int) -> dict:
-        if not -len(self) <= dialog < len(self):
-            raise IndexError(dialog)
-        dialog %= len(self)
-        first, last = np.searchsorted(self.turn_dialog, [dialog, dialog + 1])
-        turns = [{field: self.token_ids(field, turn) for field in ("history", "candidates")}
-                 for turn in range(first, last)]
-        return {"personality": self.token_ids("persona", dialog), "utterances": turns}
+# --------------------------------------------------------------------------------------------------- data sets
 
 
 def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str = "", data_dir: str = "data",
@@ -569,13 +470,13 @@ def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str =
         cache.parent.mkdir(parents=True, exist_ok=True)
         place_is_fixed = cache.exists() and not os.access(cache.parent, os.W_OK)  # where no lock can be, nor is needed
         with nullcontext() if place_is_fixed else FileLock(f"{cache}.lock"):
-            if table := _open_table(cache, key):
+            if table := open_table(cache, key):
                 logger.info("Token table read from %s", cache)
                 return table
             logger.info("Tokenising %s", ", ".join(map(str, files)))
             parts = [read_release(*found) for found in corpora] if dataset else [read_any(files[0])]
             splits = _put_together(parts, target, train_frac, dataset or dataset_path)
-            _build_table(tokenizer, splits, distractors, cache, key)
+            build_table(tokenizer, splits, distractors, cache, key)
         logger.info("Token table written to %s", cache)
     except OSError as error:
         raise InputError(f"--dataset_cache {dataset_cache}: cannot be written ({error.strerror or error}); "
@@ -611,36 +512,6 @@ def _put_together(parts: list[dict[str, Iterable[dict]]], target: str, train_fra
     return splits
 
 
-def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text; no text becomes a control token."""
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
-
-
-def _tokenize_in_parallel(tokenizer, texts: list[str], chunk: int = 4096) -> Iterator[list[list[int]]]:
-    """`tokenize` over chunks of ``texts``, in order; where they are many, in a process a core."""
-    chunks = (texts[start:start + chunk] for start in range(0, len(texts), chunk))
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-                  len(texts) // (4 * chunk))
-    if workers < 2:
-        yield from (tokenize(tokenizer, texts) for texts in chunks)
-        return
-    with multiprocessing.Pool(workers, _start_worker, (tokenizer,)) as pool:
-        yield from pool.imap(_tokenize_chunk, chunks)
-
-
-_tokenizer_of_worker = None
-
-
-def _start_worker(tokenizer) -> None:
-    global _tokenizer_of_worker
-    _tokenizer_of_worker = tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its own threads would not survive a fork, and the cores are busy
-
-
-def _tokenize_chunk(texts: list[str]) -> list[list[int]]:
-    return tokenize(_tokenizer_of_worker, texts)
-
-
 def _fingerprint(tokenizer) -> str:
     """Changes whenever the tokenizer would give other ids."""
     parts = [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str()]
@@ -649,129 +520,7 @@ def _fingerprint(tokenizer) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _open_table(cache: Path, key: str) -> TokenTable | None:
-    """The table at ``cache`` if it is whole and has this key."""
-    if not cache.exists():
-        return None
-    try:
-        table = TokenTable(cache)
-        if table.metadata.get("key") == key and table.is_whole():
-            return table
-        logger.warning("%s is not a token table of this data, or changed since; building it again", cache)
-    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
-        logger.warning("%s is damaged (%s); building it again", cache, _short(str(error)))
-    return None
-
-
-class _Ragged:
-    """Rows of unequal length, end to end, and where each begins; as small as they are on the disk."""
-
-    def __init__(self, typecode: str):
-        self.values, self.offsets = array(typecode), array("q", [0])
-
-    def append(self, row: Iterable[int]) -> None:
-        self.values.extend(row)
-        self.offsets.append(len(self.values))
-
-    def arrays(self, name: str, offsets: str) -> dict[str, np.ndarray]:
-        """(values,) of the type code's type and (rows + 1,) int64."""
-        return {name: np.frombuffer(self.values, self.values.typecode), offsets: np.frombuffer(self.offsets, np.int64)}
-
-
-def _build_table(tokenizer, splits: Mapping[str, Iterable[dict]], distractors: str, cache: Path, key: str) -> None:
-    """Tokenise each distinct string of the entries once and write the table, complete or not at all.
-
-    Entries are read one after the other and not kept: what grows with the data is one number a string's mention.
-    """
-    numbers: dict[str, int] = {}  # string → its number, in order of first appearance
-
-    def number(sentences: list[str]) -> list[int]:
-        return [numbers.setdefault(sentence, len(numbers)) for sentence in sentences]
-
-    arrays = {}
-    for split, entries in splits.items():
-        fields, turn_dialog = {name: _Ragged("i") for name in ("persona", "history", "candidates")}, array("i")
-        for dialog, entry in enumerate(tqdm(entries, desc=f"Reading {split}", unit=" entries", delay=1)):
-            fields["persona"].append(number(entry.get("personality", [])))
-            for turn in entry["utterances"]:
-                fields["history"].append(number(turn["history"]))
-                fields["candidates"].append(number(turn["candidates"]))
-                turn_dialog.append(dialog)
-        for field, ragged in fields.items():
-            arrays |= ragged.arrays(f"{split}.{field}", f"{split}.{field}_offsets")
-        arrays[f"{split}.turn_dialog"] = np.frombuffer(turn_dialog, np.int32)
-    strings = list(numbers)
-    if distractors != "none":
-        for split in splits:
-            _add_distractors(arrays, split, strings, distractors)
-
-    tokens, texts = _Ragged("i"), _Ragged("B")
-    with tqdm(total=len(strings), desc="Tokenising", unit=" strings") as progress:
-        for chunk in _tokenize_in_parallel(tokenizer, strings):
-            for ids in chunk:
-                tokens.append(ids)
-            progress.update(len(chunk))
-    for string in strings:
-        texts.append(string.encode("utf-8", "replace"))
-    arrays |= tokens.arrays("tokens", "token_offsets") | texts.arrays("text", "text_offsets")
-    tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    write_tensors(tensors, cache, {"key": key, "splits": json.dumps(list(splits)), "digest": TokenTable.digest(arrays)})
-
-
-def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[str], how: str) -> None:
-    """Put distractors before the reply of every turn of a split that has only its reply, in place."""
-    candidates, offsets = arrays[f"{split}.candidates"], arrays[f"{split}.candidates_offsets"]
-    history, starts = arrays[f"{split}.history"], arrays[f"{split}.history_offsets"]
-    counts, golds = np.diff(offsets), candidates[offsets[1:] - 1]
-    if not (counts == 1).any():
-        return
-    # The two sides of a dialog are known as one by its first two utterances.
-    second = np.where(np.diff(starts) > 1, history[np.minimum(starts[:-1] + 1, len(history) - 1)], golds)
-    first_turn = np.searchsorted(arrays[f"{split}.turn_dialog"], arrays[f"{split}.turn_dialog"])
-    opening = (history[starts[:-1]].astype(np.int64) << 32 | second)[first_turn]
-    dialogs = np.unique(opening, return_inverse=True)[1]
-    drawn = np.full((len(golds), COUNT), -1)
-    drawn[counts == 1] = draw_distractors(golds, dialogs, strings, how, of=np.flatnonzero(counts == 1))
-    added = (drawn >= 0).sum(1)
-    logger.info("%s: %s turns bring no distractors; replies of other dialogs are drawn (%s)", split,
-                f"{(counts == 1).sum():,}", how)
-    new = np.append(0, np.cumsum(counts + added))
-    values = np.empty(new[-1], np.int32)
-    own = np.arange(len(candidates)) + np.repeat(np.cumsum(added), counts)
-    values[own] = candidates
-    theirs = np.ones(len(values), bool)
-    theirs[own] = False
-    values[theirs] = drawn[drawn >= 0]
-    arrays[f"{split}.candidates"], arrays[f"{split}.candidates_offsets"] = values, new
-
-
 # ------------------------------------------------------------------------------------------------- run folders
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file to the disk, complete or not at all. Raises ``OSError`` when it cannot be written."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # what the umask gives; the library itself lets nobody else read
-        save_file(tensors, unfinished, metadata=metadata)
-        unfinished.chmod(mode)
-        sync(unfinished)  # a crash of the machine must not leave the new name on empty blocks
-        os.replace(unfinished, path)
-        sync(path.parent)
-    except SafetensorError as error:  # how the library reports a failed write
-        raise OSError(_short(str(error))) from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Return when a file's contents, or a folder's names, have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_logdir(model_name: str) -> str:
@@ -885,11 +634,5 @@ def _device(text: str) -> str:
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ArgumentTypeError(f"{text!r} cannot be used here ({_short(str(error))}); try cpu") from None
+        raise ArgumentTypeError(f"{text!r} cannot be used here ({short(str(error))}); try cpu") from None
     return text
-
-
-def _short(message: str) -> str:
-    """The first line of somebody else's error message, cut to a length that fits in one of ours."""
-    line = message.strip().split("\n")[0].rstrip(".")
-    return line if len(line) <= 160 else line[:157] + "…"

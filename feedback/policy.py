@@ -39,8 +39,9 @@ from feedback.snapshot import check_arguments, check_same, restore_snapshot, sav
 from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, pack_turn
 from interact import generate_replies, load_checkpoint, readable
 from model import DoubleHeadsModel, save_model
+from tables import Split
 from train import BAR
-from utils import Split, add_common_flags, dataset_of, positive_number, whole_number
+from utils import add_common_flags, dataset_of, positive_number, whole_number
 
 EVALUATIONS = "evaluations.jsonl"
 NEVER = -1e9  # log-probability of what cannot be done; finite, so that 0 · NEVER is 0

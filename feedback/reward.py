@@ -37,8 +37,9 @@ from inputs import LengthBatches, Row, Specials, collate, pack_turn
 from interact import load_checkpoint
 from model import HALF, DoubleHeadsModel, autocast, save_model
 from report import bars, calibration, calibration_error, calibration_table, html
+from tables import tokenize
 from train import BAR, create_trainer
-from utils import add_device_flag, positive_number, tokenize, whole_number
+from utils import add_device_flag, positive_number, whole_number
 
 SCALE = "reward.json"
 logger = logging.getLogger("feedback.reward")

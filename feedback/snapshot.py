@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from corpora import InputError
-from utils import write_tensors
+from tables import write_tensors
 
 FILE, ARGUMENTS = "unfinished.safetensors", "feedback_args.json"
 

@@ -96,7 +96,8 @@ def fuzz_tokens():
     folders = [ROOT / "models" / "tiny", *(ROOT.parent / "shared" / "golden").glob("run-2019-*")]
     with atheris.instrument_imports(include=["utils", "inputs", "ftfy"]):
         from inputs import Specials, build_input_from_segments
-        from utils import get_tokenizer, tokenize
+        from tables import tokenize
+        from utils import get_tokenizer
 
         tokenizers = [get_tokenizer(str(folder)) for folder in folders]
     controls = [set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | set(Specials.of(tokenizer))

@@ -13,6 +13,7 @@ import utils
 from corpora import InputError, check_corpus, read_corpus
 from example_entry import EXAMPLE_ENTRY
 from inputs import Specials
+from tables import tokenize
 
 TEXT = st.text(st.characters(), max_size=12)  # lone surrogates, which JSON can spell, included
 SENTENCES = st.lists(TEXT, min_size=1, max_size=3)
@@ -155,7 +156,7 @@ def test_no_text_becomes_a_control_token(text):
         tokenizer = TOKENIZERS.setdefault(folder, utils.get_tokenizer(folder))
         control = set(Specials.of(tokenizer)) | ({50256} if "gpt2" in folder else set())
         assert not control & set(tokenizer.encode(text))
-        assert utils.tokenize(tokenizer, [text, "a"])[0] == tokenizer.encode(text)
+        assert tokenize(tokenizer, [text, "a"])[0] == tokenizer.encode(text)
 
 
 TOKENIZERS: dict[str, object] = {}

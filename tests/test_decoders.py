@@ -18,6 +18,7 @@ from corpora import InputError, read_corpus
 from inputs import Specials, TurnDataset, build_context, build_reply, collate
 from interact import generate_replies
 from model import add_special_tokens_, load_model, save_model
+from tables import tokenize
 
 SHAPE = dict(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
              initializer_range=0.2, bos_token_id=0, eos_token_id=0)
@@ -315,7 +316,7 @@ def test_tokenizers_of_other_families(other_tokenizer, tmp_path):
     ids = tokenizer.encode(f"  {hostile}\n")
     assert not {*special, tokenizer.convert_tokens_to_ids("<|endoftext|>")} & set(ids)
     assert tokenizer.decode(ids) == hostile.replace("\ud83d", "?")
-    assert ids == utils.tokenize(tokenizer, [hostile])[0]
+    assert ids == tokenize(tokenizer, [hostile])[0]
     tokenizer.save_pretrained(tmp_path / "again")
     FAMILIES["llama"].save_pretrained(tmp_path / "again")
     again, elsewhere = utils.get_tokenizer(str(tmp_path / "again")), pickle.loads(pickle.dumps(tokenizer))

@@ -30,6 +30,7 @@ import utils
 from corpora import InputError, printable, read_corpus
 from inputs import Specials
 from readers import read_any
+from tables import TokenTable
 
 TURN = '{"history": ["hi ."], "candidates": ["hello ."]}'
 ENTRY = '{"utterances": [' + TURN + "]}"
@@ -498,7 +499,7 @@ def test_a_table_cut_or_changed_anywhere_is_built_again(table_file, tmp_path, mo
         table = utils.get_dataset(tokenizer, str(data), str(tmp_path / "cache"))
         assert {split: list(table[split]) for split in table} == {split: list(good[split]) for split in good}
         assert table["train"].texts("candidates", 0) == ["no .", "hello ."]
-        assert utils.TokenTable(tmp_path / file.name).is_whole()
+        assert TokenTable(tmp_path / file.name).is_whole()
 
 
 def test_places_that_cannot_be_read_are_named(tmp_path):

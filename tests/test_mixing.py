@@ -19,6 +19,7 @@ import utils
 from corpora import InputError
 from inputs import LengthBatches, TurnDataset, get_loader, longest_persona
 from schedule import Decay, add_schedule_flags
+from tables import Split, TokenTable
 
 EOU = "what {0} ? __eou__ a {0} . __eou__ i like a {0} . __eou__\n"
 
@@ -50,12 +51,12 @@ def data_dir(tmp_path) -> Path:
     return folder
 
 
-def golds(split: utils.Split) -> list[str]:
+def golds(split: Split) -> list[str]:
     return [split.texts("candidates", turn)[-1] for turn in range(split.num_turns)]
 
 
 def test_corpora_are_found_and_mixed_split_by_split(tmp_path, data_dir, tokenizer, monkeypatch):
-    def mixed(names: str, **how) -> utils.TokenTable:
+    def mixed(names: str, **how) -> TokenTable:
         return utils.get_dataset(tokenizer, "", str(tmp_path / "cache"), names, str(data_dir), **how)
 
     table = mixed("dailydialog,empathetic_dialogues,blended_skill_talk")
