@@ -272,7 +272,8 @@ def choose_personality(args: Namespace, model: DoubleHeadsModel, tokenizer) -> l
         try:
             text = "".join(read_pieces(text, largest=LARGEST_PERSONALITY))
         except InputError as error:
-            raise InputError(f"--personality {error}, or write the sentences themselves") from None
+            raise InputError(f"--personality {str(error).partition(';')[0]}; name a file with a sentence a line, or "
+                             "write the sentences themselves") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

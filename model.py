@@ -347,6 +347,8 @@ def load_model(model_checkpoint: str) -> DoubleHeadsModel:
                          "which is not run; take a model.safetensors from who made it") from None
     except Exception as error:  # torch, safetensors and transformers each raise their own for damaged files
         reason = str(error).strip().split("\n")[0][:160]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "they have other sizes than its config.json says"
         raise InputError(f"--model_checkpoint {checkpoint}: its weights cannot be loaded ({reason}); "
                          "fetch or train the model again") from None
     fresh = {name.split(".")[0] for name in missing} - {"multiple_choice_head", "token_types"}
