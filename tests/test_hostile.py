@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 import corpora
 import interact
 import model
+import tables
 import utils
 from corpora import InputError, printable, read_corpus
 from inputs import Specials
 from readers import read_any
-from tables import TokenTable
 
 TURN = '{"history": ["hi ."], "candidates": ["hello ."]}'
 ENTRY = '{"utterances": [' + TURN + "]}"
@@ -487,7 +487,7 @@ def table_file(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_a_table_cut_or_changed_anywhere_is_built_again(table_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "sync", lambda path: None)  # the machine does not crash here, and disks are slow
+    monkeypatch.setattr(tables, "sync", lambda path: None)  # the machine does not crash here, and disks are slow
     data, file = table_file
     whole, tokenizer, rng = file.read_bytes(), utils.get_tokenizer(str(TINY)), random.Random(5)
     good = utils.get_dataset(tokenizer, str(data), str(file.parent / "cache"))
@@ -499,7 +499,7 @@ def test_a_table_cut_or_changed_anywhere_is_built_again(table_file, tmp_path, mo
         table = utils.get_dataset(tokenizer, str(data), str(tmp_path / "cache"))
         assert {split: list(table[split]) for split in table} == {split: list(good[split]) for split in good}
         assert table["train"].texts("candidates", 0) == ["no .", "hello ."]
-        assert TokenTable(tmp_path / file.name).is_whole()
+        assert tables.TokenTable(tmp_path / file.name).is_whole()
 
 
 def test_places_that_cannot_be_read_are_named(tmp_path):
