@@ -28,6 +28,11 @@ TINY = ROOT / "models" / "tiny"
 TINY_TOKENS = json.loads((TINY / "config.json").read_text())["vocab_size"]  # without the five control tokens
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The demo first: it takes minutes, and whoever begins it last is waited for."""
+    items.sort(key=lambda item: "test_demo.py" not in item.nodeid)
+
+
 def shared(path: str) -> Path:
     """A path of the shared material; the test is skipped on machines without it."""
     if not (SHARED / path).exists():

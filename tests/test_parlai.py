@@ -136,9 +136,10 @@ agent.shutdown()
 @needs_parlai
 def test_next_word_probability(golden, run_2019, tmp_path):
     """The recorded protocol through the agent: the dictionary given as a data file with these counts."""
-    words = " ".join(word for word, count in dict(golden["word_freq"]).items() for _ in range(count))
+    words = [word for word, count in dict(golden["word_freq"]).items() for _ in range(count)]
+    sentences = [" ".join(words[start:start + 1000]) for start in range(0, len(words), 1000)]
     turn = {"history": ["x"], "candidates": ["x"]}
-    entries = [{"personality": persona, "utterances": [turn]} for persona in ([words], [])]
+    entries = [{"personality": persona, "utterances": [turn]} for persona in (sentences, [])]
     (tmp_path / "words.json").write_text(json.dumps({"train": entries[:1], "valid": entries[1:]}))
     cases = golden["word_probability"][:6]
     said = ask_agent(f"""
