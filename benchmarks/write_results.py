@@ -30,7 +30,7 @@ repeat and each is tokenised once; batches come out of it at one speed whatever 
 ## Where a training step goes
 
 Mostly into matrix products, which run near the speed this machine has for them: see the rows "where a training step
-goes" above. bfloat16 can win over float32 no more than the machine multiplies faster in it. Virtual machines of one name
+goes" above. bfloat16 can win over float32 no more than the machine multiplies faster in it. Machines of one name
 differ in that: the rows of training, of where a step goes and of the web server are of one whose large products run at
 0.94 TFLOP/s in bfloat16 and 0.22 in float32, all others of one that made 0.43 in bfloat16. Neither has AMX.
 """
