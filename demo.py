@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import socket
+import sys
 import time
 import uuid
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -16,7 +17,11 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, Literal
 
-import gradio as gr
+try:
+    import gradio as gr
+except ModuleNotFoundError:  # training and chat do without
+    print("demo.py: error: the page needs gradio; pip install -r requirements-web.txt", file=sys.stderr)
+    sys.exit(2)
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError

@@ -391,6 +391,16 @@ def fraction(text: str) -> float:
     raise ArgumentTypeError(f"{text!r} is not a number between 0 and 1, such as 0.85")
 
 
+def share(text: str) -> float:
+    """0 to 1, for argparse."""
+    try:
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    except ValueError:
+        pass
+    raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+
+
 def divided(entries: Iterable[dict], train_frac: float, seed: int, name: str | Path) -> dict[str, list[dict]]:
     """``train`` and ``valid``, by chance; both sides of a dialog fall to the same. Raises `InputError` for one dialog.
 

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 import torch
 from ignite.handlers import ParamScheduler
 
-from utils import share
+from readers import share
 
 
 class Decay(ParamScheduler):

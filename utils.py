@@ -598,16 +598,6 @@ def positive_number(text: str) -> int:
     return number
 
 
-def share(text: str) -> float:
-    """0 to 1, for argparse."""
-    try:
-        if 0 <= (value := float(text)) <= 1:
-            return value
-    except ValueError:
-        pass
-    raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-
-
 def _odd(text: str) -> int:
     """Utterances, for argparse; as exchanges."""
     if (number := positive_number(text)) % 2 == 0:

@@ -7,11 +7,11 @@ from textbook import RESULTS, ROOT
 
 HEAD = """# Benchmark results
 
-Written by `make bench`; do not edit. Ours against the textbook path: transformers' own `OpenAIGPTDoubleHeadsModel` used
-the 2019 way (float32, every candidate a full row padded to the data set's longest, all logits, no cache), openai-gpt's
-size (117 M parameters, random weights), real PERSONA-CHAT turns with redrawn distractors. Each benchmark checks that
-both sides compute the same before it times them, alternates them, and takes medians; training takes the mean over
-batches of an epoch's typical lengths.
+Written by `make bench`; do not edit. Rows of benchmarks that were not run again stay. Ours against the textbook path:
+transformers' own `OpenAIGPTDoubleHeadsModel` used the 2019 way (float32, every candidate a full row padded to the
+data set's longest, all logits, no cache), openai-gpt's size (117 M parameters, random weights), real PERSONA-CHAT
+turns with redrawn distractors. Each benchmark checks that both sides compute the same before it times them,
+alternates them, and takes medians; training takes the mean over batches of an epoch's typical lengths.
 
 """
 

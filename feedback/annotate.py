@@ -12,7 +12,7 @@ import logging
 import random
 import sys
 import textwrap
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +24,7 @@ from threading import Lock
 from corpora import InputError, command
 from feedback.metrics import asks_question
 from feedback.pairs import append_lines, read_lines, read_pairs, report_left_out
+from readers import share
 
 QUESTIONS = ("empathy", "relevance", "fluency")
 CHOICES = (0, 1, "tie", "bad")  # the first reply of the pair, the second, equally good, both bad
@@ -341,15 +342,6 @@ def simulate(session: Session, annotator: str, how: str, noise: float) -> None:
 # --------------------------------------------------------------------------------------------- the command line
 
 
-def probability(text: str) -> float:
-    try:
-        if 0 <= (value := float(text)) <= 1:
-            return value
-    except ValueError:
-        pass
-    raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-
-
 def annotate(args: Namespace) -> None:
     session = Session(read_pairs(args.pairs), Path(args.answers), args.seed, args.questions)
     if args.simulate:
@@ -382,7 +374,7 @@ def main() -> None:
     add("--port", type=int, default=8000, help="of the page, 0: any free one (default: %(default)s)")
     add("--simulate", choices=SIMULATED, metavar="HOW",
         help="answer everything: by the rule that longer answers that ask a question win, or by coin")
-    add("--noise", type=probability, default=0.1, help="how often the rule's answer is turned (default: %(default)s)")
+    add("--noise", type=share, default=0.1, help="how often the rule's answer is turned (default: %(default)s)")
     add("--seed", type=int, default=0, help="of order, sides and simulation (default: %(default)s)")
     annotate(parser.parse_args())
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from corpora import InputError, command, require_split
-from feedback.annotate import preferences, probability, read_answers, rule_score
+from feedback.annotate import preferences, read_answers, rule_score
 from feedback.collect import model_hash
 from feedback.metrics import WEIGHTS, Dyme, check_libraries, weighted
 from feedback.pairs import append_lines, read_lines, read_pairs
@@ -39,6 +39,7 @@ from feedback.snapshot import check_arguments, check_same, restore_snapshot, sav
 from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, pack_turn
 from interact import generate_replies, load_checkpoint, readable
 from model import DoubleHeadsModel, save_model
+from readers import share
 from tables import Split
 from train import BAR
 from utils import add_common_flags, dataset_of, positive_number, whole_number
@@ -581,7 +582,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
     add("--answers", default=["answers.jsonl"], nargs="+", metavar="FILE",
         help="of feedback.annotate (default: answers.jsonl)")
     add("--beta", type=float, default=0.1, help="the less, the further from the reference (default: %(default)s)")
-    add("--held_out", type=probability, default=0.15, help="as in feedback.reward (default: %(default)s)")
+    add("--held_out", type=share, default=0.15, help="as in feedback.reward (default: %(default)s)")
     add("--held_out_seed", type=whole_number, default=42, help="feedback.reward's --seed (default: %(default)s)")
 
     add = parser.add_argument_group("evaluation and kills").add_argument

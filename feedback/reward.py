@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 import devices
 from corpora import InputError, command
-from feedback.annotate import preferences, probability, read_answers
+from feedback.annotate import preferences, read_answers
 from feedback.pairs import read_pairs
 from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
 from inputs import LengthBatches, Row, Specials, collate, pack_turn
 from interact import load_checkpoint
 from model import HALF, DoubleHeadsModel, autocast, save_model
+from readers import share
 from report import bars, calibration, calibration_error, calibration_table, html
 from tables import tokenize
 from train import BAR, create_trainer
@@ -99,15 +100,15 @@ class RewardModel:
 
 def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of a share of ``right`` in ``total`` (Wilson 1927)."""
-    share, spread = right / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / total / 4)
+    rate, spread = right / total, z * z / total
+    middle = (rate + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / total + spread / total / 4)
     return middle - half, middle + half
 
 
-def held_out(pair: dict, share: float, seed: int) -> bool:
+def held_out(pair: dict, part: float, seed: int) -> bool:
     """Whether a pair is kept from training; all pairs of a dialog are or none is."""
-    return random.Random(f"{seed} {pair['data']} {pair['split']} {pair['dialog']}").random() < share
+    return random.Random(f"{seed} {pair['data']} {pair['split']} {pair['dialog']}").random() < part
 
 
 def measure_held_out(model: DoubleHeadsModel, tokenizer, pairs: list[tuple[dict, int]], args: Namespace) -> dict:
@@ -239,7 +240,7 @@ def main() -> None:
     add("--answers", default=["answers.jsonl"], nargs="+", metavar="FILE",
         help="of feedback.annotate (default: answers.jsonl)")
     add("--reward", default="reward", metavar="DIR", help="folder of the reward model (default: %(default)s)")
-    add("--held_out", type=probability, default=0.15, help="share of the dialogs to test on (default: %(default)s)")
+    add("--held_out", type=share, default=0.15, help="share of the dialogs to test on (default: %(default)s)")
     add("--n_epochs", type=positive_number, default=3, help="(default: %(default)s)")
     add("--train_batch_size", type=positive_number, default=16, help="pairs (default: %(default)s)")
     add("--lr", type=float, default=6.25e-5, help="learning rate; falls linearly to 0 (default: %(default)s)")

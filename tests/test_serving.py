@@ -6,6 +6,8 @@ import contextlib
 import json
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from argparse import Namespace
@@ -17,7 +19,7 @@ import pytest
 import torch
 import transformers
 import uvicorn
-from conftest import FAMILIES, SAMPLE, TINY_TOKENS, make_checkpoint
+from conftest import FAMILIES, ROOT, SAMPLE, TINY_TOKENS, make_checkpoint
 
 import demo
 from batching import Bot, Busy, Decoder, Decoding
@@ -404,6 +406,14 @@ def test_a_thousand_requests_at_once(address):
     assert "try again in a moment" in refused[0]["message"]
     assert all(answer["usage"]["completion_tokens"] == 50 for answer in answered)
     assert answers(address)
+
+
+def test_without_gradio_what_installs_it():
+    hidden = ("import runpy, sys; sys.modules['gradio'] = None; "
+              f"runpy.run_path({str(ROOT / 'demo.py')!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "pip install -r requirements-web.txt" in done.stderr
 
 
 def test_a_port_in_use_and_other_places_that_cannot_be_listened_at():
