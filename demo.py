@@ -203,19 +203,19 @@ async def stream(bot: Bot, reply: Reply, replies: AsyncIterator[Reply], frame: d
         sent = ""
         try:
             while True:
-                text = bot.text(reply)
-                if not reply.finish:  # the last word may change yet, and draw nearer: "do", "don't"
+                finish, text = reply.finish, bot.text(reply)  # in this order: the last token may come in between
+                if not finish:  # the last word may change yet, and draw nearer: "do", "don't"
                     text = text[:max(text.rfind(" "), 0)]
                 if len(text) > len(sent):
                     yield event({"content": text[len(sent):]})
                     sent = text
-                if reply.finish:
+                if finish:
                     break
                 reply = await anext(replies)
         except RuntimeError as problem:
             yield f"data: {error(500, str(problem)).body.decode()}\n\n"
             return
-    yield event({}, reply.finish)
+    yield event({}, finish)
     if with_usage:
         yield f"data: {json.dumps(frame | {'choices': [], 'usage': usage(reply)})}\n\n"
     yield "data: [DONE]\n\n"

@@ -11,6 +11,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import (
@@ -54,16 +55,23 @@ def top_filtering(logits: torch.Tensor, top_k: float = 0.0, top_p: float = 0.9, 
         smallest_kept = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < smallest_kept, filter_value)
     if top_p > 0.0:
-        probabilities, vocabulary, size = F.softmax(logits, dim=-1), logits.shape[-1], 128
-        while True:  # the nucleus is mostly small: sorting the whole vocabulary for it would take longer than the model
-            largest, tokens = probabilities.topk(min(size, vocabulary))
-            exceeds = largest.cumsum(-1) > top_p
-            if size >= vocabulary or bool(exceeds[..., -1].all()):
-                break
-            size *= 8
-        kept = F.pad(~exceeds[..., :-1], (1, 0), value=True)  # the token that crosses the line stays: never none
-        logits = logits.masked_fill(~torch.zeros_like(logits, dtype=torch.bool).scatter(-1, tokens, kept), filter_value)
+        probabilities = F.softmax(logits, dim=-1)
+        largest = _descending(probabilities)
+        size = (largest.cumsum(-1) <= top_p).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)  # less one: the last
+        smallest_kept = largest.gather(-1, size)  # is the token that crosses the line, so that it is never none
+        ties = probabilities == smallest_kept
+        room = size + 1 - (probabilities > smallest_kept).sum(-1, keepdim=True)
+        if bool((ties.sum(-1, keepdim=True) > room).any()):  # of equals the first
+            ties &= ties.cumsum(-1) <= room
+        logits = logits.masked_fill(~ties & (probabilities <= smallest_kept), filter_value)
     return logits.masked_fill(logits < threshold, filter_value)
+
+
+def _descending(rows: torch.Tensor) -> torch.Tensor:
+    """Each row sorted, the largest first. On CPUs by numpy, whose vectorised sort takes a thirtieth of torch's time."""
+    if rows.device.type == "cpu" and rows.dtype.itemsize >= 4:  # numpy has no bfloat16
+        return torch.from_numpy(np.sort(rows.detach().numpy())).flip(-1)
+    return rows.sort(descending=True).values
 
 
 class Filtered(LogitsProcessor):

@@ -160,7 +160,7 @@ class DoubleHeadsModel:
         window, masks = getattr(config, "sliding_window", None), {"full_attention": mask}
         if window:
             masks["sliding_attention"] = mask & (queries[:, None, :, None] - keys[:, None, None] < window)
-        if config._attn_implementation == "eager":  # which adds its mask to the scores
+        if config._attn_implementation.startswith("eager"):  # which adds its mask to the scores
             masks = {kind: torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
                      for kind, mask in masks.items()}
         kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]

@@ -143,6 +143,13 @@ def test_the_nucleus_of_a_large_vocabulary_by_its_definition(spread, top_p):
         assert torch.equal(out[out.isfinite()], row[out.isfinite()])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equally_likely_tokens_the_first_are_the_nucleus(dtype):
+    logits = torch.tensor([[0.0] * 8, [2.0, -1.0, 2.0, 2.0, -1.0, 2.0, -9.0, 2.0]], dtype=dtype)
+    kept = top_filtering(logits, top_p=0.55).isfinite()
+    assert [row.nonzero().flatten().tolist() for row in kept] == [[0, 1, 2, 3, 4], [0, 2, 3]]
+
+
 def test_unequal_numbers_of_candidates(pair):
     """A turn with fewer candidates than its neighbour keeps its own scores and its own gold."""
     model, _ = pair

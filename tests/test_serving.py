@@ -3,6 +3,7 @@ clients and others."""
 
 import asyncio
 import contextlib
+import copy
 import json
 import random
 import socket
@@ -66,10 +67,11 @@ def small_model(family: str, seed: int, history_start: int = 0) -> DoubleHeadsMo
     if family == "openai-gpt":
         return PostNormDoubleHeadsModel(PostNormConfig(**shape)).eval()
     window = {"qwen2": dict(use_sliding_window=True, sliding_window=20, max_window_layers=1),
-              "mistral": dict(sliding_window=20)}.get(family, {})
+              "mistral": dict(sliding_window=20),
+              "gemma2": dict(sliding_window=20, head_dim=16)}.get(family, {})
     config = transformers.AutoConfig.for_model(
         family, **shape, **window, intermediate_size=48, num_key_value_heads=1, pad_token_id=0,
-        speaker_ids=[SPECIAL.speaker1, SPECIAL.speaker2], attn_implementation="sdpa")
+        speaker_ids=[SPECIAL.speaker1, SPECIAL.speaker2])
     model = decoder_class(type(config))(config)
     torch.nn.init.normal_(model.token_types.weight)
     return model.eval()
@@ -85,8 +87,12 @@ def sentence(rng: random.Random) -> list[int]:
     return [rng.randrange(VOCABULARY - 5) for _ in range(rng.randint(1, 15))]
 
 
+OTHERS = ["llama", "qwen2", "mistral", "opt", "gpt_neox", "stablelm",  # whose layers pass no arguments on
+          "gemma2"]  # whose attention is not torch's
+
+
 @pytest.mark.parametrize("history_start, family", [*((start, family) for start in (0, 80) for family in FAMILIES),
-                                                    (0, "llama"), (0, "qwen2"), (0, "mistral"), (0, "opt")])
+                                                    *((0, family) for family in OTHERS)])
 def test_a_reply_among_others_is_the_reply_alone(family, history_start):
     rng, model = random.Random(7), small_model(family, 3, history_start)
     decoder = Decoder(model, SPECIAL, max_batch=10, max_waiting=100)
@@ -109,6 +115,32 @@ def test_a_reply_among_others_is_the_reply_alone(family, history_start):
         assert reply.tokens == generate_replies(model, [context], SPECIAL, args)[0], args
         assert reply.finish == ("length" if len(reply.tokens) == args.max_length else "stop")
     assert {reply.finish for reply in replies} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_among_others(family):
+    """The logits of a token in bfloat16, decoded among others, are as near to float32's as those of a row alone."""
+    rng, model = random.Random(3), small_model(family, 2).to(torch.bfloat16)
+    decoder = Decoder(model, SPECIAL)
+    contexts = [build_context([sentence(rng)], [sentence(rng) for _ in range(rng.randint(1, 5))], SPECIAL)
+                for _ in range(20)]
+    replies = [decoder.submit(context, asked(max_length=1, no_sample=True)) for context in contexts]
+    until(lambda: all(reply.finish for reply in replies), "the end")
+    decoder.close()
+    errors = torch.zeros(2)
+    for context, reply in zip(contexts, replies, strict=True):
+        row = dict(input_ids=torch.tensor([[*context.ids, SPECIAL.speaker1]]),
+                   token_type_ids=torch.tensor([[*context.types, SPECIAL.speaker1]]),
+                   position_ids=torch.arange(len(context.ids) + 1)[None], logits_to_keep=1)
+        with torch.no_grad():
+            alone, exact = (one(**row).logits[0, -1].float() for one in (model, copy.deepcopy(model).float()))
+        errors += torch.stack([(logits - exact).square().mean().sqrt() for logits in (reply.last_step[0], alone)])
+    assert 0 < errors[0] < 1.3 * errors[1]
+
+
+def test_a_family_without_replaceable_attention_is_refused():
+    with pytest.raises(InputError, match="'gptj' .* interact.py"):
+        Decoder(small_model("gptj", 1), SPECIAL)
 
 
 def test_a_long_reply_holds_up_nobody():
@@ -232,14 +264,18 @@ def test_chat_with_the_openai_client(client, bot):
 
 
 def test_streaming_with_the_openai_client(client, bot):
-    chunks = list(client.chat.completions.create(model="parrot", messages=MESSAGES, seed=11, max_tokens=20, stream=True,
-                                                 stream_options={"include_usage": True}))
+    chunks = list(client.chat.completions.create(model="parrot", messages=MESSAGES, seed=11, max_tokens=300,
+                                                 stream=True, stream_options={"include_usage": True}))
     *words, end, usage = chunks
     texts = [chunk.choices[0].delta.content for chunk in words]
     assert len([text for text in texts if text]) > 3
-    assert "".join(texts) == reply_alone(bot, PERSONA, DIALOG, 11, 20)
+    assert "".join(texts) == reply_alone(bot, PERSONA, DIALOG, 11, 300)
     assert end.choices[0].finish_reason == "length"
-    assert usage.usage.completion_tokens == 20
+    assert usage.usage.completion_tokens == 300
+    for seed in range(1, 16):  # the last token may come while the one before is being sent
+        chunks = client.chat.completions.create(model="parrot", messages=MESSAGES, seed=seed, max_tokens=8, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == reply_alone(bot, PERSONA, DIALOG, seed, 8)
 
 
 def test_errors_with_the_openai_client(client):
