@@ -4,29 +4,28 @@
 # rule prefers; PPO, RLOO and DPO follow it, three seeds each. The control does the same with coin flips, others for each
 # seed. benchmarks/preferences.py prints the table and draws the curves.
 #
-#   runs/feedback.sh TOKENIZER_FOLDER EMPATHETIC_DIALOGUES_FOLDER
+#   runs/feedback.sh EMPATHETIC_DIALOGUES_FOLDER
 #
-# TOKENIZER_FOLDER: a folder with gpt2's vocab.json and merges.txt, of which the most frequent 4,096 tokens are used.
-# Stopped and started again, it goes on where it was. People instead of the rule: python -m feedback.annotate --web.
+# The tokenizer is made of the corpus, so that nearly every word is one token: a model tells lengths by positions, the rule
+# counts words. Stopped and started again, it goes on where it was. People instead of the rule: python -m feedback.annotate --web.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-tokenizer=$(realpath "$1") corpus=$(realpath "$2")
+corpus=$(realpath "$1")
 
 work=.demo/feedback
 mkdir -p $work/feedback-gpt2
-python - "$tokenizer" $work/feedback-gpt2 <<'PYTHON'
+[ -f $work/data.json ] || python example_entry.py --convert "$corpus" $work/data.json --target second
+[ -f $work/feedback-gpt2/config.json ] || python - $work/data.json $work/feedback-gpt2 <<'PYTHON'
 import json, sys
-source, folder, tokens = sys.argv[1], sys.argv[2], 4096
-vocabulary = {token: number for token, number in json.load(open(f"{source}/vocab.json")).items() if number < tokens}
-lines = open(f"{source}/merges.txt", encoding="utf-8").read().splitlines()
-first = lines[0].startswith("#version")  # the 256 bytes come first in the vocabulary, then a token a merge
-merges = lines[:first] + lines[first:tokens - 256 + first]
-json.dump(vocabulary | {"<|endoftext|>": tokens}, open(f"{folder}/vocab.json", "w"))
-open(f"{folder}/merges.txt", "w", encoding="utf-8").write("\n".join(merges) + "\n")
-json.dump({"model_type": "gpt2", "vocab_size": tokens + 1, "n_positions": 256, "n_embd": 128, "n_layer": 4, "n_head": 4,
+from tokenizers import ByteLevelBPETokenizer
+dialogs, folder, end = json.load(open(sys.argv[1]))["train"], sys.argv[2], "<|endoftext|>"
+texts = {text for dialog in dialogs for turn in dialog["utterances"] for text in turn["history"] + turn["candidates"][-1:]}
+tokenizer = ByteLevelBPETokenizer()
+tokenizer.train_from_iterator(sorted(texts), vocab_size=8192, special_tokens=[end])
+tokenizer.save_model(folder)
+json.dump({"model_type": "gpt2", "vocab_size": 8192, "n_positions": 256, "n_embd": 128, "n_layer": 4, "n_head": 4,
            "initializer_range": 0.05, "bos_token_id": None, "eos_token_id": None}, open(f"{folder}/config.json", "w"))
 PYTHON
-[ -f $work/data.json ] || python example_entry.py --convert "$corpus" $work/data.json --target second
 data="--dataset_path $work/data.json --dataset_cache $work/cache"
 
 # 1. a baseline
@@ -39,8 +38,8 @@ if [ ! -f $work/baseline ]; then
 fi
 run=$(cat $work/baseline)
 
-# 2. pairs of its replies
-python -m feedback.collect --model_checkpoint "$run" $data --pairs $work/pairs.jsonl --contexts 4000 --seed 1 \
+# 2. pairs of its replies: five to a context, each two of them
+python -m feedback.collect --model_checkpoint "$run" $data --pairs $work/pairs.jsonl --contexts 5200 --replies 5 --seed 1 \
     --max_length 30 --temperature 1 --top_p 0 --batch_size 64
 
 policy() {  # who answers, seed, algorithm and its flags
@@ -56,7 +55,7 @@ for how in rule coin; do
         python -m feedback.annotate --pairs $work/pairs.jsonl --answers $work/$who.jsonl --simulate $how --seed $draw
         # 4. a reward model
         python -m feedback.reward --model_checkpoint "$run" --pairs $work/pairs.jsonl --answers $work/$who.jsonl \
-            --reward $work/reward_$who --lr 3e-4 --n_epochs 3
+            --reward $work/reward_$who --lr 3e-4 --n_epochs 1
         # 5. policies
         policy $who $seed ppo --steps 20 --lr 3e-4 --lam 1 --kl_coef 0.1 --kl_horizon 1000
         policy $who $seed rloo --steps 30 --lr 3e-4 --kl_coef 0.1 --kl_horizon 1000
