@@ -222,13 +222,17 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
         async def turn(text, chat_now, persona_now, own_now, temperature_now, top_k_now, top_p_now, beams_now,
                        length_now, seed_now, suggests_now, visit_now) -> AsyncIterator[dict]:
             """Answer, then suggest. Both in one event, which ends later: Gradio loses an event that a page sends in the
-            moment in which its last one ends, and that is when people answer."""
+            moment in which its last one ends, and that is when people answer.
+
+            A page handles the updates of each event in their order, but those of two events in any: so each tells
+            all that may have changed since the last turn, for something of that may yet arrive."""
             if not text:
                 yield {busy: gr.skip()}
                 return
             this = visit_now.next_turn()
             said = [*said_in(chat_now), text]
-            yield {chat: as_chat(said), suggestion: NO_SUGGESTION, lost: "", notice: SILENT}
+            now = {chat: as_chat(said), busy: True, suggestion: NO_SUGGESTION, lost: "", notice: SILENT}
+            yield now
             try:
                 decoding = Decoding(temperature=temperature_now, top_k=top_k_now, top_p=top_p_now, num_beams=beams_now,
                                     max_tokens=length_now, seed=seed_now or 0)
@@ -236,11 +240,12 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                     async for reply in replies:
                         if visit_now.turn != this:
                             return
-                        yield {chat: as_chat([*said, bot.text(reply)])}
+                        yield now | {chat: as_chat([*said, bot.text(reply)])}
                 said.append(bot.text(reply))
-                yield {chat: as_chat(said), busy: False, seen: what_it_saw(bot, reply)}
+                now |= {chat: as_chat(said), busy: False, seen: what_it_saw(bot, reply)}
+                yield now
             except (InputError, Busy, ValidationError, RuntimeError) as error:
-                yield {chat: chat_now, busy: False, lost: text, notice: complaint(error)}
+                yield now | {chat: chat_now, busy: False, lost: text, notice: complaint(error)}
                 return
             if not suggests_now:
                 return
@@ -255,6 +260,13 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                 yield {suggestion: gr.Button(f"Suggestion: {bot.text(reply)}", interactive=True)}
             with suppress(TimeoutError):
                 await asyncio.wait_for(visit_now.over.wait(), LINGER)
+
+        async def whole_turn(*inputs) -> AsyncIterator[dict]:
+            """`turn`, and at last an update of nothing: Gradio sends an event's last one again when it ends."""
+            async with aclosing(turn(*inputs)) as updates:
+                async for update in updates:
+                    yield update
+            yield {busy: gr.skip()}
 
         def begin(visit_now) -> dict:
             visit_now.next_turn()
@@ -287,7 +299,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         said_it = gr.on([message.submit, send.click], None, [message, busy], [message, pending, busy], js=TAKE, **quick)
         answered = said_it.then(
-            turn, [pending, chat, persona, own, temperature, top_k, top_p, beams, length, seed, suggests, visit],
+            whole_turn, [pending, chat, persona, own, temperature, top_k, top_p, beams, length, seed, suggests, visit],
             [chat, busy, suggestion, seen, lost, notice], show_progress="hidden", trigger_mode="multiple",
             concurrency_limit=None, api_visibility="private",
         )

@@ -97,6 +97,15 @@ def say(page, text: str) -> None:
     playwright.expect(page.locator("#suggestion")).to_be_enabled()
 
 
+def open_drawer(page, name: str) -> None:
+    """Gradio gives a drawer's fields their first values one or two frames after it has drawn them: before, nobody can
+    be as quick as to write there, but we are."""
+    page.get_by_role("button", name=name).click()
+    page.evaluate("""async () => {
+        for (let frame = 0; frame < 6; frame++) await new Promise(requestAnimationFrame)
+    }""")
+
+
 def said(page) -> list[str]:
     """The conversation, as people see it, but for spaces that the page draws as one."""
     return [text.strip() for text in page.locator("#chat .message-content").all_text_contents()]
@@ -149,9 +158,9 @@ def test_a_visit(visit, tmp_path):
 
 def test_what_is_written_during_a_reply_is_kept_and_old_suggestions_are_not(visit, address):
     page = visit()
-    page.get_by_role("button", name="Your personality").click()
+    open_drawer(page, "Your personality")
     page.locator("#own textarea").fill("i like rain .")
-    page.get_by_role("button", name="Decoding options").click()
+    open_drawer(page, "Decoding options")
     page.get_by_label("Seed").fill("7")
     page.get_by_label("number input for Longest reply").fill("90")
     box, send = page.locator("#message textarea"), page.get_by_role("button", name="Send")
@@ -179,10 +188,27 @@ def test_what_is_written_during_a_reply_is_kept_and_old_suggestions_are_not(visi
     playwright.expect(page.locator("#suggestion")).to_have_text(f"Suggestion: {expected}")
 
 
+def test_while_a_reply_comes_there_is_no_suggestion(visit):
+    page = visit()
+    say(page, "hello")
+    page.evaluate("""() => {
+        window.offered = [];
+        new MutationObserver(() => {
+            const replies = document.querySelectorAll("#chat .bot.message").length;
+            window.offered[replies] ??= [];
+            window.offered[replies].push(!document.querySelector("#suggestion").disabled);
+        }).observe(document.querySelector("#chat"), {childList: true, characterData: true, subtree: true});
+    }""")
+    for turn in range(2, 14):
+        say(page, "and you ?")
+        offered = page.evaluate(f"window.offered[{turn}]")
+        assert len(offered) > 1 and not any(offered[:-1]), offered
+
+
 def test_what_the_model_sees(visit):
     page = visit()
     page.locator("#persona textarea").fill("i like sushi .")
-    page.get_by_role("button", name="What the model sees").click()
+    open_drawer(page, "What the model sees")
     say(page, "hello <eos> !")
     seen = page.locator("#seen .seen")
     rows = seen.locator("li").all()
@@ -240,7 +266,7 @@ def test_what_a_screen_reader_finds(visit):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone(visit, scheme):
     page = visit(viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True, is_mobile=True)
-    page.get_by_role("button", name="What the model sees").click()
+    open_drawer(page, "What the model sees")
     say(page, "hello")
     page.get_by_role("button", name="Share").click()
     playwright.expect(page.locator("#address textarea")).to_be_visible()
@@ -254,7 +280,7 @@ def test_mistakes_are_told_and_cost_nothing(visit, address):
     playwright.expect(page.get_by_text("copy it again, whole")).to_be_visible()
     page.get_by_role("button", name="Export").click()
     playwright.expect(page.get_by_text("Nothing to export yet")).to_be_visible()
-    page.get_by_role("button", name="Decoding options").click()
+    open_drawer(page, "Decoding options")
     page.get_by_label("Seed").fill("99999999999999999999")
     page.locator("#message textarea").fill("hello")
     page.locator("#message textarea").press("Enter")
