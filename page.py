@@ -226,8 +226,9 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
 
             A page handles the updates of each event in their order, but those of two events in any: so each tells
             all that may have changed since the last turn, for something of that may yet arrive."""
+            nothing = {busy: gr.skip()}
             if not text:
-                yield {busy: gr.skip()}
+                yield nothing
                 return
             this = visit_now.next_turn()
             said = [*said_in(chat_now), text]
@@ -239,6 +240,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                 async with aclosing(bot.reply(sentences(persona_now), said, decoding)) as replies:
                     async for reply in replies:
                         if visit_now.turn != this:
+                            yield nothing
                             return
                         yield now | {chat: as_chat([*said, bot.text(reply)])}
                 said.append(bot.text(reply))
@@ -247,26 +249,23 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
             except (InputError, Busy, ValidationError, RuntimeError) as error:
                 yield now | {chat: chat_now, busy: False, lost: text, notice: complaint(error)}
                 return
-            if not suggests_now:
-                return
+            if suggests_now and (hint := await suggest(own_now, said, decoding, visit_now)):
+                yield {suggestion: gr.Button(f"Suggestion: {hint}", interactive=True)}
+            with suppress(TimeoutError):
+                await asyncio.wait_for(visit_now.over.wait(), LINGER)
+            yield nothing  # for an event's last update is sent again when it ends
+
+        async def suggest(own_now, said, decoding, visit_now) -> str:
+            """What the user may say next; empty when that fails, which is not worth a complaint, or comes too late."""
+            this = visit_now.turn
             try:
                 async with aclosing(bot.reply(sentences(own_now), said, decoding)) as replies:
                     async for reply in replies:  # noqa: B007  the last one is the whole
                         if visit_now.turn != this:
-                            return
+                            return ""
             except (InputError, Busy, RuntimeError):
-                return  # a suggestion is not worth a complaint
-            if bot.text(reply):
-                yield {suggestion: gr.Button(f"Suggestion: {bot.text(reply)}", interactive=True)}
-            with suppress(TimeoutError):
-                await asyncio.wait_for(visit_now.over.wait(), LINGER)
-
-        async def whole_turn(*inputs) -> AsyncIterator[dict]:
-            """`turn`, and at last an update of nothing: Gradio sends an event's last one again when it ends."""
-            async with aclosing(turn(*inputs)) as updates:
-                async for update in updates:
-                    yield update
-            yield {busy: gr.skip()}
+                return ""
+            return bot.text(reply)
 
         def begin(visit_now) -> dict:
             visit_now.next_turn()
@@ -299,7 +298,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         said_it = gr.on([message.submit, send.click], None, [message, busy], [message, pending, busy], js=TAKE, **quick)
         answered = said_it.then(
-            whole_turn, [pending, chat, persona, own, temperature, top_k, top_p, beams, length, seed, suggests, visit],
+            turn, [pending, chat, persona, own, temperature, top_k, top_p, beams, length, seed, suggests, visit],
             [chat, busy, suggestion, seen, lost, notice], show_progress="hidden", trigger_mode="multiple",
             concurrency_limit=None, api_visibility="private",
         )
