@@ -231,6 +231,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                 yield nothing
                 return
             this = visit_now.next_turn()
+            over = visit_now.over
             said = [*said_in(chat_now), text]
             now = {chat: as_chat(said), busy: True, suggestion: NO_SUGGESTION, lost: "", notice: SILENT}
             yield now
@@ -252,7 +253,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
             if suggests_now and (hint := await suggest(own_now, said, decoding, visit_now)):
                 yield {suggestion: gr.Button(f"Suggestion: {hint}", interactive=True)}
             with suppress(TimeoutError):
-                await asyncio.wait_for(visit_now.over.wait(), LINGER)
+                await asyncio.wait_for(over.wait(), LINGER)
             yield nothing  # for an event's last update is sent again when it ends
 
         async def suggest(own_now, said, decoding, visit_now) -> str:
