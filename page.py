@@ -65,17 +65,17 @@ DOWNLOAD = """text => {
 
 
 class Visit:
-    """What the server knows of an open page: which of its turns is the current one. Nothing of what was said."""
+    """What the server knows of an open page: whether its current turn is over. Nothing of what was said."""
 
     def __init__(self):
-        self.turn = 0
         self.over: asyncio.Event | None = None  # set when the current turn is over
 
-    def next_turn(self) -> int:
+    def next_turn(self) -> asyncio.Event:
+        """End the current turn and begin one. Returns the event that is set when it is over."""
         if self.over:
             self.over.set()
-        self.turn, self.over = self.turn + 1, asyncio.Event()
-        return self.turn
+        self.over = asyncio.Event()
+        return self.over
 
 
 def sentences(text: str | None) -> list[str]:
@@ -226,12 +226,11 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
 
             A page handles the updates of each event in their order, but those of two events in any: so each tells
             all that may have changed since the last turn, for something of that may yet arrive."""
-            nothing = {busy: gr.skip()}
+            nothing = {busy: gr.skip()}  # to end with, because Gradio sends an event's last update again when it ends
             if not text:
                 yield nothing
                 return
-            this = visit_now.next_turn()
-            over = visit_now.over
+            over = visit_now.next_turn()
             said = [*said_in(chat_now), text]
             now = {chat: as_chat(said), busy: True, suggestion: NO_SUGGESTION, lost: "", notice: SILENT}
             yield now
@@ -240,7 +239,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                                     max_tokens=length_now, seed=seed_now or 0)
                 async with aclosing(bot.reply(sentences(persona_now), said, decoding)) as replies:
                     async for reply in replies:
-                        if visit_now.turn != this:
+                        if over.is_set():
                             yield nothing
                             return
                         yield now | {chat: as_chat([*said, bot.text(reply)])}
@@ -250,19 +249,18 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
             except (InputError, Busy, ValidationError, RuntimeError) as error:
                 yield now | {chat: chat_now, busy: False, lost: text, notice: complaint(error)}
                 return
-            if suggests_now and (hint := await suggest(own_now, said, decoding, visit_now)):
+            if suggests_now and (hint := await suggest(own_now, said, decoding, over)):
                 yield {suggestion: gr.Button(f"Suggestion: {hint}", interactive=True)}
             with suppress(TimeoutError):
                 await asyncio.wait_for(over.wait(), LINGER)
-            yield nothing  # for an event's last update is sent again when it ends
+            yield nothing
 
-        async def suggest(own_now, said, decoding, visit_now) -> str:
+        async def suggest(own_now, said, decoding, over) -> str:
             """What the user may say next; empty when that fails, which is not worth a complaint, or comes too late."""
-            this = visit_now.turn
             try:
                 async with aclosing(bot.reply(sentences(own_now), said, decoding)) as replies:
                     async for reply in replies:  # noqa: B007  the last one is the whole
-                        if visit_now.turn != this:
+                        if over.is_set():
                             return ""
             except (InputError, Busy, RuntimeError):
                 return ""

@@ -6,25 +6,28 @@
 #
 #   runs/feedback.sh EMPATHETIC_DIALOGUES_FOLDER
 #
-# The tokenizer is made of the corpus, so that nearly every word is one token: a model tells lengths by positions, the rule
-# counts words. Stopped and started again, it goes on where it was. People instead of the rule: python -m feedback.annotate --web.
+# The tokenizer is made of the corpus, so that nearly every word is one token: a model tells lengths by positions, the
+# rule counts words. Stopped and started again, it goes on where it was. People instead of the rule:
+# python -m feedback.annotate --web.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 corpus=$(realpath "$1")
 
 work=.demo/feedback
-mkdir -p $work/feedback-gpt2
+mkdir -p $work
 [ -f $work/data.json ] || python example_entry.py --convert "$corpus" $work/data.json --target second
-[ -f $work/feedback-gpt2/config.json ] || python - $work/data.json $work/feedback-gpt2 <<'PYTHON'
-import json, sys
+[ -d $work/feedback-gpt2 ] || python - $work/data.json $work/feedback-gpt2 <<'PYTHON'
+import json, os, sys
 from tokenizers import ByteLevelBPETokenizer
-dialogs, folder, end = json.load(open(sys.argv[1]))["train"], sys.argv[2], "<|endoftext|>"
+dialogs, folder, end = json.load(open(sys.argv[1]))["train"], sys.argv[2] + ".making", "<|endoftext|>"
 texts = {text for dialog in dialogs for turn in dialog["utterances"] for text in turn["history"] + turn["candidates"][-1:]}
 tokenizer = ByteLevelBPETokenizer()
 tokenizer.train_from_iterator(sorted(texts), vocab_size=8192, special_tokens=[end])
+os.makedirs(folder, exist_ok=True)
 tokenizer.save_model(folder)
 json.dump({"model_type": "gpt2", "vocab_size": 8192, "n_positions": 256, "n_embd": 128, "n_layer": 4, "n_head": 4,
            "initializer_range": 0.05, "bos_token_id": None, "eos_token_id": None}, open(f"{folder}/config.json", "w"))
+os.rename(folder, sys.argv[2])
 PYTHON
 data="--dataset_path $work/data.json --dataset_cache $work/cache"
 
