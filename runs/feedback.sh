@@ -11,7 +11,7 @@
 # python -m feedback.annotate --web.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-corpus=$(realpath "$1")
+corpus=$(realpath "${1:?name the folder of EmpatheticDialogues, ../shared/data/empatheticdialogues for example}")
 
 work=.demo/feedback
 mkdir -p $work
