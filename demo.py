@@ -2,7 +2,7 @@
 
     python demo.py --model_checkpoint runs/<your run>
 
-The replies of all visitors are decoded together (batching.py); the page is in page.py; this file knows HTTP.
+The replies of all visitors are decoded together (web/batching.py); the page is in web/page.py; this file knows HTTP.
 """
 
 import errno
@@ -29,12 +29,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field, field_validator
 from starlette.exceptions import HTTPException
 
-from batching import Bot, Busy, Decoding, Reply
 from corpora import InputError, command
 from interact import add_decoding_flags
-from page import HEAD, STYLE, THEME, build_page, sentences
 from tables import TokenTable
 from utils import add_common_flags, dataset_of, positive_number
+from web.batching import Bot, Busy, Decoding, Reply
+from web.page import HEAD, STYLE, THEME, build_page, sentences
 
 MAX_BODY = 256 * 1024  # bytes of a request: a very long conversation
 DRAINED = 64 * MAX_BODY  # bytes of a longer one that are read, and thrown away, before it is refused

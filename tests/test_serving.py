@@ -23,7 +23,6 @@ import uvicorn
 from conftest import FAMILIES, ROOT, SAMPLE, TINY_TOKENS, make_checkpoint
 
 import demo
-from batching import Bot, Busy, Decoder, Decoding
 from corpora import InputError
 from inputs import Specials, build_context
 from interact import generate_replies, readable
@@ -35,8 +34,9 @@ from model import (
     decoder_class,
     save_model,
 )
-from page import MAX_SHARED, pack, unpack
 from utils import get_dataset
+from web.batching import Bot, Busy, Decoder, Decoding
+from web.page import MAX_SHARED, pack, unpack
 
 WAIT = 240  # s; only a broken server ever takes as long
 LONG = 4096  # tokens: far more than are decoded while a test looks

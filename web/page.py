@@ -16,9 +16,9 @@ from html import escape, unescape
 import gradio as gr
 from pydantic import ValidationError
 
-from batching import MAX_TEXT, Bot, Busy, Decoding, Reply
 from corpora import InputError, check_corpus
 from tables import TokenTable
+from web.batching import MAX_TEXT, Bot, Busy, Decoding, Reply
 
 SHOWN = 10  # likeliest next tokens
 LINGER = 60  # s
