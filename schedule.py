@@ -1,11 +1,55 @@
-"""The learning rate over a run: up while the network warms up, then down to 0."""
+"""How the weights move: the optimizer of 2019, and its learning rate over a run."""
 
+import math
 from argparse import ArgumentParser, Namespace
 
 import torch
 from ignite.handlers import ParamScheduler
+from torch import nn
+from torch.optim.adamw import adamw
 
 from readers import share
+
+
+class AdamW(torch.optim.AdamW):
+    """The AdamW of transformers 2.5, with which the script of 2019 trained.
+
+    It adds ε to the root of the second moment before that moment's bias is corrected, the second form of Kingma and Ba
+    (2015, section 2): θ ← θ − lr · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε). torch adds ε behind the correction. At step t
+    the two agree when torch's ε is ε / √(1 − β₂ᵗ), which makes the first steps much shorter where gradients are small.
+
+    The moments are float32 whatever the weights are: in float16 the squares of most gradients would be 0.
+    """
+
+    def __init__(self, weights, lr: float, eps: float = 1e-6):
+        super().__init__(weights, lr=lr, eps=eps, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        taken = next((int(state["step"]) for state in self.state.values() if state), 0)  # one for all weights
+        for group in self.param_groups:
+            group["eps"] = self.defaults["eps"] / math.sqrt(1 - group["betas"][1] ** (taken + 1))
+            for weight in group["params"]:
+                if weight.grad is not None and weight.dtype.itemsize < 4:
+                    self._step_from_float32(weight, group)
+        return super().step(closure)
+
+    def _step_from_float32(self, weight: nn.Parameter, group: dict) -> None:
+        """Move one weight of half precision, and take its gradient away.
+
+        torch's kernel takes weight, gradient and moments of one type only, so it gets float32 copies, one weight at a
+        time.
+        """
+        copy, gradient, state = weight.float(), weight.grad.float(), self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), device=weight.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(copy), torch.zeros_like(copy)
+        beta1, beta2 = group["betas"]
+        adamw([copy], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True,
+              amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+              eps=group["eps"], maximize=False)
+        weight.copy_(copy)
+        weight.grad = None
 
 
 class Decay(ParamScheduler):

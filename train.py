@@ -26,7 +26,7 @@ from checkpoints import Checkpoints, begin, parse_resumable, spared
 from corpora import command, require_split
 from inputs import TurnDataset, build_input_from_segments, get_loader, longest_persona
 from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, add_lora_, add_special_tokens_, load_model
-from schedule import Decay, add_schedule_flags
+from schedule import AdamW, Decay, add_schedule_flags
 from tables import TokenTable
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
@@ -61,7 +61,7 @@ def training(args: Namespace) -> Path | None:
         model.base_model.compile(dynamic=True)  # batches differ in length
     network = devices.prepare(model, args)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-6, weight_decay=0.0, fused=True)
+    optimizer = AdamW(model.parameters(), args.lr)
     scaler = devices.loss_scaler(args)
     trainer = create_trainer(network, optimizer, scaler, args)
     evaluator = create_evaluator(network, args)
