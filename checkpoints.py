@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import devices
-from corpora import InputError
+from cli import InputError
 from model import save_model
 from tables import write_tensors
 from utils import make_logdir

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from corpora import InputError, command, require_split
+from cli import InputError, command, positive_number
+from corpora import require_split
 from distractors import UNSPACED
 from inputs import (
     IGNORED,
@@ -46,7 +47,7 @@ from interact import (
 from model import DoubleHeadsModel, autocast, half_dtype
 from report import gold_rank, write_report
 from tables import Split, TokenTable, tokenize
-from utils import add_common_flags, dataset_of, positive_number
+from utils import add_common_flags, dataset_of
 
 try:
     from parlai.core.agents import Agent

@@ -14,15 +14,14 @@ import codecs
 import gzip
 import io
 import json
-import logging
-import os
-import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from json.decoder import WHITESPACE
 from pathlib import Path
 from typing import BinaryIO
+
+from cli import InputError
 
 # What a file may make us do. Real dialogs stay far below: PERSONA-CHAT's file has 209 MB, its largest entry 60
 # thousand letters, its longest sentence 120.
@@ -32,55 +31,6 @@ LARGEST_ENTRY = 16 << 20  # letters of one dialog
 LONGEST_SENTENCE = 100_000  # letters
 MOST_SPLITS = 100
 PIECE = 4 << 20  # bytes read at once
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line that names the thing, the place and the cure."""
-
-
-def command(main: Callable[[], int | None]) -> None:
-    """Run a script's ``main``: an `InputError`, or a file that cannot be used, becomes one line and exit status 2.
-
-    Ctrl-C ends quietly with 130, a closed output pipe with 141, as the shell's own commands do. Neither errors nor the
-    log can carry commands to the terminal, and a terminal that lacks a letter shows a question mark.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_printable_record)
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
-        sys.exit(141)
-    except OSError as error:
-        if not error.filename:
-            raise
-        print(f"{Path(sys.argv[0]).name}: error: {printable(str(error.filename))}: cannot be used ({error.strerror}); "
-              "name a place you may read and write", file=sys.stderr)
-        sys.exit(2)
-
-
-def printable(text: str) -> str:
-    """The text with a space for each letter that a terminal might obey: escapes, line breaks, changes of direction."""
-    return text if text.isprintable() else "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def short(message: str) -> str:
-    """The first line of somebody else's error message, cut to a length that fits in one of ours."""
-    line = message.strip().split("\n")[0].rstrip(".")
-    return line if len(line) <= 160 else line[:157] + "…"
-
-
-def _printable_record(record: logging.LogRecord) -> bool:
-    record.msg, record.args = printable(record.getMessage()), None
-    return True
 
 
 # ------------------------------------------------------------------------------------------------ reading files

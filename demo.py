@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import uuid
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, Literal
@@ -29,10 +29,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field, field_validator
 from starlette.exceptions import HTTPException
 
-from corpora import InputError, command
+from cli import InputError, command, port_number, positive_number
 from interact import add_decoding_flags
 from tables import TokenTable
-from utils import add_common_flags, dataset_of, positive_number
+from utils import add_common_flags, dataset_of
 from web.batching import Bot, Busy, Decoding, Reply
 from web.page import HEAD, STYLE, THEME, build_page, sentences
 
@@ -301,7 +301,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_decoding_flags(parser)
     add("--host", default="127.0.0.1",
         help="address to listen at; 0.0.0.0 lets other machines in (default: %(default)s)")
-    add("--port", type=_port, default=7860, help="0: any free one (default: %(default)s)")
+    add("--port", type=port_number, default=7860, help="0: any free one (default: %(default)s)")
     add("--max_batch", type=positive_number, default=32, metavar="N",
         help="replies decoded at once; a beam search counts as its beams and one (default: %(default)s)")
     add("--max_waiting", type=positive_number, default=64, metavar="N",
@@ -318,12 +318,6 @@ def main() -> None:
         print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends.", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run([listening])
         bot.decoder.close()
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise ArgumentTypeError(f"{text!r} is not a port; choose a number from 1 to 65535, or 0 for any free one")
-    return int(text)
 
 
 if __name__ == "__main__":

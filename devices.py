@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from corpora import InputError
+from cli import InputError
 from model import DoubleHeadsModel, DoubleHeadsOutput, autocast, half_dtype
 
 # A process that does not answer within a step's exchange is lost. Before the first step, and while one process writes

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from corpora import InputError, command, printable, read_corpus, require_split
+from cli import InputError, command, fraction, printable, whole_number
+from corpora import read_corpus, require_split
 from distractors import HOW, draw_distractors
-from readers import TARGETS, beginning, divided, fraction, one_side, read_any
+from readers import TARGETS, beginning, divided, one_side, read_any
 
 # A dialog of two people, A and the bot, written from the bot's side. Each of the bot's turns is one element of
 # "utterances": the dialog up to that turn, and what could be said next.
@@ -147,7 +148,7 @@ def main() -> None:
     add("--train_frac", type=fraction, metavar="F",
         help="divide the dialogs anew, that share for training (default: a folder keeps its splits, one file is "
         "divided at 0.85)")
-    add("--seed", type=int, default=0, help="of what is left to chance (default: %(default)s)")
+    add("--seed", type=whole_number, default=0, help="of what is left to chance (default: %(default)s)")
     args = parser.parse_args()
     if args.convert:
         convert(*args.convert, args.target, args.distractors, args.train_frac, args.seed)

@@ -22,17 +22,11 @@ from transformers import (
     TextStreamer,
 )
 
-from corpora import LONGEST_SENTENCE, InputError, command, printable, read_pieces
+from cli import InputError, command, positive_number, printable, whole_number
+from corpora import LONGEST_SENTENCE, read_pieces
 from inputs import Segment, Specials, build_context, build_reply, fit_context
 from model import HALF, DoubleHeadsModel, add_special_tokens_, half_dtype, load_model
-from utils import (
-    OpenAIGPTTokenizer,
-    add_common_flags,
-    dataset_of,
-    get_tokenizer,
-    positive_number,
-    whole_number,
-)
+from utils import OpenAIGPTTokenizer, add_common_flags, dataset_of, get_tokenizer
 
 LENGTH_PENALTY = 0.65  # ParlAI's
 LARGEST_PERSONALITY = 1 << 20  # bytes of a file; no model has positions for a tenth of it

@@ -30,7 +30,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, cached_file
 
-from corpora import InputError, command
+from cli import InputError, command
 from inputs import IGNORED, NO_CANDIDATE
 from tables import write_tensors
 from utils import (

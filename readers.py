@@ -7,14 +7,14 @@ file knows nothing about tokens, or where a release is kept or fetched.
 import logging
 import random
 import re
-from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from corpora import LONGEST_SENTENCE, InputError, Json, open_data, read_corpus, read_pieces
+from cli import InputError
+from corpora import LONGEST_SENTENCE, Json, open_data, read_corpus, read_pieces
 
 HISTORY = 100  # utterances kept before a turn, or 99, so that who opens the list is who opened the dialog
 LONGEST_LINE = 1 << 24  # bytes
@@ -379,26 +379,6 @@ def beginning(entry: dict) -> tuple[str, str]:
     """The first two utterances, by which the two sides of a dialog are known as one."""
     turn = entry["utterances"][0]
     return turn["history"][0], (turn["history"] + turn["candidates"][-1:])[1]
-
-
-def fraction(text: str) -> float:
-    """A share of dialogs, for argparse."""
-    try:
-        if 0 < (value := float(text)) < 1:
-            return value
-    except ValueError:
-        pass
-    raise ArgumentTypeError(f"{text!r} is not a number between 0 and 1, such as 0.85")
-
-
-def share(text: str) -> float:
-    """0 to 1, for argparse."""
-    try:
-        if 0 <= (value := float(text)) <= 1:
-            return value
-    except ValueError:
-        pass
-    raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
 
 
 def divided(entries: Iterable[dict], train_frac: float, seed: int, name: str | Path) -> dict[str, list[dict]]:

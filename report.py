@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corpora import printable
+from cli import printable
 from tables import Split
 
 WORST = 20

@@ -8,7 +8,7 @@ from ignite.handlers import ParamScheduler
 from torch import nn
 from torch.optim.adamw import adamw
 
-from readers import share
+from cli import learning_rate, share
 
 
 class AdamW(torch.optim.AdamW):
@@ -72,7 +72,7 @@ class Decay(ParamScheduler):
 def add_schedule_flags(parser: ArgumentParser) -> None:
     """Flags of `Decay`."""
     add = parser.add_argument
-    add("--lr", type=float, default=6.25e-5, help="learning rate, at its highest (default: %(default)s)")
+    add("--lr", type=learning_rate, default=6.25e-5, help="learning rate, at its highest (default: %(default)s)")
     add("--warmup_ratio", type=share, default=0.0, metavar="R",
         help="share of all iterations over which it rises (default: %(default)s)")
     add("--lr_decay", default="linear", choices=["linear", "polynomial"],

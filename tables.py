@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from corpora import short
+from cli import short
 from distractors import COUNT, draw_distractors
 
 logger = logging.getLogger(__name__)

@@ -23,20 +23,13 @@ from torch.utils.data import DataLoader
 
 import devices
 from checkpoints import Checkpoints, begin, parse_resumable, spared
-from corpora import command, require_split
+from cli import coefficient, command, positive_number, positive_real, process_number, whole_number, worker_count
+from corpora import require_split
 from inputs import TurnDataset, build_input_from_segments, get_loader, longest_persona
 from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, add_lora_, add_special_tokens_, load_model
 from schedule import AdamW, Decay, add_schedule_flags
 from tables import TokenTable
-from utils import (
-    ATTR_TO_SPECIAL_TOKEN,
-    SPECIAL_TOKENS,
-    add_common_flags,
-    dataset_of,
-    get_tokenizer,
-    positive_number,
-    whole_number,
-)
+from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, add_common_flags, dataset_of, get_tokenizer
 
 __all__ = ["ATTR_TO_SPECIAL_TOKEN", "SPECIAL_TOKENS", "add_special_tokens_", "build_input_from_segments", "training"]
 
@@ -207,9 +200,9 @@ def parse_args() -> Namespace:
     add("--gradient_accumulation_steps", type=positive_number, default=8, metavar="N",
         help="batches that make one optimizer step (default: %(default)s)")
     add_schedule_flags(parser)
-    add("--lm_coef", type=float, default=1.0, help="weight of the language-modelling loss (default: %(default)s)")
-    add("--mc_coef", type=float, default=1.0, help="of the choice loss; 0: no distractors (default: %(default)s)")
-    add("--max_norm", type=float, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
+    add("--lm_coef", type=coefficient, default=1.0, help="weight of the language-modelling loss (default: %(default)s)")
+    add("--mc_coef", type=coefficient, default=1.0, help="of the choice loss; 0: no distractors (default: %(default)s)")
+    add("--max_norm", type=positive_real, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
     add("--n_epochs", type=whole_number, default=3, help="0: only evaluate (default: %(default)s)")
     add("--epoch_batches", type=whole_number, default=0, metavar="N", help="an epoch (default: 0, every turn once)")
     add("--eval_before_start", action="store_true", help="evaluate before the first epoch, too")
@@ -225,8 +218,9 @@ def parse_args() -> Namespace:
     add("--keep_checkpoints", type=positive_number, default=3, metavar="K",
         help="the last K stay, and the one of the lowest validation loss (default: %(default)s)")
     add("--resume", default="", metavar="RUN", help="go on with a run, as it began, from its last checkpoint")
-    add("--local_rank", "--local-rank", type=int, default=-1, help="this process's number, from a launcher of 2019")
-    add("--num_workers", type=whole_number, default=0, help="processes that build batches (default: %(default)s)")
+    add("--local_rank", "--local-rank", type=process_number, default=-1,
+        help="this process's number, from a launcher of 2019")
+    add("--num_workers", type=worker_count, default=0, help="processes that build batches (default: %(default)s)")
     add("--seed", type=whole_number, default=42, help="of weights, order and dropout (default: %(default)s)")
     parser.set_defaults(processes=None)
     args = parse_resumable(parser)

@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import socket
@@ -33,9 +32,10 @@ from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from corpora import MOST_GROWTH, InputError, read_corpus, short
+from cli import InputError, fraction, positive_number, require_memory, short, whole_number
+from corpora import MOST_GROWTH, read_corpus
 from distractors import HOW
-from readers import RELEASES, TARGETS, Release, divided, find_release, fraction, one_side, read_any, read_release
+from readers import RELEASES, TARGETS, Release, divided, find_release, one_side, read_any, read_release
 from tables import TokenTable, build_table, open_table
 
 PERSONACHAT_URL = RELEASES["personachat"][0].address
@@ -46,7 +46,6 @@ LARGEST_TEXT = 256 << 20  # in bytes; the tokenizers of the largest vocabularies
 LARGEST_MODEL = {"num_hidden_layers": 1_000, "hidden_size": 1 << 16, "num_attention_heads": 1 << 12,
                  "vocab_size": 1 << 23, "max_position_embeddings": 1 << 28}
 LARGEST_RANK = 1 << 13  # of an adapter
-LARGEST_NUMBER = 2 ** 31 - 1  # of a flag; numpy's seeds and counts end not far above
 HF_FINETUNED_MODEL = (
     "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
 )
@@ -432,12 +431,8 @@ def _check_config(config: transformers.PretrainedConfig, checkpoint: str) -> Non
             raise InputError(f"--model_checkpoint {checkpoint}: its config.json has {name} {str(size)[:20]}, "
                              f"where {allowed[name].stop - 1:,} is the most; fetch the model again")
     layers, width, words = (sizes[name] or 1 for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
-    least, memory = 4 * (4 * layers * width ** 2 + words * width), math.inf
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if least > memory:
-        raise InputError(f"--model_checkpoint {checkpoint}: its config.json describes a model of at least "
-                         f"{least >> 30:,} GiB, and this machine has {memory >> 30:,}; choose a smaller one")
+    require_memory(4 * (4 * layers * width ** 2 + words * width),
+                   f"--model_checkpoint {checkpoint}: the model that its config.json describes", "choose a smaller one")
 
 
 # --------------------------------------------------------------------------------------------------- data sets
@@ -582,22 +577,6 @@ def add_device_flag(parser: ArgumentParser) -> None:
                         help="cpu, cuda, cuda:1, … (default: cuda if there is one, else cpu)")
 
 
-def whole_number(text: str) -> int:
-    """0, 1, 2, …, for argparse."""
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    if len(text) > 12 or int(text) > LARGEST_NUMBER:
-        raise ArgumentTypeError(f"{text[:20]!r} is more than {LARGEST_NUMBER:,}")
-    return int(text)
-
-
-def positive_number(text: str) -> int:
-    """1, 2, 3, …, for argparse."""
-    if not text.isdecimal() or not (number := whole_number(text)):
-        raise ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return number
-
-
 def _odd(text: str) -> int:
     """Utterances, for argparse; as exchanges."""
     if (number := positive_number(text)) % 2 == 0:
@@ -622,7 +601,7 @@ def _corpus_names(text: str) -> str:
 
 def _device(text: str) -> str:
     try:
-        torch.empty(0, device=text)
+        torch.ones(1, device=text).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentTypeError(f"{text!r} cannot be used here ({short(str(error))}); try cpu") from None
     return text

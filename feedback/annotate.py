@@ -21,10 +21,9 @@ from itertools import combinations
 from pathlib import Path
 from threading import Lock
 
-from corpora import InputError, command
+from cli import InputError, command, port_number, printable, share, whole_number
 from feedback.metrics import asks_question
 from feedback.pairs import append_lines, read_lines, read_pairs, report_left_out
-from readers import share
 
 QUESTIONS = ("empathy", "relevance", "fluency")
 CHOICES = (0, 1, "tie", "bad")  # the first reply of the pair, the second, equally good, both bad
@@ -234,11 +233,6 @@ def ask(prompt: str, keys: Iterable[str]) -> str:
         print(f"  {key!r} is none of {' '.join(keys)}")
 
 
-def printable(text: str) -> str:
-    """No terminal escapes, whoever wrote the file."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
 def in_terminal(session: Session, annotator: str) -> None:
     """Ask until all is answered, ``q`` or the end of the input."""
     names = {"persona": "   ", "person": "  –", "bot": "  ="}
@@ -371,11 +365,11 @@ def main() -> None:
     add("--annotator", default="", metavar="NAME", help="who is answering")
     add("--questions", action="store_true", help=f"also ask which reply is better in {', '.join(QUESTIONS)}")
     add("--web", action="store_true", help="ask in the browser; everybody who opens the page gives a name there")
-    add("--port", type=int, default=8000, help="of the page, 0: any free one (default: %(default)s)")
+    add("--port", type=port_number, default=8000, help="of the page, 0: any free one (default: %(default)s)")
     add("--simulate", choices=SIMULATED, metavar="HOW",
         help="answer everything: by the rule that longer answers that ask a question win, or by coin")
     add("--noise", type=share, default=0.1, help="how often the rule's answer is turned (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of order, sides and simulation (default: %(default)s)")
+    add("--seed", type=whole_number, default=0, help="of order, sides and simulation (default: %(default)s)")
     annotate(parser.parse_args())
 
 

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from corpora import InputError, command, require_split
+from cli import InputError, command, positive_number
+from corpora import require_split
 from feedback.pairs import append_lines, is_pair, pair_name, read_lines
 from inputs import TurnDataset
 from interact import add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
 from model import DoubleHeadsModel, half_dtype
-from utils import add_common_flags, dataset_of, positive_number
+from utils import add_common_flags, dataset_of
 
 DECODING = ("no_sample", "max_length", "min_length", "temperature", "top_k", "top_p", "num_beams", "length_penalty",
             "no_repeat_ngram_size")

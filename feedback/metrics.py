@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from corpora import InputError
+from cli import InputError
 
 QUESTION_WORDS = frozenset(
     "who whom whose what when where why which how "

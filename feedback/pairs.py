@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpora import InputError
+from cli import InputError
 
 logger = logging.getLogger("feedback.pairs")
 

@@ -29,7 +29,18 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from corpora import InputError, command, require_split
+from cli import (
+    InputError,
+    coefficient,
+    command,
+    learning_rate,
+    positive_number,
+    positive_real,
+    real_number,
+    share,
+    whole_number,
+)
+from corpora import require_split
 from feedback.annotate import preferences, read_answers, rule_score
 from feedback.collect import model_hash
 from feedback.metrics import WEIGHTS, Dyme, check_libraries, weighted
@@ -39,10 +50,9 @@ from feedback.snapshot import check_arguments, check_same, restore_snapshot, sav
 from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, pack_turn
 from interact import generate_replies, load_checkpoint, readable
 from model import DoubleHeadsModel, save_model
-from readers import share
 from tables import Split
 from train import BAR
-from utils import add_common_flags, dataset_of, positive_number, whole_number
+from utils import add_common_flags, dataset_of
 
 EVALUATIONS = "evaluations.jsonl"
 NEVER = -1e9  # log-probability of what cannot be done; finite, so that 0 · NEVER is 0
@@ -543,28 +553,28 @@ def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
     add("--policy", default="policy", metavar="DIR", help="folder of the result (default: %(default)s)")
     add("--steps", type=positive_number, default=200, help="batches (default: %(default)s)")
     add("--batch_size", type=positive_number, default=64, help="replies a step; of dpo, pairs (default: %(default)s)")
-    add("--lr", type=float, default=1e-5, help="learning rate; falls linearly to 0 (default: %(default)s)")
-    add("--max_norm", type=float, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
+    add("--lr", type=learning_rate, default=1e-5, help="learning rate; falls linearly to 0 (default: %(default)s)")
+    add("--max_norm", type=positive_real, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
     add("--max_length", type=positive_number, default=30, help="of a reply, in tokens (default: %(default)s)")
     add("--seed", type=whole_number, default=42, help="of contexts, replies and order (default: %(default)s)")
 
     rewards = parser.add_argument_group("what ppo and rloo follow").add_argument
     rewards("--reward_model", default="", metavar="DIR", help="of feedback.reward; counts once. dpo only measures it")
-    rewards("--utterance_metrics", type=float, default=0.0, metavar="W",
+    rewards("--utterance_metrics", type=real_number, default=0.0, metavar="W",
             help="count the utterance metrics W times (default: not at all)")
     for name, weight in WEIGHTS.items():
-        rewards(f"--{name}", type=float, default=weight, metavar="W",
+        rewards(f"--{name}", type=real_number, default=weight, metavar="W",
                 help=f"weight of {name} among the utterance metrics (default: %(default)s)")
-    rewards("--dyme", type=float, default=0.0, metavar="W",
+    rewards("--dyme", type=real_number, default=0.0, metavar="W",
             help="W times less for a reply whose metrics are not what they usually are at its place (default: none)")
     rewards("--dyme_dialogs", type=positive_number, default=2000, metavar="N",
             help="training dialogs that DYME learns from (default: %(default)s)")
-    rewards("--unfinished_reward", type=float, default=-1.0, metavar="R",
+    rewards("--unfinished_reward", type=real_number, default=-1.0, metavar="R",
             help="of a reply that was cut at --max_length, instead of all others (default: %(default)s)")
 
     add = parser.add_argument_group("ppo and rloo").add_argument
-    add("--kl_coef", type=float, default=0.2, help="price of a nat at first (default: %(default)s)")
-    add("--kl_target", type=float, default=6.0, metavar="NATS",
+    add("--kl_coef", type=coefficient, default=0.2, help="price of a nat at first (default: %(default)s)")
+    add("--kl_target", type=coefficient, default=6.0, metavar="NATS",
         help="a reply, for which the price is steered; 0: it stays (default: %(default)s)")
     add("--kl_horizon", type=positive_number, default=10_000, metavar="N",
         help="replies over which it is steered (default: %(default)s)")
@@ -572,16 +582,17 @@ def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
 
     add = parser.add_argument_group("ppo").add_argument
     add("--ppo_epochs", type=positive_number, default=4, help="over each batch (default: %(default)s)")
-    add("--clip", type=float, default=0.2, help="of ratio and value (default: %(default)s)")
-    add("--gamma", type=float, default=1.0, help="discount (default: %(default)s)")
-    add("--lam", type=float, default=0.95, help="λ of the advantages (default: %(default)s)")
-    add("--value_coef", type=float, default=0.1, help="weight of the value loss (default: %(default)s)")
+    add("--clip", type=positive_real, default=0.2, help="of ratio and value (default: %(default)s)")
+    add("--gamma", type=share, default=1.0, help="discount (default: %(default)s)")
+    add("--lam", type=share, default=0.95, help="λ of the advantages (default: %(default)s)")
+    add("--value_coef", type=coefficient, default=0.1, help="weight of the value loss (default: %(default)s)")
 
     add = parser.add_argument_group("dpo").add_argument
     add("--pairs", default="pairs.jsonl", metavar="FILE", help="of feedback.collect (default: %(default)s)")
     add("--answers", default=["answers.jsonl"], nargs="+", metavar="FILE",
         help="of feedback.annotate (default: answers.jsonl)")
-    add("--beta", type=float, default=0.1, help="the less, the further from the reference (default: %(default)s)")
+    add("--beta", type=positive_real, default=0.1,
+        help="the less, the further from the reference (default: %(default)s)")
     add("--held_out", type=share, default=0.15, help="as in feedback.reward (default: %(default)s)")
     add("--held_out_seed", type=whole_number, default=42, help="feedback.reward's --seed (default: %(default)s)")
 

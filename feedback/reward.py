@@ -29,18 +29,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import devices
-from corpora import InputError, command
+from cli import InputError, command, learning_rate, positive_number, positive_real, share, whole_number
 from feedback.annotate import preferences, read_answers
 from feedback.pairs import read_pairs
 from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
 from inputs import LengthBatches, Row, Specials, collate, pack_turn
 from interact import load_checkpoint
 from model import HALF, DoubleHeadsModel, autocast, save_model
-from readers import share
 from report import bars, calibration, calibration_error, calibration_table, html
 from tables import tokenize
 from train import BAR, create_trainer
-from utils import add_device_flag, positive_number, whole_number
+from utils import add_device_flag
 
 SCALE = "reward.json"
 logger = logging.getLogger("feedback.reward")
@@ -243,8 +242,8 @@ def main() -> None:
     add("--held_out", type=share, default=0.15, help="share of the dialogs to test on (default: %(default)s)")
     add("--n_epochs", type=positive_number, default=3, help="(default: %(default)s)")
     add("--train_batch_size", type=positive_number, default=16, help="pairs (default: %(default)s)")
-    add("--lr", type=float, default=6.25e-5, help="learning rate; falls linearly to 0 (default: %(default)s)")
-    add("--max_norm", type=float, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
+    add("--lr", type=learning_rate, default=6.25e-5, help="learning rate; falls linearly to 0 (default: %(default)s)")
+    add("--max_norm", type=positive_real, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
     add("--save_every", type=positive_number, default=200, metavar="N",
         help="steps after which a killed training can go on (default: %(default)s)")
     add("--fp16", default="", choices=["", "O0", *HALF], help="half precision, as in train.py (default: none)")

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from corpora import InputError
+from cli import InputError
 from tables import write_tensors
 
 FILE, ARGUMENTS = "unfinished.safetensors", "feedback_args.json"

@@ -50,7 +50,8 @@ def fuzz_json():
     """A data file is refused in one printable line, or read as Python's own reader reads it."""
     with atheris.instrument_imports(include=["corpora"]):
         import corpora
-        from corpora import InputError, check_corpus, printable, read_corpus
+        from cli import InputError, printable
+        from corpora import check_corpus, read_corpus
 
     corpora.PIECE = 64  # values that lie in two pieces, too
 
@@ -72,7 +73,8 @@ def fuzz_readers():
     """A file of any layout is refused in one line, or each of its entries has the format."""
     with atheris.instrument_imports(include=["corpora", "readers"]):
         import readers
-        from corpora import InputError, check_entry, printable
+        from cli import InputError, printable
+        from corpora import check_entry
 
     read = [readers.read_parlai, readers.read_jsonl, readers.read_plain, readers.read_dailydialog,
             readers.read_empathetic_dialogues, readers.read_blended_skill_talk]

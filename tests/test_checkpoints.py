@@ -25,7 +25,7 @@ from test_distributed import PATIENCE, until
 
 import train
 from checkpoints import find, read_header, step_files
-from corpora import InputError
+from cli import InputError
 from utils import get_dataset, get_tokenizer, make_logdir
 
 
@@ -286,7 +286,7 @@ def test_a_loss_that_is_no_number_names_the_turns(tmp_path):
     turns = [f"train[{dialog}].utterances[{turn}]" for dialog, entry in enumerate(corpus["train"][:3])
              for turn in range(len(entry["utterances"]))]
     checkpoint = make_checkpoint(tmp_path / "model", n_layer=1, n_embd=32)
-    line = error_line("train.py", "--dataset_path", "few.json", "--model_checkpoint", checkpoint, "--lr", 1e30,
+    line = error_line("train.py", "--dataset_path", "few.json", "--model_checkpoint", checkpoint, "--lr", 1e6,
                       "--n_epochs", 30, "--train_batch_size", 99, "--gradient_accumulation_steps", 1, cwd=tmp_path)
     step = int(re.search(r"(?:nan|inf) in step (\d+), on ", line)[1])
     assert sorted(re.findall(r"train\[\d+\]\.utterances\[\d+\]", line)) == sorted(turns)

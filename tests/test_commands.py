@@ -481,8 +481,8 @@ def test_an_unreachable_hub_names_the_flag(tmp_path):
 
 @pytest.mark.parametrize("arguments, complaint", [
     (["interact.py", "--temperature", "0"], "--temperature: '0' is not a number above 0"),
-    (["interact.py", "--max_length", "0"], "--max_length: '0' is not a whole number of 1 or more"),
-    (["interact.py", "--max_history", "-1"], "--max_history: '-1' is not a whole number of 0 or more"),
+    (["interact.py", "--max_length", "0"], "--max_length: '0' is not a whole number from 1 to"),
+    (["interact.py", "--max_history", "-1"], "--max_history: '-1' is not a whole number from 0 to"),
     (["train.py", "--train_batch_size", "x"], "--train_batch_size: 'x' is not a whole number"),
     (["train.py", "--device", "cuda:77"], "--device: 'cuda:77' cannot be used here"),
     (["train.py", "--device", "toaster"], "--device: 'toaster' cannot be used here"),

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import readers
-from corpora import InputError, check_corpus, read_corpus
+from cli import InputError
+from corpora import check_corpus, read_corpus
 from distractors import draw_distractors, words
 from example_entry import convert
 from readers import HISTORY, Dialog, Turn, divided, entries, one_side, read_any

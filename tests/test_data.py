@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import utils
-from corpora import InputError, check_corpus, read_corpus
+from cli import InputError
+from corpora import check_corpus, read_corpus
 from example_entry import EXAMPLE_ENTRY
 from inputs import Specials
 from tables import tokenize

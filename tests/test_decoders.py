@@ -13,8 +13,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.nn import functional as F
 
 import utils
+from cli import InputError
 from convai_evaluation import split_words
-from corpora import InputError, read_corpus
+from corpora import read_corpus
 from inputs import Specials, TurnDataset, build_context, build_reply, collate
 from interact import generate_replies
 from model import add_special_tokens_, load_model, save_model

@@ -10,7 +10,7 @@ import pytest
 from conftest import SAMPLE, TINY, error_line, script
 
 import utils
-from corpora import InputError
+from cli import InputError
 
 
 def test_a_file_is_fetched_once(server):

@@ -11,6 +11,7 @@ from conftest import SAMPLE, TINY, TINY_TOKENS
 from torch.nn import functional as F
 
 import utils
+from cli import InputError
 from inputs import Specials, TurnDataset, build_input_from_segments, collate, get_loader, pack_turn
 from interact import top_filtering
 from model import add_special_tokens_, candidate_mask, load_model, save_model
@@ -232,7 +233,7 @@ def test_a_long_turn_loses_its_oldest_context_never_the_reply(table, positions):
 
 def test_vocabulary_of_another_tokenizer_is_refused(tmp_path):
     transformers.OpenAIGPTConfig(vocab_size=777, n_embd=16, n_layer=1, n_head=1).save_pretrained(tmp_path)
-    with pytest.raises(utils.InputError, match=f"777 tokens and its tokenizer {TINY_TOKENS + 5:,}"):
+    with pytest.raises(InputError, match=f"777 tokens and its tokenizer {TINY_TOKENS + 5:,}"):
         add_special_tokens_(load_model(str(tmp_path)), utils.get_tokenizer(str(TINY)))
 
 

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, make_checkpoint
 from torch.nn import functional as F
 
-from corpora import InputError
+from cli import InputError
 from feedback import annotate, collect, metrics, policy, reward
 from feedback.pairs import read_pairs
 from inputs import Specials, TurnDataset, build_context, collate

@@ -28,7 +28,8 @@ import interact
 import model
 import tables
 import utils
-from corpora import InputError, printable, read_corpus
+from cli import InputError, printable
+from corpora import read_corpus
 from inputs import Specials
 from readers import read_any
 
@@ -85,11 +86,11 @@ def test_places_count_lines_and_letters_through_pieces(tmp_path, monkeypatch):
 
 
 def limited(code: str, *arguments, megabytes: int = 700) -> str:
-    """Standard error of a Python process that may use so much memory, with ``corpora`` imported."""
+    """Standard error of a Python process that may use so much memory, with ``cli`` and ``corpora`` imported."""
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
 
-    prelude = "import sys; from corpora import *; "
+    prelude = "import sys; from cli import *; from corpora import *; "
     done = subprocess.run([sys.executable, "-c", prelude + code, *map(str, arguments)], cwd=ROOT, text=True,
                           capture_output=True, timeout=300, preexec_fn=limit)
     assert "MemoryError" not in done.stderr
@@ -389,7 +390,7 @@ def test_code_beside_a_model_is_neither_run_nor_asked_for(altered, tmp_path, mon
 @pytest.mark.parametrize("settings, complaint", [
     ({"n_layer": 10 ** 7}, "num_hidden_layers 10000000, where 1,000 is the most"),
     ({"n_embd": 10 ** 9}, "hidden_size 1000000000, where 65,536 is the most"),
-    ({"n_embd": 60_000, "n_layer": 900}, "describes a model of at least 48,"),
+    ({"n_embd": 60_000, "n_layer": 900}, "describes needs at least 48,"),
     ({"n_head": -1}, "num_attention_heads -1"),
     ({"num_labels": 10 ** 9}, "num_labels 1000000000"),
     ({"history_start": 1.5}, "history_start 1.5"),

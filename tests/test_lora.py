@@ -14,7 +14,7 @@ from test_decoders import FAMILIES, byte_level, write_checkpoint
 
 import model as network
 import utils
-from corpora import InputError
+from cli import InputError
 from inputs import Specials, TurnDataset, collate
 from model import add_lora_, add_special_tokens_, load_model, save_model
 

@@ -16,7 +16,7 @@ from conftest import TINY, make_checkpoint, script
 from test_corpora import BST, ED
 
 import utils
-from corpora import InputError
+from cli import InputError
 from inputs import LengthBatches, TurnDataset, get_loader, longest_persona
 from schedule import Decay, add_schedule_flags
 from tables import Split, TokenTable

@@ -23,7 +23,7 @@ import uvicorn
 from conftest import FAMILIES, ROOT, SAMPLE, TINY_TOKENS, make_checkpoint
 
 import demo
-from corpora import InputError
+from cli import InputError
 from inputs import Specials, build_context
 from interact import generate_replies, readable
 from model import (

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, NoRepeatNGr
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from corpora import InputError
+from cli import InputError
 from inputs import Segment, Specials, build_reply
 from interact import Filtered, fitted_context, load_checkpoint, readable
 from model import DoubleHeadsModel, half_dtype

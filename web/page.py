@@ -16,7 +16,8 @@ from html import escape, unescape
 import gradio as gr
 from pydantic import ValidationError
 
-from corpora import InputError, check_corpus
+from cli import InputError
+from corpora import check_corpus
 from tables import TokenTable
 from web.batching import MAX_TEXT, Bot, Busy, Decoding, Reply
 

@@ -1,0 +1,144 @@
+"""What all command lines have in common: errors of one line, safe output, the kinds of numbers that flags take.
+
+Imports nothing but Python's own library, so that a script can refuse a flag before anything large is loaded.
+"""
+
+import logging
+import math
+import os
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+LARGEST_NUMBER = 2 ** 31 - 1  # numpy's seeds and counts end not far above
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line that names the thing, the place and the cure."""
+
+
+def command(main: Callable[[], int | None]) -> None:
+    """Run a script's ``main``: an `InputError`, or a file that cannot be used, becomes one line and exit status 2.
+
+    Ctrl-C ends quietly with 130, a closed output pipe with 141, as the shell's own commands do. Neither errors nor the
+    log can carry commands to the terminal, and a terminal that lacks a letter shows a question mark.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_printable_record)
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
+        sys.exit(141)
+    except OSError as error:
+        if not error.filename:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {printable(str(error.filename))}: cannot be used ({error.strerror}); "
+              "name a place you may read and write", file=sys.stderr)
+        sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """The text with a space for each letter that a terminal might obey: escapes, line breaks, changes of direction."""
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def short(message: str) -> str:
+    """The first line of somebody else's error message, cut to a length that fits in one of ours."""
+    line = message.strip().split("\n")[0].rstrip(".")
+    return line if len(line) <= 160 else line[:157] + "…"
+
+
+def _printable_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------ numbers
+
+
+@dataclass(frozen=True)
+class Number:
+    """Numbers of one type within a range, both ends included unless excluded.
+
+    As an argparse ``type`` it reads a text and refuses what is no such number, naming the range; ``nan`` is in no
+    range, and ``inf`` is beyond all of them. ``value in NUMBER`` asks the same of a value that comes from elsewhere,
+    and ``str(NUMBER)`` says in words what is allowed.
+    """
+
+    type: type[int] | type[float]
+    least: float
+    most: float
+    above_least: bool = False  # whether ``least`` itself is excluded
+    below_most: bool = False  # whether ``most`` itself is excluded
+
+    def __call__(self, text: str) -> int | float:
+        try:
+            value = self.type(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if value not in self:
+            raise ArgumentTypeError(f"{printable(text[:20])!r} is not {self}")
+        return value
+
+    def __contains__(self, value: object) -> bool:
+        if type(value) not in (int, self.type):  # True is no number here, nor is 2.0 a whole one
+            return False
+        return (value > self.least if self.above_least else value >= self.least) and (
+            value < self.most if self.below_most else value <= self.most)
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.type is int else "a number"
+        if self.above_least and self.below_most:
+            return f"{kind} between {self.least:,} and {self.most:,}"
+        if self.above_least or self.below_most:
+            lower = f"above {self.least:,}" if self.above_least else f"from {self.least:,}"
+            return f"{kind} {lower} and {'below' if self.below_most else 'up to'} {self.most:,}"
+        return f"{kind} from {self.least:,} to {self.most:,}"
+
+
+whole_number = Number(int, 0, LARGEST_NUMBER)
+positive_number = Number(int, 1, LARGEST_NUMBER)
+share = Number(float, 0, 1)
+fraction = Number(float, 0, 1, above_least=True, below_most=True)
+real_number = Number(float, -1_000_000, 1_000_000)
+coefficient = Number(float, 0, 1_000_000)  # of a loss, a price: 0 leaves it out
+positive_real = Number(float, 0, 1_000_000, above_least=True)
+learning_rate = Number(float, 0, 1_000_000)  # also one that must diverge; 0 leaves the weights as they are
+worker_count = Number(int, 0, 1_000)  # each is a process of its own
+process_number = Number(int, -1, 1_000_000)  # a launcher's; -1: there is none
+port_number = Number(int, 0, 65_535)
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+def machine_memory() -> float:
+    """Bytes that this machine has, or that the container may use of them; infinite where nobody says."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # no container, or one without a limit: "max"
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
+
+
+def require_memory(size: float, what: str, cure: str = "give less") -> None:
+    """Raise `InputError` where ``size`` bytes, the least that ``what`` can do with, are more than the machine has.
+
+    ``what`` names the flag and its value: ``--batch_size 1000000000``.
+    """
+    if size > (memory := machine_memory()):
+        raise InputError(f"{what} needs at least {size / 2 ** 30:,.0f} GiB, and this machine has "
+                         f"{memory / 2 ** 30:,.0f}; {cure}")
