@@ -23,6 +23,15 @@ from tqdm import tqdm
 
 from cli import InputError, command, positive_number
 from corpora import require_split
+from decoding import (
+    Decoding,
+    add_decoding_flags,
+    add_family_flag,
+    fitted_context,
+    generate_replies,
+    load_checkpoint,
+    readable,
+)
 from distractors import UNSPACED
 from inputs import (
     IGNORED,
@@ -35,14 +44,6 @@ from inputs import (
     get_loader,
     max_reply,
     pack_turn,
-)
-from interact import (
-    add_decoding_flags,
-    add_family_flag,
-    fitted_context,
-    generate_replies,
-    load_checkpoint,
-    readable,
 )
 from model import DoubleHeadsModel, autocast, half_dtype
 from report import gold_rank, write_report
@@ -246,12 +247,14 @@ def perplexities(records: list[dict]) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------------- F1
 
 
-def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, args: Namespace) -> Iterator[tuple[int, dict]]:
-    """For each turn its number and the generated ``reply``; seeded by ``args.seed``."""
-    torch.manual_seed(args.seed)
-    for turns in LengthBatches(dataset.lengths()[0], args.batch_size):
-        contexts = [fitted_context(model, *dataset.context(turn), dataset.special, args.max_length) for turn in turns]
-        batch = generate_replies(model, contexts, dataset.special, args)
+def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, decoding: Decoding,
+            batch_size: int) -> Iterator[tuple[int, dict]]:
+    """For each turn its number and the generated ``reply``; seeded by ``decoding.seed``, 0 as any other."""
+    torch.manual_seed(decoding.seed)
+    for turns in LengthBatches(dataset.lengths()[0], batch_size):
+        contexts = [fitted_context(model, *dataset.context(turn), dataset.special, decoding.max_length)
+                    for turn in turns]
+        batch = generate_replies(model, contexts, dataset.special, decoding)
         for turn, reply in zip(turns.tolist(), batch, strict=True):
             yield turn, {"reply": readable(tokenizer, reply)}
 
@@ -318,7 +321,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
     if args.report:
         with _writing(f"--report {args.report}"):
             Path(args.report).mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_checkpoint(args)
+    model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
     table = dataset_of(args, tokenizer)
     split = require_split(table, "valid", args.dataset or args.dataset_path)
     kinds = ["hits@1", "ppl", "f1"] if args.eval_type == "all" else [args.eval_type]
@@ -351,9 +354,9 @@ def evaluate(args: Namespace) -> dict[str, float]:
         model.to(half_dtype(args.device, args.fp16))  # decoding reads all weights for each token
         runs = []
         for seed in range(args.seed, args.seed + args.seeds):
-            decoding = Namespace(**{**vars(args), "seed": seed})
+            decoding = Decoding.of(args).over(seed=seed)
             name = f"f1, seed {seed}" if args.seeds > 1 else "f1"
-            records["f1"] = collect(replies(model, gold_only, tokenizer, decoding), name)
+            records["f1"] = collect(replies(model, gold_only, tokenizer, decoding, args.batch_size), name)
             runs.append(reply_metrics(records["f1"], split, args.max_history))
         figures |= {name: fmean(run[name] for run in runs) for name in runs[0]}  # F1 of replies, not of choices
         if args.seeds > 1:
@@ -411,12 +414,12 @@ class TransformerAgent(Agent):
             add_agent_flags(parser)
             known = vars(parser.parse_args([]))
             self.args = Namespace(**{name: opt.get(name, default) for name, default in known.items()})
-            self.model, self.tokenizer = load_checkpoint(self.args)
-            if self.args.eval_type == "f1":
-                self.model.to(half_dtype(self.args.device, self.args.fp16))
+            half = self.args.fp16 if self.args.eval_type == "f1" else ""
+            self.model, self.tokenizer = load_checkpoint(self.args.model_checkpoint, self.args.device,
+                                                         self.args.max_len, half)
             torch.manual_seed(self.args.seed)
             self.counted = Counter()  # of observations that cannot be scored as they should, by what is wrong
-        self.special = Specials.of(self.tokenizer)
+        self.special, self.decoding = Specials.of(self.tokenizer), Decoding.of(self.args)
         self.reset()
 
     def share(self):
@@ -502,9 +505,9 @@ class TransformerAgent(Agent):
             act["text"] = ranked[0][0]
 
     def _reply(self, acts, observations) -> None:
-        contexts = [fitted_context(self.model, *self._ids(one), self.special, self.args.max_length)
+        contexts = [fitted_context(self.model, *self._ids(one), self.special, self.decoding.max_length)
                     for one in observations]
-        for act, reply in zip(acts, generate_replies(self.model, contexts, self.special, self.args), strict=True):
+        for act, reply in zip(acts, generate_replies(self.model, contexts, self.special, self.decoding), strict=True):
             act["text"] = readable(self.tokenizer, reply)
 
     @torch.inference_mode()

@@ -30,7 +30,7 @@ from pydantic import BaseModel, Field, field_validator
 from starlette.exceptions import HTTPException
 
 from cli import InputError, command, port_number, positive_number
-from interact import add_decoding_flags
+from decoding import add_decoding_flags
 from tables import TokenTable
 from utils import add_common_flags, dataset_of
 from web.batching import Bot, Busy, Decoding, Reply

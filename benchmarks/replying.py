@@ -2,13 +2,12 @@
 
 import copy
 import itertools
-from argparse import Namespace
 
 import torch
 from textbook import Bench, alternate, parse_args, report
 
+from decoding import Decoding, generate_replies, top_filtering
 from inputs import build_context, build_reply
-from interact import generate_replies, top_filtering
 from model import half_dtype
 
 LENGTH = 20
@@ -20,10 +19,10 @@ def main() -> None:
     bench = Bench(args)
     bench.ours.eval(), bench.own.eval()
     dataset = bench.dataset("valid", 1)
-    sampling = Namespace(no_sample=False, max_length=LENGTH, min_length=LENGTH, temperature=0.7, top_k=0, top_p=0.9)
-    greedy = Namespace(**{**vars(sampling), "no_sample": True})
+    sampling = Decoding(max_length=LENGTH, min_length=LENGTH)
+    greedy = sampling.over(no_sample=True)
 
-    def reference(turn: int, decoding: Namespace) -> list[int]:
+    def reference(turn: int, decoding: Decoding) -> list[int]:
         """Everything computed again for each token, as in 2019."""
         context, reply = build_context(*dataset.context(turn), bench.special), []
         for _ in range(LENGTH):
@@ -38,7 +37,7 @@ def main() -> None:
                 reply.append(int(torch.multinomial(logits.softmax(-1), 1)))
         return reply
 
-    def ours(turns: list[int], decoding: Namespace, model=bench.ours, samples: int = 1) -> list[list[int]]:
+    def ours(turns: list[int], decoding: Decoding, model=bench.ours, samples: int = 1) -> list[list[int]]:
         contexts = [build_context(*dataset.context(turn), bench.special) for turn in turns]
         return generate_replies(model, contexts, bench.special, decoding, samples=samples)
 

@@ -12,6 +12,7 @@ import os
 import shlex
 from argparse import ArgumentParser, Namespace
 from collections import Counter
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
@@ -21,14 +22,12 @@ from tqdm import tqdm
 
 from cli import InputError, command, positive_number
 from corpora import require_split
+from decoding import OPTIONS, Decoding, add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
 from feedback.pairs import append_lines, is_pair, pair_name, read_lines
 from inputs import TurnDataset
-from interact import add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
 from model import DoubleHeadsModel, half_dtype
 from utils import add_common_flags, dataset_of
 
-DECODING = ("no_sample", "max_length", "min_length", "temperature", "top_k", "top_p", "num_beams", "length_penalty",
-            "no_repeat_ngram_size")
 logger = logging.getLogger("feedback.collect")
 
 
@@ -41,12 +40,12 @@ def model_hash(model: DoubleHeadsModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def decoders(args: Namespace) -> list[Namespace]:
+def decoders(args: Namespace) -> list[Decoding]:
     """The command line's decoder, or one a ``--decoder``, each the command line's with its own flags on top."""
     parser = ArgumentParser(prog="--decoder", add_help=False)
     add_decoding_flags(parser)
-    parser.set_defaults(**{name: getattr(args, name) for name in (*DECODING, "fp16", "seed")})
-    return [parser.parse_args(shlex.split(flags)) for flags in args.decoder or [""]]
+    parser.set_defaults(**{name: getattr(args, name) for name in (*OPTIONS, "fp16")})
+    return [Decoding.of(parser.parse_args(shlex.split(flags))) for flags in args.decoder or [""]]
 
 
 def collect(args: Namespace) -> int:
@@ -60,7 +59,7 @@ def collect(args: Namespace) -> int:
     Batches are decoded in a fixed order, each under a seed of its own, so that what a kill interrupts can be made
     again: the last batch in the file is, when collecting goes on.
     """
-    model, tokenizer = load_checkpoint(args)
+    model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
     table = dataset_of(args, tokenizer)
     split = require_split(table, args.split, args.dataset or args.dataset_path)
     dataset = TurnDataset(split, tokenizer, model.max_positions, max_history=args.max_history,
@@ -73,7 +72,8 @@ def collect(args: Namespace) -> int:
     made = {
         "checkpoint": args.model_checkpoint, "model": model_hash(model),
         "data": table.metadata["key"][:16], "split": args.split, "max_history": args.max_history,
-        "decoders": [{name: getattr(way, name) for name in DECODING} for way in ways], "fp16": args.fp16,
+        "decoders": [{name: value for name, value in asdict(way).items() if name != "seed"} for way in ways],
+        "fp16": args.fp16,
     }
     model.to(half_dtype(args.device, args.fp16))  # each token reads all weights
     longest = max(way.max_length for way in ways)

@@ -41,6 +41,7 @@ from cli import (
     whole_number,
 )
 from corpora import require_split
+from decoding import Decoding, generate_replies, load_checkpoint, readable
 from feedback.annotate import preferences, read_answers, rule_score
 from feedback.collect import model_hash
 from feedback.metrics import WEIGHTS, Dyme, check_libraries, weighted
@@ -48,7 +49,6 @@ from feedback.pairs import append_lines, read_lines, read_pairs
 from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint, held_out
 from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
 from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, pack_turn
-from interact import generate_replies, load_checkpoint, readable
 from model import DoubleHeadsModel, save_model
 from tables import Split
 from train import BAR
@@ -185,7 +185,7 @@ def divergence(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def sample_replies(model: DoubleHeadsModel, turns: Sequence[Turn], special: Specials, max_length: int,
                    samples: int) -> list[Turn]:
     """``turns`` with ``samples`` replies each, drawn from the model's own distribution: no filter, no temperature."""
-    how = Namespace(no_sample=False, temperature=1.0, top_k=0, top_p=0.0, max_length=max_length, min_length=0)
+    how = Decoding(temperature=1.0, top_p=0.0, max_length=max_length, min_length=0)
     contexts = [build_context(turn.persona, turn.history, special, model.history_start) for turn in turns]
     ids = generate_replies(model, contexts, special, how, samples=samples)
     replies = [Reply(one, len(one) < max_length) for one in ids]
@@ -311,10 +311,11 @@ class Trainer:
 
     def __init__(self, args: Namespace):
         self.args = args
-        model, self.tokenizer = load_checkpoint(args)
+        model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
         self.special = Specials.of(self.tokenizer)
         self.network = PolicyNetwork(model)
-        self.reference = PolicyNetwork(load_checkpoint(args)[0]).requires_grad_(False)
+        reference, _ = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
+        self.reference = PolicyNetwork(reference).requires_grad_(False)
         self.table = dataset_of(args, self.tokenizer)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
         self.kl = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)

@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 import devices
 from cli import InputError, command, learning_rate, positive_number, positive_real, share, whole_number
+from decoding import load_checkpoint
 from feedback.annotate import preferences, read_answers
 from feedback.pairs import read_pairs
 from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
 from inputs import LengthBatches, Row, Specials, collate, pack_turn
-from interact import load_checkpoint
 from model import HALF, DoubleHeadsModel, autocast, save_model
 from report import bars, calibration, calibration_error, calibration_table, html
 from tables import tokenize
@@ -85,7 +85,7 @@ class RewardModel:
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{folder}: no finished reward model, it has no whole {SCALE}; make one with "
                              "python -m feedback.reward") from None
-        self.model, self.tokenizer = load_checkpoint(Namespace(model_checkpoint=folder, device=device, max_len=0))
+        self.model, self.tokenizer = load_checkpoint(folder, device)
         self.fp16 = fp16
 
     def __call__(self, turns: Sequence[tuple]) -> list[list[float]]:
@@ -179,7 +179,7 @@ def train_reward(args: Namespace) -> dict:
     if not kept or not tests:
         raise InputError(f"{args.pairs}: {len(better)} pairs with a better reply are too few to learn from some and "
                          "test on others; annotate more")
-    model, tokenizer = load_checkpoint(args)
+    model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
     rows = [pack_texts(pair["persona"], pair["history"],
                        [pair["replies"][number]["text"] for number in (1 - best, best)], tokenizer, model)
             for pair, best in tqdm(kept, desc="Packing", unit=" pairs")]

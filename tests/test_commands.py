@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -349,7 +349,7 @@ def test_turns_that_do_not_fit_are_counted(tmp_path, small_corpus):
 
 
 def test_lengths_bound_the_reply(trained):
-    model, tokenizer = load_checkpoint(Namespace(model_checkpoint=str(trained), device="cpu", max_len=0))
+    model, tokenizer = load_checkpoint(str(trained))
     persona, history = [tokenizer.encode("i am .")], [tokenizer.encode("hello")]
     parser = ArgumentParser()
     add_decoding_flags(parser)
@@ -480,8 +480,8 @@ def test_an_unreachable_hub_names_the_flag(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, complaint", [
-    (["interact.py", "--temperature", "0"], "--temperature: '0' is not a number above 0"),
-    (["interact.py", "--max_length", "0"], "--max_length: '0' is not a whole number from 1 to"),
+    (["interact.py", "--temperature", "0"], "--temperature: '0' is not a number from 0.0001 to 5; for the likeliest"),
+    (["interact.py", "--max_length", "0"], "--max_length: '0' is not a whole number from 1 to 1,000,000"),
     (["interact.py", "--max_history", "-1"], "--max_history: '-1' is not a whole number from 0 to"),
     (["train.py", "--train_batch_size", "x"], "--train_batch_size: 'x' is not a whole number"),
     (["train.py", "--device", "cuda:77"], "--device: 'cuda:77' cannot be used here"),

@@ -1,14 +1,24 @@
 """Decoding against definitions: exhaustive enumeration, the model's own packed scores, one reply at a time."""
 
 import itertools
-from argparse import Namespace
+import math
+from argparse import ArgumentParser
 
 import pytest
 import torch
 import transformers
 
+from cli import InputError
+from decoding import (
+    OPTIONS,
+    Decoding,
+    add_decoding_flags,
+    allowed_scores,
+    choose_tokens,
+    generate_replies,
+    repeating,
+)
 from inputs import Segment, Specials, collate, pack_turn
-from interact import generate_replies
 from model import DoubleHeadsModel, GPT2DoubleHeads, PostNormConfig, PostNormDoubleHeadsModel
 
 SPECIAL = Specials(*range(5))
@@ -26,9 +36,8 @@ def tiny_model(family: str, seed: int) -> DoubleHeadsModel:
     return PostNormDoubleHeadsModel(PostNormConfig(**shape)).eval()
 
 
-def options(**changed) -> Namespace:
-    return Namespace(**{"no_sample": True, "max_length": MAX_LENGTH, "min_length": 1, "temperature": 0.7, "top_k": 0,
-                        "top_p": 0.9} | changed)
+def options(**changed) -> Decoding:
+    return Decoding(**{"no_sample": True, "max_length": MAX_LENGTH} | changed)
 
 
 def contexts() -> list[Segment]:
@@ -164,3 +173,119 @@ def test_a_packed_row_scores_what_beam_search_reports():
     row = pack_turn([[5, 6]], [[7]], [(8, 9), (6,)], SPECIAL, 48)
     out = model(**collate([row], SPECIAL.pad))
     assert out.nll.item() == pytest.approx(-log_likelihoods(model, context, [(6, SPECIAL.eos)]).item(), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ options
+
+
+OUTSIDE = [("temperature", 1e-300), ("temperature", 1e-38), ("temperature", 0.0), ("temperature", 1e30),
+           ("temperature", math.nan), ("temperature", math.inf), ("length_penalty", 5000.0),
+           ("length_penalty", -math.inf), ("top_p", 3.0), ("top_p", math.nan), ("top_k", 2.5), ("top_k", 10**9),
+           ("num_beams", 5000), ("num_beams", 0), ("max_length", 0), ("max_length", 10**7), ("min_length", -1),
+           ("no_repeat_ngram_size", -2), ("seed", 2**63), ("seed", -1)]
+
+
+@pytest.mark.parametrize("name, value", OUTSIDE)
+def test_an_option_out_of_range_is_refused_with_its_range(name, value, capsys):
+    """The dataclass serves the page, /v1, the agent and feedback; the parser serves the command line."""
+    most = f"{OPTIONS[name].metadata['allowed'].most:,}"
+    with pytest.raises(InputError) as refusal:
+        Decoding(**{name: value})
+    assert name in str(refusal.value) and most in str(refusal.value)
+    parser = ArgumentParser()
+    add_decoding_flags(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--{name}={value}"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--{name}" in line and most in line
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": "0.7"}, {"top_k": True}, {"no_sample": 1}, {"seed": None}])
+def test_an_option_of_another_type_is_refused_by_name(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Decoding(**wrong)
+
+
+def test_flags_and_options_have_the_same_defaults():
+    parser = ArgumentParser()
+    add_decoding_flags(parser)
+    assert Decoding.of(parser.parse_args([])) == Decoding()
+    given = Decoding.of(parser.parse_args(["--no_sample", "--top_k", "3", "--temperature", "2", "--seed", str(2**62)]))
+    assert given == Decoding(no_sample=True, top_k=3, temperature=2.0, seed=2**62)
+
+
+def test_other_options_over_the_flags():
+    flags = Decoding(no_sample=True, top_p=0.5)
+    assert flags.over(top_k=None, max_length=7) == Decoding(no_sample=True, top_p=0.5, max_length=7)
+    assert flags.over(temperature=0.9) == Decoding(top_p=0.5, temperature=0.9)
+    assert Decoding(top_p=0.5).over(temperature=0) == flags
+    with pytest.raises(InputError, match="temperature"):
+        flags.over(temperature=-1)
+
+
+# -------------------------------------------------------------------------------------------- the choice of a token
+
+
+def test_each_rows_choice_is_its_own():
+    """Options, bans and seeds of every kind side by side choose what each row chooses alone."""
+    torch.manual_seed(0)
+    ways = [Decoding(no_sample=True), Decoding(temperature=0.5), Decoding(top_k=2), Decoding(top_p=0.0),
+            Decoding(min_length=4), Decoding(no_repeat_ngram_size=1), Decoding(no_sample=True, no_repeat_ngram_size=2)]
+    said = [[5, 6, 5]] * len(ways)
+    for seed in range(20):
+        logits = 2 * torch.randn(len(ways), 10)
+        logits[:, 6] += 2
+
+        def chosen(rows: list[int], logits=logits, seed=seed) -> list[int | None]:
+            scores = allowed_scores(logits[rows], [ways[row] for row in rows], [said[row] for row in rows], SPECIAL)
+            generators = [torch.Generator().manual_seed(seed) for _ in rows]
+            return choose_tokens(scores, [ways[row] for row in rows], generators)
+
+        together = chosen(list(range(len(ways))))
+        assert together == [chosen([row])[0] for row in range(len(ways))]
+        assert together[0] == logits[0].argmax() and together[2] in logits[2].topk(2).indices
+        assert together[4] not in SPECIAL and together[5] not in (5, 6) and together[6] != 6
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("way", [Decoding(no_sample=True), Decoding(), Decoding(top_k=3, top_p=0.0)])
+def test_a_row_without_numbers_is_named_and_its_neighbours_go_on(broken, way):
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    alone = choose_tokens(allowed_scores(logits[[0, 2]], [way] * 2, [[]] * 2, SPECIAL), [way] * 2,
+                          [torch.Generator().manual_seed(7) for _ in range(2)])
+    for place in (slice(None), 6) if broken != -math.inf else (slice(None),):
+        logits[1] = 0.0
+        logits[1, place] = broken
+        tokens = choose_tokens(allowed_scores(logits, [way] * 3, [[]] * 3, SPECIAL), [way] * 3,
+                               [torch.Generator().manual_seed(7) for _ in range(3)])
+        assert tokens == [alone[0], None, alone[1]]
+
+
+@pytest.mark.parametrize("temperature", [0.0001, 5])
+def test_the_outermost_temperatures_are_numbers(temperature):
+    logits = torch.tensor([[1e4, -1e4, 3.0, 2.0, 0.0, 9e3]])
+    way = Decoding(temperature=temperature, top_p=0.0, min_length=0)
+    assert choose_tokens(allowed_scores(logits, [way], [[]], SPECIAL), [way]) == [0]
+
+
+@pytest.mark.parametrize("size", range(5))
+def test_repeats_are_found_by_looking_at_every_token(size):
+    numbers = torch.Generator().manual_seed(size)
+    for length in range(9):
+        said = torch.randint(3, (length,), generator=numbers).tolist()
+        for token in range(3):
+            grams = [tuple([*said, token][start:start + size]) for start in range(length + 2 - size)] if size else []
+            assert (token in repeating(said, size)) == (bool(grams) and grams[-1] in grams[:-1])
+
+
+def test_no_ngram_of_the_beginning_comes_again():
+    """The words that a reply is given to begin with count, as those that it has said itself."""
+    blocked = 0
+    for seed in range(20):
+        model = tiny_model("gpt2", seed)
+        plain, = generate_replies(model, contexts()[:1], SPECIAL, options(max_length=10), [[7, 8, 5]])
+        reply, = generate_replies(model, contexts()[:1], SPECIAL, options(max_length=10, no_repeat_ngram_size=1),
+                                  [[7, 8, 5]])
+        assert not {7, 8, 5} & set(reply) and len(set(reply)) == len(reply)
+        blocked += bool({7, 8, 5} & set(plain))
+    assert blocked

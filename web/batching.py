@@ -1,7 +1,7 @@
 """The replies of many conversations, decoded together: whoever asks joins the batch between two tokens.
 
 A reply does not depend on its neighbours: every request has its own decoding options and its own random generator, and
-is answered as `interact.generate_replies` would answer it alone. From below: `Decoder` and its parts, which know token
+is answered as `decoding.generate_replies` would answer it alone. From below: `Decoder` and its parts, which know token
 ids, and `Bot`, which knows texts. Nothing here knows pages or HTTP.
 """
 
@@ -28,9 +28,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cli import InputError
+from decoding import Filtered, fitted_context, load_checkpoint, readable
 from inputs import Segment, Specials, build_reply
-from interact import Filtered, fitted_context, load_checkpoint, readable
-from model import DoubleHeadsModel, half_dtype
+from model import DoubleHeadsModel
 from utils import resolve_checkpoint
 
 MAX_TEXT = 2_000  # characters of a message, and of a personality
@@ -111,7 +111,7 @@ class Reply:
 
 
 class BeamSearch:
-    """The beam search of `interact.generate_replies`, a step at a time, and beside it the greedy reply.
+    """The beam search of `decoding.generate_replies`, a step at a time, and beside it the greedy reply.
 
     Hypotheses compete by log-likelihood over length to the power of ``length_penalty``. The search ends when none that
     is left can overtake the best.
@@ -283,7 +283,7 @@ class Decoder:
     def submit(self, context: Segment, args: Namespace, notify: Callable[[], None] = lambda: None) -> Reply:
         """Queue a request. Raises `Busy`.
 
-        ``args``: what `interact.add_decoding_flags` adds; a ``seed`` of 0 is none. ``notify`` is called from the
+        ``args``: what `decoding.add_decoding_flags` adds; a ``seed`` of 0 is none. ``notify`` is called from the
         decoding thread each time the reply has changed.
         """
         reply = Reply(context, args, self.special, self.model.device, notify)
@@ -459,7 +459,7 @@ class Decoding(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**63)  # 0: none
 
     def over(self, flags: Namespace, most: int) -> Namespace:
-        """The flags of `interact.add_decoding_flags` with these options over them; at most ``most`` tokens a reply."""
+        """The flags of `decoding.add_decoding_flags` with these options over them; at most ``most`` tokens a reply."""
         asked = {name: value for name, value in self if value is not None}
         if self.temperature is not None:
             asked["no_sample"] = self.temperature == 0
@@ -470,13 +470,12 @@ class Decoding(BaseModel):
 class Bot:
     """A model that answers texts, those of many conversations together.
 
-    ``args``: the flags of `utils.add_common_flags` and `interact.add_decoding_flags`, ``max_batch``, ``max_waiting``.
+    ``args``: the flags of `utils.add_common_flags` and `decoding.add_decoding_flags`, ``max_batch``, ``max_waiting``.
     """
 
     def __init__(self, args: Namespace):
         self.args = args
-        self.model, self.tokenizer = load_checkpoint(args)
-        self.model.to(half_dtype(args.device, args.fp16))
+        self.model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16)
         self.special = Specials.of(self.tokenizer)
         self.encode = lru_cache(10_000)(self.tokenizer.encode)  # a personality comes again with each message
         self.name = Path(resolve_checkpoint(args.model_checkpoint)).name
