@@ -490,7 +490,7 @@ class TransformerAgent(Agent):
     def _ids(self, observation) -> tuple[list[list[int]], list[list[int]]]:
         """Persona and history as token ids."""
         persona = [] if self.model.no_persona else observation["persona"]
-        return tokenize(self.tokenizer, persona), tokenize(self.tokenizer, observation["history"])
+        return self.tokenizer.encode_persona(persona), tokenize(self.tokenizer, observation["history"])
 
     @torch.inference_mode()
     def _rank(self, acts, observations) -> None:

@@ -36,14 +36,17 @@ logger = logging.getLogger("interact")
 
 
 class ReplyStreamer(TextStreamer):
-    """Prints a reply's words as they are decided."""
+    """Prints a reply's words as they are decided, without the blank before the first one."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True,
                          clean_up_tokenization_spaces=joins(tokenizer))
+        self.begun = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        super().on_finalized_text(printable(text), stream_end)
+        text = printable(text) if self.begun else printable(text).lstrip()
+        self.begun = self.begun or bool(text)
+        super().on_finalized_text(text, stream_end)
 
 
 def chat(model: DoubleHeadsModel, tokenizer, personality: list[str], decoding: Decoding, max_history: int,
@@ -53,7 +56,7 @@ def chat(model: DoubleHeadsModel, tokenizer, personality: list[str], decoding: D
     The model sees ``max_history`` exchanges and the last utterance.
     """
     special = Specials.of(tokenizer)
-    persona, history = [tokenizer.encode(sentence) for sentence in personality], []
+    persona, history = tokenizer.encode_persona(personality), []
     while True:
         text = _line()
         if text.strip() == end_command:

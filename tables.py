@@ -9,7 +9,9 @@ import logging
 import multiprocessing
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +68,7 @@ class TokenTable(Mapping):
     ``turn_dialog`` (turns,).
     """
 
-    FORMAT = "2"
+    FORMAT = "3"
 
     def __init__(self, path: str | Path):
         """Open the file. Raises ``SafetensorError`` or ``OSError`` when it is damaged or missing."""
@@ -184,31 +186,36 @@ def build_table(tokenizer, splits: Mapping[str, Iterable[dict]], distractors: st
 
     Entries are read one after the other and not kept: what grows with the data is one number a string's mention.
     """
-    numbers: dict[str, int] = {}  # string → its number, in order of first appearance
+    # Strings → their numbers, in order of first appearance; of personas apart, since they may be tokenised otherwise.
+    said: dict[str, int] = {}
+    personas: dict[str, int] = {}
 
-    def number(sentences: list[str]) -> list[int]:
+    def number(sentences: list[str], numbers: dict[str, int]) -> list[int]:
         return [numbers.setdefault(sentence, len(numbers)) for sentence in sentences]
 
     arrays = {}
     for split, entries in splits.items():
         fields, turn_dialog = {name: _Ragged("i") for name in ("persona", "history", "candidates")}, array("i")
         for dialog, entry in enumerate(tqdm(entries, desc=f"Reading {split}", unit=" entries", delay=1)):
-            fields["persona"].append(number(entry.get("personality", [])))
+            fields["persona"].append(number(entry.get("personality", []), personas))
             for turn in entry["utterances"]:
-                fields["history"].append(number(turn["history"]))
-                fields["candidates"].append(number(turn["candidates"]))
+                fields["history"].append(number(turn["history"], said))
+                fields["candidates"].append(number(turn["candidates"], said))
                 turn_dialog.append(dialog)
         for field, ragged in fields.items():
             arrays |= ragged.arrays(f"{split}.{field}", f"{split}.{field}_offsets")
         arrays[f"{split}.turn_dialog"] = np.frombuffer(turn_dialog, np.int32)
-    strings = list(numbers)
+    for split in splits:
+        arrays[f"{split}.persona"] = arrays[f"{split}.persona"] + np.int32(len(said))
+    strings = [*said, *personas]
     if distractors != "none":
         for split in splits:
             _add_distractors(arrays, split, strings, distractors)
 
     tokens, texts = _Ragged("i"), _Ragged("B")
     with tqdm(total=len(strings), desc="Tokenising", unit=" strings") as progress:
-        for chunk in _tokenize_in_parallel(tokenizer, strings):
+        for chunk in chain(_tokenize_in_parallel(tokenizer, strings[:len(said)]),
+                           _tokenize_in_parallel(tokenizer, strings[len(said):], tokenize_persona)):
             for ids in chunk:
                 tokens.append(ids)
             progress.update(len(chunk))
@@ -254,26 +261,32 @@ def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
 
 
-def _tokenize_in_parallel(tokenizer, texts: list[str], chunk: int = 4096) -> Iterator[list[list[int]]]:
-    """`tokenize` over chunks of ``texts``, in order; where they are many, in a process a core."""
+def tokenize_persona(tokenizer, sentences: list[str]) -> list[list[int]]:
+    """Token ids of each sentence of a persona; `tokenize` is for what is said."""
+    return tokenizer.encode_persona(sentences)
+
+
+def _tokenize_in_parallel(tokenizer, texts: list[str], how: Callable = tokenize,
+                          chunk: int = 4096) -> Iterator[list[list[int]]]:
+    """``how`` over chunks of ``texts``, in order; where they are many, in one process per core."""
     chunks = (texts[start:start + chunk] for start in range(0, len(texts), chunk))
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
                   len(texts) // (4 * chunk))
     if workers < 2:
-        yield from (tokenize(tokenizer, texts) for texts in chunks)
+        yield from (how(tokenizer, texts) for texts in chunks)
         return
-    with multiprocessing.Pool(workers, _start_worker, (tokenizer,)) as pool:
+    with multiprocessing.Pool(workers, _start_worker, (partial(how, tokenizer),)) as pool:
         yield from pool.imap(_tokenize_chunk, chunks)
 
 
-_tokenizer_of_worker = None
+_tokenize_in_worker = None
 
 
-def _start_worker(tokenizer) -> None:
-    global _tokenizer_of_worker
-    _tokenizer_of_worker = tokenizer
+def _start_worker(tokenize: Callable) -> None:
+    global _tokenize_in_worker
+    _tokenize_in_worker = tokenize
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its own threads would not survive a fork, and the cores are busy
 
 
 def _tokenize_chunk(texts: list[str]) -> list[list[int]]:
-    return tokenize(_tokenizer_of_worker, texts)
+    return _tokenize_in_worker(texts)

@@ -16,7 +16,7 @@ import warnings
 import zipfile
 import zlib
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from importlib.metadata import version
@@ -267,6 +267,10 @@ class _Prepared:
         ids = self.backend_tokenizer.encode("a " * after_space + word, add_special_tokens=False).ids[len(before):]
         return ids[0] if ids and ids[0] != self.unk_token_id else None
 
+    def encode_persona(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Token ids of each sentence of a persona. As in 2019, those of any text."""
+        return self(list(sentences))["input_ids"] if sentences else []
+
     def _clean(self, text: str) -> str:
         return self.prepare(text.encode("utf-8", "replace").decode())  # without lone surrogates, which JSON can spell
 
@@ -333,10 +337,24 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
 TOKENIZERS = {"openai-gpt": OpenAIGPTTokenizer, "gpt2": GPT2Tokenizer}
 
 
+class _OfOtherFamily(_Prepared):
+    """Mixed into the tokenizer of any other decoder."""
+
+    def encode_persona(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Token ids of each sentence of a persona, the way it is spelt behind a space.
+
+        The sentences follow each other without a control token between them, and these models were pretrained on text,
+        where a space divides two sentences: "I live in Norway. I have a dog."
+        """
+        before = self("a")["input_ids"]
+        behind_a_space = self(["a " + sentence.strip() for sentence in sentences])["input_ids"] if sentences else []
+        return [ids[len(before):] for ids in behind_a_space]
+
+
 def _prepared(tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedTokenizerBase:
     """Another family's tokenizer made one of ours, in place."""
     family = type(tokenizer)
-    tokenizer.__class__ = type(family.__name__, (_Prepared, family), {
+    tokenizer.__class__ = type(family.__name__, (_OfOtherFamily, family), {
         # Another process could not import a class that was made here: it makes it again.
         "__reduce__": lambda self: (_prepared, (family.__new__(family),), self.__dict__)})
     return tokenizer

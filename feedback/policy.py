@@ -50,7 +50,7 @@ from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint, hel
 from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
 from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, pack_turn
 from model import DoubleHeadsModel, save_model
-from tables import Split
+from tables import Split, tokenize
 from train import BAR
 from utils import add_common_flags, dataset_of
 
@@ -363,8 +363,8 @@ class Trainer:
             elif not replies[best].ended:
                 left_out["better reply cut: from these it would learn never to end"] += 1
             else:
-                ids = [[self.tokenizer.encode(text) for text in pair[field]] for field in ("persona", "history")]
-                turns.append(self.fitted(*ids, (pair["persona"], pair["history"]),
+                turns.append(self.fitted(self.tokenizer.encode_persona(pair["persona"]),
+                                         tokenize(self.tokenizer, pair["history"]), (pair["persona"], pair["history"]),
                                          [replies[1 - best], replies[best]]))
         logger.info("%s pairs to learn from; left out: %s", f"{len(turns):,}",
                     "; ".join(f"{count:,} ({reason})" for reason, count in left_out.items()) or "none")

@@ -52,10 +52,9 @@ def pack_texts(persona: Sequence[str], history: Sequence[str], replies: Sequence
                model: DoubleHeadsModel) -> Row:
     """`pack_turn` of texts: replies to one context in one row."""
     persona = [] if model.no_persona else persona
-    ids = tokenize(tokenizer, [*persona, *history, *replies])
-    said, candidates = ids[len(persona):len(ids) - len(replies)], ids[len(ids) - len(replies):]
-    return pack_turn(ids[:len(persona)], said, candidates, Specials.of(tokenizer),
-                     model.max_positions, model.history_start)
+    ids = tokenize(tokenizer, [*history, *replies])
+    return pack_turn(tokenizer.encode_persona(persona), ids[:len(history)], ids[len(history):],
+                     Specials.of(tokenizer), model.max_positions, model.history_start)
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from cli import InputError
 from convai_evaluation import split_words
 from corpora import read_corpus
 from inputs import Specials, TurnDataset, build_context, build_reply, collate
-from interact import generate_replies
+from interact import ReplyStreamer, generate_replies, readable
 from model import add_special_tokens_, load_model, save_model
 from tables import tokenize
 
@@ -323,6 +323,41 @@ def test_tokenizers_of_other_families(other_tokenizer, tmp_path):
     again, elsewhere = utils.get_tokenizer(str(tmp_path / "again")), pickle.loads(pickle.dumps(tokenizer))
     assert again.encode(hostile) == elsewhere.encode(f" {hostile}") == ids
     assert type(again).__name__ == type(tokenizer).__name__ == type(elsewhere).__name__
+
+
+def test_a_persona_reads_as_sentences_with_spaces_between(other_tokenizer, tmp_path):
+    """In the table, whatever the rotation, and in the chat; what is said begins without a space."""
+    tokenizer, special = other_tokenizer, Specials.of(other_tokenizer)
+    persona = ["I live in Norway.", " i have 2 dogs . ", "\"Why?\" is my motto", "3 cats, too", "é 你好"]
+    turn = {"history": ["hello there"], "candidates": ["no", "I have 2 dogs."]}
+    entry = {"personality": persona, "utterances": [turn]}
+    (tmp_path / "data.json").write_text(json.dumps({"train": [entry]}))
+    split = utils.get_dataset(tokenizer, str(tmp_path / "data.json"), str(tmp_path / "cache"))["train"]
+    assert split.texts("persona", 0) == persona
+    dataset = TurnDataset(split, tokenizer, 256, permutations=2)
+    for rotation in (0, 1):
+        said = persona[len(persona) - rotation:] + persona[:len(persona) - rotation]
+        ids, history = dataset.context(0, rotation)
+        assert tokenizer.decode(sum(ids, [])).strip() == " ".join(sentence.strip() for sentence in said)
+        assert ids == tokenizer.encode_persona(said) and history == [tokenizer.encode("hello there")]
+    assert tokenizer.decode(build_reply(split.token_ids("candidates", 0)[1], special).ids[1:-1]) == "I have 2 dogs."
+    assert tokenizer.encode_persona([]) == [] and tokenizer.encode_persona(["", " "]) == [[], []]
+    # Each sentence has the tokens that a text of all sentences has.
+    whole = tokenizer.encode(" ".join(["x", "I live in Norway.", "i have 2 dogs ."]))
+    assert whole == tokenizer.encode("x") + sum(tokenizer.encode_persona(persona[:2]), [])
+
+
+def test_a_printed_reply_begins_without_a_blank(other_tokenizer, capsys):
+    for reply in (" hi there !", "hi there !", "  oh"):
+        ids = [token for piece in (reply[:len(reply) - len(reply.lstrip())], reply.lstrip())
+               for token in other_tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False).ids]
+        streamer = ReplyStreamer(other_tokenizer)
+        streamer.put(torch.tensor([[0]]))  # the prompt
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        printed = capsys.readouterr().out
+        assert printed == f"{readable(other_tokenizer, ids)}\n" and not printed.startswith(" ")
 
 
 def test_a_tiny_llama_trains_is_evaluated_and_chats(tmp_path, small_corpus):

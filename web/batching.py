@@ -477,7 +477,8 @@ class Bot:
         self.args = args
         self.model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16)
         self.special = Specials.of(self.tokenizer)
-        self.encode = lru_cache(10_000)(self.tokenizer.encode)  # a personality comes again with each message
+        self.encode = lru_cache(10_000)(self.tokenizer.encode)  # the same texts come again with each message
+        self.encode_persona = lru_cache(1_000)(self.tokenizer.encode_persona)
         self.name = Path(resolve_checkpoint(args.model_checkpoint)).name
         digest = hashlib.sha256()
         for weights in self.model.state_dict().values():
@@ -494,9 +495,8 @@ class Bot:
         for name, text in [("the personality", "\n".join(personality)), *(("a message", text) for text in said)]:
             if len(text) > MAX_TEXT:
                 raise InputError(f"{name} has {len(text):,} characters; write at most {MAX_TEXT:,}")
-        persona = [self.encode(sentence) for sentence in personality]
-        return fitted_context(self.model, persona, [self.encode(text) for text in said], self.special,
-                              decoding.max_length)
+        return fitted_context(self.model, self.encode_persona(tuple(personality)), [self.encode(text) for text in said],
+                              self.special, decoding.max_length)
 
     async def reply(self, personality: list[str], said: list[str], decoding: Decoding) -> AsyncIterator[Reply]:
         """`Decoder.reply` to the last of ``said``, as somebody of that ``personality``.
