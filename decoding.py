@@ -349,8 +349,10 @@ def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0
     Raises `InputError` as `model.load_model` does.
     """
     tokenizer = get_tokenizer(model_checkpoint)
-    model = load_model(model_checkpoint)
-    add_special_tokens_(model, tokenizer)
+    with torch.random.fork_rng(devices=[]):  # what the checkpoint lacks is the same each time, and nothing else is
+        torch.default_generator.manual_seed(0)
+        model = load_model(model_checkpoint)
+        add_special_tokens_(model, tokenizer)
     if max_len:
         model.config.max_len = max_len
     return model.to(device, half_dtype(device, fp16)), tokenizer

@@ -80,7 +80,7 @@ def read_answers(paths: Iterable[str | Path], pairs: dict[str, dict]) -> dict[tu
 
 
 def preferences(pairs: dict[str, dict], answers: dict[tuple[str, str], dict]) -> tuple[list[tuple[dict, int]], Counter]:
-    """What most people prefer: (pair, number of its better reply), in the order of ``pairs``.
+    """What more than half of those who answered prefer: (pair, number of its better reply), in the order of ``pairs``.
 
     And how many pairs have no better reply, by the reason.
     """
@@ -91,13 +91,13 @@ def preferences(pairs: dict[str, dict], answers: dict[tuple[str, str], dict]) ->
     for name, pair in pairs.items():
         if name not in votes:
             continue
-        first, second = votes[name][0], votes[name][1]
-        if first != second:
-            better.append((pair, int(second > first)))
-        elif first:
+        (choice, count), = votes[name].most_common(1)
+        if 2 * count <= votes[name].total():
             without["people who disagree"] += 1
+        elif choice in (0, 1):
+            better.append((pair, choice))
         else:
-            without["a tie" if votes[name]["tie"] else "both bad"] += 1
+            without["a tie" if choice == "tie" else "both bad"] += 1
     return better, +without
 
 

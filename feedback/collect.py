@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cli import InputError, command, positive_number
 from corpora import require_split
 from decoding import OPTIONS, Decoding, add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
-from feedback.pairs import append_lines, is_pair, pair_name, read_lines
+from feedback.pairs import append_lines, beginnings, is_pair, pair_name, read_lines, whole_dialog
 from inputs import TurnDataset
 from model import DoubleHeadsModel, half_dtype
 from utils import add_common_flags, dataset_of
@@ -53,8 +53,9 @@ def collect(args: Namespace) -> int:
 
     A line has ``pair``, its name (`pair_name`); ``persona`` and ``history`` as texts; two ``replies``, each with its
     ``text``, token ``ids``, whether it ``ended`` by itself, and its number among the ``decoders``; and how it was made:
-    ``checkpoint`` and ``model`` (`model_hash`), ``data``, ``split``, ``dialog`` and ``turn``, ``max_history``, the
-    flags of each decoder, ``fp16``, and the ``batch`` of turns that was decoded at once under ``seed``.
+    ``checkpoint`` and ``model`` (`model_hash`), ``data``, ``split``, ``dialog`` and ``turn``, the dialog's
+    `beginnings`, ``max_history``, the flags of each decoder, ``fp16``, and the ``batch`` of turns that was decoded at
+    once under ``seed``.
 
     Batches are decoded in a fixed order, each under a seed of its own, so that what a kill interrupts can be made
     again: the last batch in the file is, when collecting goes on.
@@ -99,7 +100,8 @@ def collect(args: Namespace) -> int:
                     skipped["the same words"] += 1
                     continue
                 record = made | {
-                    "dialog": dialog, "turn": turn, "seed": args.seed + number, "batch": turns,
+                    "dialog": dialog, "turn": turn, "beginnings": beginnings(whole_dialog(split, dialog)),
+                    "seed": args.seed + number, "batch": turns,
                     "persona": [] if model.no_persona else split.texts("persona", dialog),
                     "history": split.texts("history", turn)[-dataset.num_utterances:], "replies": list(pair)}
                 lines.append({"pair": pair_name(record)} | record)

@@ -13,16 +13,25 @@ import numpy as np
 
 from cli import InputError
 
-QUESTION_WORDS = frozenset(
-    "who whom whose what when where why which how "
-    "is are am was were do does did have has had can could will would shall should may might "
-    "isn't aren't wasn't weren't don't doesn't didn't haven't hasn't hadn't can't couldn't won't wouldn't "
-    "shouldn't".split())
+PRONOUNS = "who whom whose what when where why which how".split()  # those that ask
+AUXILIARIES = "is are am was were do does did have has had can could will would shall should may might must".split()
+NEGATED = ("isn't aren't ain't wasn't weren't don't doesn't didn't haven't hasn't hadn't can't couldn't won't wouldn't "
+           "shan't shouldn't mayn't mightn't mustn't needn't daren't").split()
+SHORTENED = [f"{word}'{end}" for word in PRONOUNS for end in ("s", "re", "d", "ll", "ve", "m")]  # "what's", "who've"
+QUESTION_WORDS = frozenset(PRONOUNS + AUXILIARIES + NEGATED + SHORTENED + ["d'you", "d'ya"])
+# Chats leave the apostrophe out: "whats up ?". Of "who're" that would be another word.
+UNMARKED = frozenset(word.replace("'", "") for word in QUESTION_WORDS) - {"whore"}
+APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ´`＇", "'"))
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words, apostrophes within them kept."""
-    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
+    """Lower-case words, apostrophes within them kept, all as ``'``.
+
+    Contractions that a tokenizer or a corpus has set apart are whole words again: "ca n't", "isn ' t".
+    """
+    text = text.lower().translate(APOSTROPHES)
+    text = re.sub(r"(?<=\w) *(n?) ?' ?(t|s|re|d|ll|ve|m)\b", r"\1'\2", text)
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text)
 
 
 def check_libraries() -> None:
@@ -49,7 +58,7 @@ def question(utterance: str, history: Sequence[str] = ()) -> float:
 
 
 def asks_question(utterance: str) -> bool:
-    return "?" in utterance and not QUESTION_WORDS.isdisjoint(word.replace("’", "'") for word in words(utterance))
+    return "?" in utterance and any(word in QUESTION_WORDS or word in UNMARKED for word in words(utterance))
 
 
 def repetition(utterance: str, history: Sequence[str] = ()) -> float:
@@ -116,7 +125,8 @@ class Dyme:
 
     A ridge regression from the metrics of the last ``WINDOW`` utterances (0 where there are fewer), how many there are,
     and the lengths of the last two, to the metrics of the next one. (von Unold et al. use a neural network.) An
-    utterance is good when its metrics are what people's would be at that place.
+    utterance is good when its metrics are what people's would be at that place. Histories are whole ones, from the
+    dialog's opening on, when it learns as when it is asked.
     """
 
     WINDOW = 3
@@ -134,6 +144,8 @@ class Dyme:
         from sklearn.linear_model import Ridge
 
         self.model = Ridge(alpha=1.0).fit(np.array(seen), following / self.spread)
+        usual = np.abs(following / self.spread - self.model.predict(np.array(seen))).mean(1)
+        self.mean, self.scale = float(usual.mean()), float(usual.std()) or 1.0  # of people's own deviations
 
     def _features(self, history: Sequence[str], measured: Sequence[np.ndarray]) -> np.ndarray:
         window = np.zeros((self.WINDOW, len(METRICS)))
@@ -144,9 +156,14 @@ class Dyme:
 
     def expected(self, history: Sequence[str]) -> np.ndarray:
         """Metrics of the next utterance in units of their deviation among people's utterances, (5,)."""
-        measured = [measure(text, history[:place]) for place, text in enumerate(history)]
+        first = max(0, len(history) - self.WINDOW)  # earlier ones are not looked at
+        measured = [measure(text, history[:place]) for place, text in enumerate(history[first:], first)]
         return self.model.predict(self._features(history, measured)[None])[0]
 
     def deviation(self, utterance: str, history: Sequence[str]) -> float:
         """Mean absolute difference of an utterance's metrics from the expected ones, in those units."""
         return float(np.abs(measure(utterance, history) / self.spread - self.expected(history)).mean())
+
+    def reward(self, utterance: str, history: Sequence[str]) -> float:
+        """Less the `deviation`, on the scale of a reward model: mean 0 and deviation 1 over people's utterances."""
+        return (self.mean - self.deviation(utterance, history)) / self.scale

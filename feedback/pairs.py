@@ -7,11 +7,16 @@ import hashlib
 import json
 import logging
 import os
+import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from cli import InputError
+from readers import clean
+from tables import Split
 
 logger = logging.getLogger("feedback.pairs")
 
@@ -78,7 +83,8 @@ def is_pair(record: dict) -> bool:
             and isinstance(replies, list) and len(replies) == 2
             and all(isinstance(reply, dict) and isinstance(reply.get("text"), str)
                     and isinstance(reply.get("ended"), bool) and isinstance(reply.get("ids"), list)
-                    and all(isinstance(one, int) and one >= 0 for one in reply["ids"]) for reply in replies))
+                    and all(isinstance(one, int) and one >= 0 for one in reply["ids"]) for reply in replies)
+            and ("beginnings" not in record or sentences(record["beginnings"]) and bool(record["beginnings"])))
 
 
 def read_pairs(path: str | Path) -> dict[str, dict]:
@@ -102,3 +108,56 @@ def read_pairs(path: str | Path) -> dict[str, dict]:
         logger.warning("%s: pairs of %s models: %s", path, len(models),
                        ", ".join(f"{count:,} of {model}" for model, count in models.most_common()))
     return pairs
+
+
+# ----------------------------------------------------------------------------------------------- dialogs of pairs
+
+
+def beginnings(said: Iterable[str]) -> list[str]:
+    """A name for each beginning of a dialog, by its utterances, shortest first; the last one names the whole.
+
+    A data set has a dialog once per side, and the two sides end one utterance apart. Two entries are of one dialog
+    where the whole of one is a beginning of the other.
+    """
+    digest, names = hashlib.sha256(), []
+    for text in filter(None, map(clean, said)):  # nobody's utterance, silence, opens one side of PERSONA-CHAT's
+        digest.update(json.dumps(text).encode())
+        names.append(digest.hexdigest()[:16])
+    return names
+
+
+def whole_dialog(split: Split, dialog: int) -> list[str]:
+    """All utterances of a dialog of a data set: what its turns have seen, and their gold replies."""
+    said: list[str] = []
+    for turn in range(*np.searchsorted(split.turn_dialog, [dialog, dialog + 1])):
+        history = split.texts("history", turn)
+        said = history if len(history) > len(said) else said + history[-1:]  # long ones lack their beginning
+        said.append(split.texts("candidates", turn)[-1])
+    return said
+
+
+def dialog_of(pair: dict) -> list[str]:
+    """`beginnings` of the dialog that a pair is from. Earlier versions noted its number only."""
+    return pair.get("beginnings") or [f"{pair['data']} {pair['split']} {pair['dialog']}"]
+
+
+def held_out(pairs: Iterable[dict], part: float, seed: int) -> set[str]:
+    """Names of the pairs that are kept from training, a ``part`` of the dialogs; all pairs of a dialog are or none is.
+
+    Whichever side of the dialog a pair is from: the shortest beginning that is the whole of some pair's names it.
+    """
+    dialogs = {pair["pair"]: dialog_of(pair) for pair in pairs}
+    wholes = {names[-1] for names in dialogs.values()}
+    dialogs = {pair: next(name for name in names if name in wholes) for pair, names in dialogs.items()}
+    return {pair for pair, name in dialogs.items() if random.Random(f"{seed} {name}").random() < part}
+
+
+def unseen_turns(split: Split, seen: Iterable[Sequence[str]]) -> np.ndarray:
+    """The turns of a split of whose dialogs, each given by its `beginnings`, none is ``seen``: (turns,) int64."""
+    known, wholes = set(), set()
+    for names in seen:
+        known.update(names)
+        wholes.add(names[-1])
+    free = [not (names[-1] in known or wholes.intersection(names))
+            for names in (beginnings(whole_dialog(split, dialog)) or [""] for dialog in range(len(split)))]
+    return np.flatnonzero(np.array(free, bool)[split.turn_dialog])

@@ -11,6 +11,7 @@ it goes on.
 Read from `train_policy` downwards.
 """
 
+import copy
 import logging
 import math
 import random
@@ -26,7 +27,6 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from cli import (
@@ -45,8 +45,17 @@ from decoding import Decoding, generate_replies, load_checkpoint, readable
 from feedback.annotate import preferences, read_answers, rule_score
 from feedback.collect import model_hash
 from feedback.metrics import WEIGHTS, Dyme, check_libraries, weighted
-from feedback.pairs import append_lines, read_lines, read_pairs
-from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint, held_out
+from feedback.objectives import (
+    AdaptiveKL,
+    advantages,
+    dpo_loss,
+    leave_one_out,
+    ppo_loss,
+    value_loss,
+    whitened,
+)
+from feedback.pairs import append_lines, dialog_of, held_out, read_lines, read_pairs, unseen_turns, whole_dialog
+from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint
 from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
 from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, pack_turn
 from model import DoubleHeadsModel, save_model
@@ -70,7 +79,7 @@ class Reply(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A context, as token ids that leave room for a reply, and as texts; the replies to it."""
+    """A context, as token ids that leave room for a reply; as texts, with the whole history; the replies to it."""
 
     persona: list[list[int]]
     history: list[list[int]]
@@ -192,79 +201,6 @@ def sample_replies(model: DoubleHeadsModel, turns: Sequence[Turn], special: Spec
     return [turn._replace(replies=replies[place * samples:(place + 1) * samples]) for place, turn in enumerate(turns)]
 
 
-# -------------------------------------------------------------------------------------- objectives, on their own
-
-
-def advantages(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float,
-               lam: float) -> torch.Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016), all (replies, steps), padded on the right.
-
-    A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} - V_t; after a reply's last action there is no value.
-    """
-    values, result, following = values * mask, torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    next_value = torch.zeros_like(following)
-    for step in reversed(range(rewards.shape[1])):
-        delta = rewards[:, step] + gamma * next_value - values[:, step]
-        following = (delta + gamma * lam * following) * mask[:, step]
-        result[:, step], next_value = following, values[:, step]
-    return result
-
-
-def whitened(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean 0 and deviation 1 over what ``mask`` has, 0 elsewhere."""
-    kept = values[mask]
-    return (values - kept.mean()) / (kept.std(unbiased=False) + 1e-8) * mask
-
-
-def ppo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor,
-             clip: float) -> torch.Tensor:
-    """Less the clipped surrogate of PPO (Schulman et al. 2017), a mean over actions."""
-    ratio = (logprobs - old_logprobs).exp()
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return -surrogate[mask].mean()
-
-
-def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
-               clip: float) -> torch.Tensor:
-    """Half the squared error of the values, a mean over actions; they gain nothing by moving more than ``clip``."""
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)[mask].mean()
-
-
-def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
-    """Each reply's reward less the mean of the other replies to its context, both (contexts, samples).
-
-    The advantage of RLOO (Kool et al. 2019; Ahmadian et al. 2024).
-    """
-    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    return rewards - others
-
-
-def dpo_loss(better: torch.Tensor, worse: torch.Tensor, reference_better: torch.Tensor, reference_worse: torch.Tensor,
-             beta: float) -> torch.Tensor:
-    """-log σ(β (log-ratio of the better reply - that of the worse)) (Rafailov et al. 2023), a mean over pairs.
-
-    Arguments: log-probabilities of whole replies, (pairs,).
-    """
-    return -F.logsigmoid(beta * ((better - reference_better) - (worse - reference_worse))).mean()
-
-
-class AdaptiveKL:
-    """The price of a nat, steered so that replies come to be ``target`` nats from the reference's.
-
-    As Ziegler et al. (2019) do it: a batch's relative error, of 20 % at most, changes it in proportion to the batch's
-    share of ``horizon`` replies. ``target`` 0: the price stays.
-    """
-
-    def __init__(self, price: float, target: float, horizon: int):
-        self.price, self.target, self.horizon = price, target, horizon
-
-    def update(self, kl: float, replies: int) -> None:
-        if self.target:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.price *= 1 + error * replies / self.horizon
-
-
 # ----------------------------------------------------------------------------------------------------- rewards
 
 
@@ -273,6 +209,8 @@ class Reward:
 
     def __init__(self, args: Namespace, table):
         self.args, self.model, self.dyme = args, None, None
+        self.unfinished = args.unfinished_reward * (bool(args.reward_model) + abs(args.utterance_metrics)
+                                                    + abs(args.dyme))
         if args.utterance_metrics or args.dyme:
             check_libraries()
         if args.reward_model:
@@ -291,16 +229,15 @@ class Reward:
         for (_, history, replies), scores in zip(turns, model, strict=True):
             rewards.append([
                 score + (args.utterance_metrics and args.utterance_metrics * weighted(reply, history, args.weights))
-                - (args.dyme and args.dyme * self.dyme.deviation(reply, history))
+                + (args.dyme and args.dyme * self.dyme.reward(reply, history))
                 for reply, score in zip(replies, scores, strict=True)])
         return rewards
 
 
 def draw_dialogs(split: Split, count: int) -> list[list[str]]:
-    """``count`` whole dialogs of a split as lists of utterances: what its last turn has seen, and the gold reply."""
-    last_turns = dict(zip(split.turn_dialog.tolist(), range(split.num_turns), strict=True))
-    drawn = random.Random(0).sample(sorted(last_turns.values()), min(count, len(last_turns)))
-    return [[*split.texts("history", turn), split.texts("candidates", turn)[-1]] for turn in drawn]
+    """``count`` whole dialogs of a split as lists of utterances."""
+    drawn = random.Random(0).sample(range(len(split)), min(count, len(split)))
+    return [whole_dialog(split, dialog) for dialog in drawn]
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -314,18 +251,19 @@ class Trainer:
         model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
         self.special = Specials.of(self.tokenizer)
         self.network = PolicyNetwork(model)
-        reference, _ = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
-        self.reference = PolicyNetwork(reference).requires_grad_(False)
+        self.reference = copy.deepcopy(self.network).requires_grad_(False)
         self.table = dataset_of(args, self.tokenizer)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
         self.kl = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         self.reward: Reward | None = None
         if args.reward_model or args.utterance_metrics or args.dyme:
             self.reward = Reward(args, self.table)
+        self.seen = self.reward.model.dialogs() if args.reward_model else []  # by who judges or teaches the policy
         if args.algorithm == "dpo":
             self.pairs = self.read_pairs()
         else:
             self.contexts = self.dataset("train")
+        self.evaluated = self.evaluation_turns()
 
     def dataset(self, name: str) -> TurnDataset:
         split = require_split(self.table, name, self.args.dataset or self.args.dataset_path)
@@ -336,7 +274,7 @@ class Trainer:
     def turn(self, dataset: TurnDataset, number: int) -> Turn:
         """A context of the data, without replies."""
         texts = (dataset.split.texts("persona", dataset.split.turn_dialog[number]),
-                 dataset.split.texts("history", number)[-dataset.num_utterances:])
+                 dataset.split.texts("history", number))
         return self.fitted(*dataset.context(number), texts, [])
 
     def fitted(self, persona: list, history: list, texts: tuple, replies: list[Reply]) -> Turn:
@@ -353,10 +291,12 @@ class Trainer:
         pairs = read_pairs(args.pairs)
         better, without = preferences(pairs, read_answers(args.answers, pairs))
         check_same(Path(args.policy), fingerprint(better))
+        self.seen = self.seen + [dialog_of(pair) for pair in pairs.values()]
+        apart = held_out(pairs.values(), args.held_out, args.held_out_seed)
         turns, left_out = [], Counter(without)
         for pair, best in better:
             replies = [Reply(reply["ids"], reply["ended"]) for reply in pair["replies"]]
-            if held_out(pair, args.held_out, args.held_out_seed):
+            if pair["pair"] in apart:
                 left_out["held out"] += 1
             elif pair["model"] != ours:
                 left_out["said by another model than --model_checkpoint"] += 1
@@ -372,6 +312,19 @@ class Trainer:
             raise InputError(f"{args.pairs}: no pair is left to learn from; annotate more pairs that "
                              "--model_checkpoint has said")
         return turns
+
+    def evaluation_turns(self) -> list[int]:
+        """``--evaluation_contexts`` turns of validation, of dialogs that neither reward model nor DPO has pairs of."""
+        args, dataset = self.args, self.dataset("valid")
+        free = unseen_turns(dataset.split, self.seen)
+        found = (f"{args.dataset or args.dataset_path}: {len(free):,} of {len(dataset):,} turns of the 'valid' split "
+                 "are of dialogs that no pair is from, which the policy is evaluated on")
+        cure = "collect pairs of fewer contexts, or of another split (feedback.collect --split test)"
+        if not len(free):
+            raise InputError(f"{found}; {cure}")
+        if len(free) < min(args.evaluation_contexts, len(dataset)):
+            logger.warning("%s, fewer than --evaluation_contexts %s; %s", found, args.evaluation_contexts, cure)
+        return np.random.default_rng(0).permutation(free)[:args.evaluation_contexts].tolist()
 
     # Each of the following makes one step and returns figures of it.
 
@@ -399,10 +352,10 @@ class Trainer:
         return actions, self.rewards(turns).to(actions.mask.device), reference
 
     def rewards(self, turns: Sequence[Turn]) -> torch.Tensor:
-        """Of all replies, (replies,); one that was cut is worth ``--unfinished_reward``, whatever it says."""
+        """Of all replies, (replies,); one that was cut is worth `Reward.unfinished`, whatever it says."""
         texts = [[readable(self.tokenizer, reply.ids) for reply in turn.replies] for turn in turns]
         scores = self.reward([(*turn.texts, said) for turn, said in zip(turns, texts, strict=True)])
-        return torch.tensor([score if reply.ended else self.args.unfinished_reward
+        return torch.tensor([score if reply.ended else self.reward.unfinished
                              for turn, row in zip(turns, scores, strict=True)
                              for reply, score in zip(turn.replies, row, strict=True)])
 
@@ -467,10 +420,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Figures of replies to the same ``--evaluation_contexts`` contexts of validation, sampled under one seed."""
+        """Figures of replies to the contexts of `evaluation_turns`, the same each time, sampled under one seed."""
         torch.manual_seed(self.args.seed)
-        dataset = self.dataset("valid")
-        order = np.random.default_rng(0).permutation(len(dataset))[:self.args.evaluation_contexts].tolist()
+        dataset, order = self.dataset("valid"), self.evaluated
         kls, scores, rules, replies = [], [], [], []
         for start in range(0, len(order), 64):
             turns = [self.turn(dataset, place) for place in order[start:start + 64]]
@@ -567,11 +519,13 @@ def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
         rewards(f"--{name}", type=real_number, default=weight, metavar="W",
                 help=f"weight of {name} among the utterance metrics (default: %(default)s)")
     rewards("--dyme", type=real_number, default=0.0, metavar="W",
-            help="W times less for a reply whose metrics are not what they usually are at its place (default: none)")
+            help="count W times how far a reply's metrics are what people's are at its place, scaled as the reward "
+                 "model is (default: not at all)")
     rewards("--dyme_dialogs", type=positive_number, default=2000, metavar="N",
             help="training dialogs that DYME learns from (default: %(default)s)")
     rewards("--unfinished_reward", type=real_number, default=-1.0, metavar="R",
-            help="of a reply that was cut at --max_length, instead of all others (default: %(default)s)")
+            help="of a reply that was cut at --max_length, instead of all others, times what these count together: 1 "
+                 "for the reward model, and each W (default: %(default)s)")
 
     add = parser.add_argument_group("ppo and rloo").add_argument
     add("--kl_coef", type=coefficient, default=0.2, help="price of a nat at first (default: %(default)s)")
@@ -600,7 +554,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
     add = parser.add_argument_group("evaluation and kills").add_argument
     add("--evaluate_every", type=positive_number, default=50, metavar="N", help="steps (default: %(default)s)")
     add("--evaluation_contexts", type=positive_number, default=256, metavar="N",
-        help="of validation (default: %(default)s)")
+        help="of validation, in dialogs that no pair is from (default: %(default)s)")
     add("--save_every", type=positive_number, default=50, metavar="N",
         help="steps after which a killed training can go on (default: %(default)s)")
     add("--rule", action="store_true", help="also measure what the simulated annotator would say of the replies")

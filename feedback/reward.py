@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import random
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -32,7 +31,7 @@ import devices
 from cli import InputError, command, learning_rate, positive_number, positive_real, share, whole_number
 from decoding import load_checkpoint
 from feedback.annotate import preferences, read_answers
-from feedback.pairs import read_pairs
+from feedback.pairs import dialog_of, held_out, read_pairs
 from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
 from inputs import LengthBatches, Row, Specials, collate, pack_turn
 from model import HALF, DoubleHeadsModel, autocast, save_model
@@ -42,6 +41,7 @@ from train import BAR, create_trainer
 from utils import add_device_flag
 
 SCALE = "reward.json"
+DIALOGS = "dialogs.json"  # which dialogs its pairs are from, by `beginnings`
 logger = logging.getLogger("feedback.reward")
 
 
@@ -85,12 +85,24 @@ class RewardModel:
             raise InputError(f"{folder}: no finished reward model, it has no whole {SCALE}; make one with "
                              "python -m feedback.reward") from None
         self.model, self.tokenizer = load_checkpoint(folder, device)
-        self.fp16 = fp16
+        self.folder, self.fp16 = folder, fp16
 
     def __call__(self, turns: Sequence[tuple]) -> list[list[float]]:
-        """Rewards of the replies of each turn (persona, history, replies)."""
+        """Rewards of the replies of each turn (persona, history, replies), read with as much history as its pairs had.
+        """
+        utterances = self.scale.get("utterances", 0)  # which earlier versions did not note
+        turns = [(persona, history[-utterances:], replies) for persona, history, replies in turns]
         return [[(score - self.mean) / self.deviation for score in row]
                 for row in raw_scores(self.model, self.tokenizer, turns, self.fp16)]
+
+    def dialogs(self) -> list[list[str]]:
+        """`beginnings` of the dialogs that it was trained and tested on."""
+        try:
+            return json.loads(Path(self.folder, DIALOGS).read_text("utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s: has no whole %s, so that nobody knows which dialogs it was trained on; a policy may be "
+                           "evaluated on some of these", self.folder, DIALOGS)
+            return []
 
 
 # ------------------------------------------------------------------------------------------------------ figures
@@ -102,11 +114,6 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
     middle = (rate + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / total + spread / total / 4)
     return middle - half, middle + half
-
-
-def held_out(pair: dict, part: float, seed: int) -> bool:
-    """Whether a pair is kept from training; all pairs of a dialog are or none is."""
-    return random.Random(f"{seed} {pair['data']} {pair['split']} {pair['dialog']}").random() < part
 
 
 def measure_held_out(model: DoubleHeadsModel, tokenizer, pairs: list[tuple[dict, int]], args: Namespace) -> dict:
@@ -171,8 +178,9 @@ def train_reward(args: Namespace) -> dict:
         logger.info("%s is finished", run)
         _tell(figures, run)
         return figures
-    kept = [one for one in better if not held_out(one[0], args.held_out, args.seed)]
-    tests = [one for one in better if held_out(one[0], args.held_out, args.seed)]
+    apart = held_out(pairs.values(), args.held_out, args.seed)
+    kept = [one for one in better if one[0]["pair"] not in apart]
+    tests = [one for one in better if one[0]["pair"] in apart]
     logger.info("%s pairs to learn from, %s held out; without a better reply: %s", f"{len(kept):,}", f"{len(tests):,}",
                 ", ".join(f"{count:,} ({reason})" for reason, count in left_out.items()) or "none")
     if not kept or not tests:
@@ -207,10 +215,14 @@ def train_reward(args: Namespace) -> dict:
         trainer.run(loader)
         save_snapshot(run, model, optimizer, {"step": len(steps)})
 
-    figures = {"training_pairs": len(kept), "left_out": left_out} | measure_held_out(model, tokenizer, tests, args)
+    figures = {"training_pairs": len(kept), "left_out": left_out,
+               "utterances": max(len(pair["history"]) for pair, _ in kept)}
+    figures |= measure_held_out(model, tokenizer, tests, args)
     tokenizer.save_pretrained(run)
     save_model(model, run)
     write_page(figures, run / "reward.html")
+    seen = dict.fromkeys(tuple(dialog_of(pair)) for pair, _ in better)
+    (run / DIALOGS).write_text(json.dumps(list(seen)) + "\n", "utf-8")
     (run / "reward.unfinished").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
     os.replace(run / "reward.unfinished", run / SCALE)
     _tell(figures, run)

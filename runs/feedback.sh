@@ -41,9 +41,10 @@ if [ ! -f $work/baseline ]; then
 fi
 run=$(cat $work/baseline)
 
-# 2. pairs of its replies: five to a context, each two of them
-python -m feedback.collect --model_checkpoint "$run" $data --pairs $work/pairs.jsonl --contexts 5200 --replies 5 --seed 1 \
-    --max_length 30 --temperature 1 --top_p 0 --batch_size 64
+# 2. pairs of its replies: five to a context, each two of them; the policies are evaluated on the validation split, of
+# whose dialogs neither reward models nor DPO learn anything
+python -m feedback.collect --model_checkpoint "$run" $data --split test --pairs $work/pairs.jsonl --contexts 5170 \
+    --replies 5 --seed 1 --max_length 30 --temperature 1 --top_p 0 --batch_size 64
 
 policy() {  # who answers, seed, algorithm and its flags
     python -m feedback.policy --model_checkpoint "$run" $data --max_history 0 --max_length 30 --rule --seed "$2" \

@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import random
+import re
 import select
 import subprocess
 import sys
@@ -18,13 +19,15 @@ import requests
 import torch
 from conftest import ROOT, make_checkpoint
 from torch.nn import functional as F
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from cli import InputError
 from feedback import annotate, collect, metrics, policy, reward
-from feedback.pairs import read_pairs
+from feedback.pairs import held_out, read_pairs
 from inputs import Specials, TurnDataset, build_context, collate
 from interact import fitted_context, generate_replies, readable
 from model import add_special_tokens_, load_model, save_model
+from readers import Dialog, Turn, entries
 from utils import get_dataset, get_tokenizer
 
 WORDS = ["hello there .", "how are you ?", "i like tea .", "that is sad .", "my dog is old .", "what happened ?"]
@@ -43,7 +46,7 @@ def world(tmp_path_factory) -> Path:
             {"history": said[:3], "candidates": draw.choices(WORDS, k=2)}]}
 
     (folder / "data.json").write_text(json.dumps({"train": [entry(n) for n in range(30)],
-                                                  "valid": [entry(n) for n in range(20)]}))
+                                                  "valid": [entry(n) for n in range(40)]}))
     bare = make_checkpoint(folder / "bare", n_layer=1, n_embd=32, n_head=2, n_positions=96)
     torch.manual_seed(0)
     tokenizer, model = get_tokenizer(str(bare)), load_model(str(bare))
@@ -157,6 +160,52 @@ def test_decoders_compete(world, tmp_path):
         assert generate_replies(model, [context], special, greedy)[0] == pair["replies"][0]["ids"]
 
 
+@pytest.fixture(scope="module")
+def two_sided(world, tmp_path_factory) -> Path:
+    """A folder with dialogs of two sides, ``data.json``, and ``pairs.jsonl`` of half of the validation turns.
+
+    Half of the dialogs open with the same two utterances; later ones name their dialog by a number.
+    """
+    folder = tmp_path_factory.mktemp("two-sided")
+    corpus = {}
+    for split, first, count in (("train", 0, 10), ("valid", 100, 40)):
+        dialogs = [Dialog("", [Turn(place % 2, text) for place, text in enumerate(
+            ["hello there .", "how are you ?" if n % 2 else f"i am {n} .", f"my dog is {n} .", f"i like {n} .",
+             f"that is sad , {n} ."][:4 + n % 3 // 2])]) for n in range(first, first + count)]
+        corpus[split] = list(entries(dialogs, "dialogs"))
+    (folder / "data.json").write_text(json.dumps(corpus))
+    collect.collect(flags(world, dataset_path=str(folder / "data.json"), dataset_cache=str(folder / "cache"),
+                          pairs=str(folder / "pairs.jsonl"), contexts=60))
+    return folder
+
+
+def numbers(folder: Path) -> list[str]:
+    """Of each validation entry, the number that its dialog has."""
+    valid = json.loads((folder / "data.json").read_text())["valid"]
+    return [re.search(r"[0-9]+", str(entry["utterances"][-1]))[0] for entry in valid]
+
+
+@pytest.mark.parametrize("max_history", [0, 2])
+def test_what_is_held_out_is_never_the_other_side_of_a_dialog_learnt_from(world, two_sided, tmp_path, max_history):
+    path = tmp_path / "pairs.jsonl"
+    collect.collect(flags(world, dataset_path=str(two_sided / "data.json"), dataset_cache=str(two_sided / "cache"),
+                          pairs=str(path), contexts=120, replies=3, max_history=max_history))
+    found, number = read_pairs(path), numbers(two_sided)
+    apart = held_out(found.values(), 0.4, 1)
+    kept, tests = ({number[pair["dialog"]] for name, pair in found.items() if (name in apart) == which}
+                   for which in (False, True))
+    assert len(kept) > 4 < len(tests) and not kept & tests
+    sides = {(number[pair["dialog"]], pair["dialog"]) for pair in found.values()}
+    assert len(sides) > 1.3 * len(dict(sides))  # many dialogs are there with both sides
+
+
+def test_pairs_of_an_earlier_version_are_divided_by_the_dialog_they_note(pairs):
+    old = [{name: value for name, value in pair.items() if name != "beginnings"} for pair in pairs.values()]
+    apart = held_out(old, 0.4, 1)
+    tests = {pair["dialog"] for pair in old if pair["pair"] in apart}
+    assert tests and not tests & {pair["dialog"] for pair in old if pair["pair"] not in apart}
+
+
 def test_pairs_edited_by_hand_are_named_and_left_out(world, pairs, tmp_path, caplog):
     lines = (world / "pairs.jsonl").read_text().splitlines()
     edited = json.loads(lines[1])
@@ -203,12 +252,14 @@ def test_the_half_answer_of_a_kill_does_not_swallow_the_next(pairs, tmp_path):
 
 def test_what_most_people_prefer(pairs, tmp_path):
     names = list(pairs)
-    votes = {0: [0], 1: [1, 1, 0], 2: [0, 1], 3: ["tie"], 4: ["bad"], 5: ["tie", 1]}
+    """More than half of those who answered, whatever the others say; else there is no preference."""
+    votes = {0: [0], 1: [1, 1, 0], 2: [0, 1], 3: ["tie"], 4: ["bad"], 5: ["tie", 1], 6: ["tie"] * 9 + [0],
+             7: ["bad"] * 5 + [1], 8: [0, 0, 1, "tie"], 9: [0, 0, 0, "tie", "bad"], 10: ["tie", "bad"]}
     answers = {(f"person {n}", names[pair]): answer(names[pair], choice)
                for pair, choices in votes.items() for n, choice in enumerate(choices)}
     better, without = annotate.preferences(pairs, answers)
-    assert [(pair["pair"], best) for pair, best in better] == [(names[0], 0), (names[1], 1), (names[5], 1)]
-    assert without == {"not answered": len(names) - 6, "people who disagree": 1, "a tie": 1, "both bad": 1}
+    assert [(pair["pair"], best) for pair, best in better] == [(names[0], 0), (names[1], 1), (names[9], 0)]
+    assert without == {"not answered": len(names) - 11, "people who disagree": 4, "a tie": 2, "both bad": 2}
 
 
 def test_kappa_by_hand():
@@ -395,8 +446,6 @@ def test_the_rule():
 def test_utterance_metrics():
     assert metrics.sentiment("I love this, it is wonderful!") > 0.5 > -0.5 > metrics.sentiment("I hate it, how awful.")
     assert metrics.sentiment("It is a table.") == 0
-    assert [metrics.question(text) for text in ("What did you do?", "Isn’t it late?", "Really?", "What a day.", "")] \
-        == [1, 1, 0, 0, 0]
     history = ["I have a puppy called Rex", "Puppy owners love their puppy", "yes they do"]
     # of puppy, cats, cats: puppy was in our own turn before, the second cats is in the utterance before
     assert metrics.repetition("puppy or cats and cats", history) == pytest.approx(-2 / 3)
@@ -408,6 +457,16 @@ def test_utterance_metrics():
     assert metrics.similarity("do", history) == pytest.approx(1 / math.sqrt(5))
     assert metrics.toxicity("you stupid idiot") < -0.8 < -0.3 < metrics.toxicity("what a lovely day") <= 0
     assert metrics.toxicity(" ") == 0
+
+
+def test_questions_however_their_contractions_are_spelt():
+    asked = ["What did you do?", "what's your name ?", "What’s your name?", "what 's your name ?", "who're they ?",
+             "where'd you go ?", "how`ve you been ?", "Isn’t it late?", "isn ' t it late ?", "wo n't you come ?",
+             "ca n't you ?", "whats up ?", "dont you like it ?", "must we go ?", "ain't it nice ?", "d'you like tea ?"]
+    told = ["Really?", "What a day.", "", "it's the dog's ball ?", "they're here , ok ?", "that's what i 'd say .",
+            "let's go , ok ?", "you like dogs' toys ?"]
+    assert [text for text in asked + told if metrics.question(text)] == asked
+    assert metrics.repetition("they can’t sing", ["we can't dance", "oh"]) == pytest.approx(-1 / 3)  # one word, not two
 
 
 def test_the_metrics_as_one_reward():
@@ -445,7 +504,7 @@ def reward_flags(world: Path, folder: Path, **changed) -> Namespace:
     return Namespace(**{
         "model_checkpoint": str(world / "run"), "pairs": str(world / "pairs.jsonl"),
         "answers": [str(folder / "answers.jsonl")], "reward": str(folder / "reward"),
-        "held_out": 0.3, "n_epochs": 12, "train_batch_size": 4, "lr": 3e-3,
+        "held_out": 0.3, "n_epochs": 16, "train_batch_size": 4, "lr": 3e-3,
         "max_norm": 1.0, "save_every": 1000, "fp16": "", "device": "cpu", "seed": 1, "lm_coef": 0.0, "mc_coef": 1.0,
         "gradient_accumulation_steps": 1, "max_len": 0, "shard": False} | changed)
 
@@ -465,8 +524,9 @@ def test_the_reward_is_scaled_on_held_out_replies_and_its_accuracy_is_theirs(wor
     """From the folder alone, by another way: one reply a row, the division drawn again."""
     figures = json.loads((judged / "reward" / "reward.json").read_text())
     better, _ = annotate.preferences(pairs, annotate.read_answers([judged / "answers.jsonl"], pairs))
-    tests = [(pair, best) for pair, best in better if reward.held_out(pair, 0.3, 1)]
-    kept = [pair for pair, _ in better if not reward.held_out(pair, 0.3, 1)]
+    apart = held_out(pairs.values(), 0.3, 1)
+    tests = [(pair, best) for pair, best in better if pair["pair"] in apart]
+    kept = [pair for pair, _ in better if pair["pair"] not in apart]
     assert (figures["training_pairs"], figures["held_out_pairs"]) == (len(kept), len(tests))
     assert not {pair["dialog"] for pair, _ in tests} & {pair["dialog"] for pair in kept}
     model = reward.RewardModel(str(judged / "reward"))
@@ -482,7 +542,8 @@ def test_the_reward_is_scaled_on_held_out_replies_and_its_accuracy_is_theirs(wor
 def test_the_reward_model_learns_what_people_prefer(pairs, judged):
     """Of the pairs it has learnt from, it knows nearly all: the longer one."""
     model = reward.RewardModel(str(judged / "reward"))
-    kept = [pair for pair in pairs.values() if not reward.held_out(pair, 0.3, 1)]
+    apart = held_out(pairs.values(), 0.3, 1)
+    kept = [pair for pair in pairs.values() if pair["pair"] not in apart]
     scores = model([(pair["persona"], pair["history"], [reply["text"] for reply in pair["replies"]]) for pair in kept])
     longer = [int(len(pair["replies"][1]["text"]) > len(pair["replies"][0]["text"])) for pair in kept]
     assert sum(row[best] > row[1 - best] for row, best in zip(scores, longer, strict=True)) >= 0.9 * len(kept)
@@ -762,7 +823,8 @@ def test_dpo_names_and_counts_the_pairs_it_cannot_learn_from(world, pairs, judge
     (tmp_path / "other").mkdir()
     trainer = policy.Trainer(policy_flags(world, tmp_path / "run", judged, "--algorithm", "dpo"))
     better, _ = annotate.preferences(pairs, annotate.read_answers([judged / "answers.jsonl"], pairs))
-    kept = [(pair, best) for pair, best in better if not reward.held_out(pair, 0.15, 42)]
+    apart = held_out(pairs.values(), 0.15, 42)
+    kept = [(pair, best) for pair, best in better if pair["pair"] not in apart]
     ended = [(pair, best) for pair, best in kept if pair["replies"][best]["ended"]]
     assert 0 < len(trainer.pairs) == len(ended) < len(kept) < len(better)
     assert f"{len(kept) - len(ended)} (better reply cut: from these it would learn never to end)" in caplog.text
@@ -773,6 +835,82 @@ def test_dpo_names_and_counts_the_pairs_it_cannot_learn_from(world, pairs, judge
         policy.Trainer(policy_flags(world, tmp_path / "other", judged, "--algorithm", "dpo", "--model_checkpoint",
                                     judged / "reward"))
     assert f"{len(kept)} (said by another model than --model_checkpoint)" in caplog.text
+
+
+def test_a_policy_is_evaluated_on_dialogs_that_nobody_who_teaches_it_has_seen(world, two_sided, tmp_path, caplog):
+    """By the reward model's pairs and by DPO's: neither turn nor other side of a dialog that a pair is from."""
+    found, number = read_pairs(two_sided / "pairs.jsonl"), numbers(two_sided)
+    answered(tmp_path, *(answer(name, n % 2) for n, name in enumerate(found)))
+    reward.train_reward(reward_flags(world, tmp_path, pairs=str(two_sided / "pairs.jsonl"), n_epochs=1))
+    learnt = {number[pair["dialog"]] for pair in found.values()}
+    data = ["--dataset_path", two_sided / "data.json", "--dataset_cache", two_sided / "cache",
+            "--pairs", two_sided / "pairs.jsonl", "--evaluation_contexts", 200]
+    for n, more in enumerate([["--algorithm", "rloo"], ["--algorithm", "dpo", "--reward_model", ""]]):
+        (tmp_path / str(n)).mkdir()
+        trainer = policy.Trainer(policy_flags(world, tmp_path / str(n), tmp_path, *data, *more))
+        turn_dialog = trainer.dataset("valid").split.turn_dialog
+        evaluated = {number[turn_dialog[turn]] for turn in trainer.evaluated}
+        assert evaluated and not evaluated & learnt
+        assert evaluated | learnt == set(number)  # nothing more is left out
+        assert len(trainer.evaluated) == sum(number[dialog] in evaluated for dialog in turn_dialog)
+    assert "of dialogs that no pair is from" in caplog.text and "fewer than --evaluation_contexts 200" in caplog.text
+
+    every = tmp_path / "every.jsonl"
+    collect.collect(flags(world, dataset_path=str(two_sided / "data.json"), dataset_cache=str(two_sided / "cache"),
+                          pairs=str(every), contexts=1000, replies=4))
+    answered(tmp_path, *(answer(name, int(pair["replies"][1]["ended"])) for name, pair in read_pairs(every).items()))
+    with pytest.raises(InputError, match="0 of .* collect pairs of fewer contexts, or of another split"):
+        policy.train_policy(policy_flags(world, tmp_path / "none", tmp_path, *data, "--algorithm", "dpo",
+                                         "--reward_model", "", "--pairs", every))
+
+
+def test_a_policy_begins_as_its_reference_whatever_the_checkpoint_lacks(world, tmp_path):
+    """A language model as others publish it, without choice head and control tokens: KL 0, and its pairs are its."""
+    bare = make_checkpoint(tmp_path / "bare", n_layer=1, n_embd=32, n_head=2, n_positions=96)
+    config = OpenAIGPTConfig.from_pretrained(bare)
+    torch.manual_seed(5)
+    OpenAIGPTLMHeadModel(config).save_pretrained(bare)
+    assert len(get_tokenizer(str(bare))) > config.vocab_size  # rows are missing
+    pairs_path = str(tmp_path / "pairs.jsonl")
+    torch.manual_seed(6)
+    collect.collect(flags(world, model_checkpoint=str(bare), pairs=pairs_path, dataset_cache=str(tmp_path / "cache"),
+                          max_length=60))  # at random it ends seldom
+    found = read_pairs(pairs_path)
+    answered(tmp_path, *(answer(name, int(pair["replies"][1]["ended"])) for name, pair in found.items()))
+    torch.manual_seed(7)
+    run = policy.train_policy(policy_flags(
+        world, tmp_path / "run", tmp_path, "--model_checkpoint", bare, "--algorithm", "dpo", "--reward_model", "",
+        "--pairs", pairs_path, "--steps", 1, "--dataset_cache", tmp_path / "cache", "--max_length", 60))
+    first, last = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+    assert first["kl"] == 0 < last["kl"]
+
+
+def test_rewards_read_the_history_that_they_learnt_from(world, judged, tmp_path):
+    """A policy that sees one utterance is paid by those who see more: DYME all, the reward model what its pairs had."""
+    arguments = policy_flags(world, tmp_path / "run", judged, "--max_history", 0, "--dyme", 1, "--dyme_dialogs", 20)
+    trainer = policy.Trainer(arguments)
+    dialogs = [entry["utterances"] for entry in json.loads((world / "data.json").read_text())["train"]]
+    turns = [trainer.turn(trainer.contexts, number) for number in range(len(trainer.contexts))]
+    assert [turn.texts[1] for turn in turns] == [turn["history"] for dialog in dialogs for turn in dialog]
+    assert all(len(turn.history) == 1 for turn in turns)
+    long = next(turn for turn in turns if len(turn.texts[1]) == 3)
+    model, longer = trainer.reward.model, ["i like tea .", "what happened ?", *long.texts[1]]
+    assert model([(long.texts[0], longer, ["yes ."])]) == model([(long.texts[0], longer[-3:], ["yes ."])])
+    assert model([(long.texts[0], longer, ["yes ."])]) != model([(long.texts[0], longer[-1:], ["yes ."])])
+
+
+def test_dyme_pays_people_nothing_on_average_and_cut_replies_less(world, judged, tmp_path):
+    """As the reward model is scaled: so what is charged for a cut reply is worse than what people's replies get."""
+    arguments = policy_flags(world, tmp_path / "run", judged, "--reward_model", "", "--dyme", 5, "--dyme_dialogs", 30)
+    trainer = policy.Trainer(arguments)
+    said = [[*dialog[-1]["history"], dialog[-1]["candidates"][-1]] for dialog in (
+        entry["utterances"] for entry in json.loads((world / "data.json").read_text())["train"])]
+    paid = torch.tensor([trainer.reward([([], dialog[:place], [dialog[place]])])[0][0]
+                         for dialog in said for place in range(1, len(dialog))])
+    assert paid.mean() == pytest.approx(0, abs=1e-5) and paid.std(unbiased=False) == pytest.approx(5, abs=1e-4)
+    turn = trainer.turn(trainer.contexts, 0)._replace(replies=[policy.Reply([1], False)])
+    assert trainer.rewards([turn]).tolist() == [-5]
+    assert (paid > -5).float().mean() > 0.75
 
 
 def test_a_cut_reply_is_worth_what_is_charged_for_it(world, judged, tmp_path):
@@ -792,7 +930,7 @@ def test_reward_terms_add_up(world, judged, tmp_path):
     turn = ([], ["hello there ."], ["what happened to you ?", "i like tea ."])
     model = reward.RewardModel(str(judged / "reward"))([turn])[0]
     weights = metrics.WEIGHTS | {"question": 1.0}
-    by_hand = [score + 2 * metrics.weighted(text, turn[1], weights) - 0.5 * trainer.reward.dyme.deviation(text, turn[1])
+    by_hand = [score + 2 * metrics.weighted(text, turn[1], weights) + 0.5 * trainer.reward.dyme.reward(text, turn[1])
                for score, text in zip(model, turn[2], strict=True)]
     assert trainer.reward([turn])[0] == pytest.approx(by_hand)
 
