@@ -6,6 +6,7 @@ What `feedback.collect` writes and all others read; knows no models and no opini
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 from collections import Counter
@@ -145,11 +146,15 @@ def held_out(pairs: Iterable[dict], part: float, seed: int) -> set[str]:
     """Names of the pairs that are kept from training, a ``part`` of the dialogs; all pairs of a dialog are or none is.
 
     Whichever side of the dialog a pair is from: the shortest beginning that is the whole of some pair's names it.
+    Of two dialogs or more, some are kept from training and some are not, unless ``part`` is 0 or 1.
     """
     dialogs = {pair["pair"]: dialog_of(pair) for pair in pairs}
     wholes = {names[-1] for names in dialogs.values()}
     dialogs = {pair: next(name for name in names if name in wholes) for pair, names in dialogs.items()}
-    return {pair for pair, name in dialogs.items() if random.Random(f"{seed} {name}").random() < part}
+    drawn = {name: random.Random(f"{seed} {name}").random() for name in dialogs.values()}
+    lowest, *middle, highest = sorted(drawn.values()) if len(drawn) > 1 else (1.0, 0.0)
+    line = min(max(part, math.nextafter(lowest, 1.0)), highest) if 0 < part < 1 else part
+    return {pair for pair, name in dialogs.items() if drawn[name] < line}
 
 
 def unseen_turns(split: Split, seen: Iterable[Sequence[str]]) -> np.ndarray:

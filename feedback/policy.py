@@ -42,7 +42,7 @@ from cli import (
 )
 from corpora import require_split
 from decoding import Decoding, generate_replies, load_checkpoint, readable
-from feedback.annotate import preferences, read_answers, rule_score
+from feedback.annotate import rule_score
 from feedback.collect import model_hash
 from feedback.metrics import WEIGHTS, Dyme, check_libraries, weighted
 from feedback.objectives import (
@@ -54,10 +54,11 @@ from feedback.objectives import (
     value_loss,
     whitened,
 )
-from feedback.pairs import append_lines, dialog_of, held_out, read_lines, read_pairs, unseen_turns, whole_dialog
+from feedback.pairs import append_lines, dialog_of, held_out, read_lines, unseen_turns, whole_dialog
+from feedback.preferences import read_preferences
 from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint
 from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
-from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, pack_turn
+from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, max_reply, pack_turn
 from model import DoubleHeadsModel, save_model
 from tables import Split, tokenize
 from train import BAR
@@ -286,19 +287,25 @@ class Trainer:
         return Turn(*fit_context(persona, history, room, start), texts, replies)
 
     def read_pairs(self) -> list[Turn]:
-        """What DPO learns from: pairs of this very model, the worse reply first. What is left out is counted."""
+        """What DPO learns from, the worse reply first: pairs of this very model, or preferences made elsewhere.
+
+        What is left out is counted.
+        """
         args, ours = self.args, model_hash(self.reference.model)
-        pairs = read_pairs(args.pairs)
-        better, without = preferences(pairs, read_answers(args.answers, pairs))
+        longest = max_reply(self.reference.model.max_positions, self.reference.model.history_start)
+        pairs, better, without = read_preferences(args.pairs, args.answers)
         check_same(Path(args.policy), fingerprint(better))
         self.seen = self.seen + [dialog_of(pair) for pair in pairs.values()]
         apart = held_out(pairs.values(), args.held_out, args.held_out_seed)
         turns, left_out = [], Counter(without)
         for pair, best in better:
-            replies = [Reply(reply["ids"], reply["ended"]) for reply in pair["replies"]]
+            replies = [Reply(reply["ids"] if pair["model"] else ids, reply["ended"]) for reply, ids in zip(
+                pair["replies"], tokenize(self.tokenizer, [reply["text"] for reply in pair["replies"]]), strict=True)]
             if pair["pair"] in apart:
                 left_out["held out"] += 1
-            elif pair["model"] != ours:
+            elif max(len(reply.ids) for reply in replies) > longest:
+                left_out["longer than the model's positions"] += 1
+            elif pair["model"] and pair["model"] != ours:
                 left_out["said by another model than --model_checkpoint"] += 1
             elif not replies[best].ended:
                 left_out["better reply cut: from these it would learn never to end"] += 1
@@ -543,7 +550,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
     add("--value_coef", type=coefficient, default=0.1, help="weight of the value loss (default: %(default)s)")
 
     add = parser.add_argument_group("dpo").add_argument
-    add("--pairs", default="pairs.jsonl", metavar="FILE", help="of feedback.collect (default: %(default)s)")
+    add("--pairs", default="pairs.jsonl", metavar="FILE",
+        help="of feedback.collect, or preferences made elsewhere: lines with prompt, chosen and rejected (default: "
+             "%(default)s)")
     add("--answers", default=["answers.jsonl"], nargs="+", metavar="FILE",
         help="of feedback.annotate (default: answers.jsonl)")
     add("--beta", type=positive_real, default=0.1,

@@ -30,8 +30,8 @@ from tqdm import tqdm
 import devices
 from cli import InputError, command, learning_rate, positive_number, positive_real, share, whole_number
 from decoding import load_checkpoint
-from feedback.annotate import preferences, read_answers
-from feedback.pairs import dialog_of, held_out, read_pairs
+from feedback.pairs import dialog_of, held_out
+from feedback.preferences import read_preferences
 from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
 from inputs import LengthBatches, Row, Specials, collate, pack_turn
 from model import HALF, DoubleHeadsModel, autocast, save_model
@@ -170,8 +170,7 @@ def train_reward(args: Namespace) -> dict:
     run = Path(args.reward)
     check_arguments(run, args, may_change={"reward", "device", "save_every"})
     manual_seed(args.seed)
-    pairs = read_pairs(args.pairs)
-    better, left_out = preferences(pairs, read_answers(args.answers, pairs))
+    pairs, better, left_out = read_preferences(args.pairs, args.answers)
     check_same(run, fingerprint(better))
     if (run / SCALE).exists():
         figures = json.loads((run / SCALE).read_text("utf-8"))
@@ -246,7 +245,9 @@ def main() -> None:
     add = parser.add_argument
     add("--model_checkpoint", default="", metavar="CHECKPOINT",
         help="what the reward model starts from (default: the published fine-tuned model)")
-    add("--pairs", default="pairs.jsonl", metavar="FILE", help="of feedback.collect (default: %(default)s)")
+    add("--pairs", default="pairs.jsonl", metavar="FILE",
+        help="of feedback.collect, or preferences made elsewhere: lines with prompt, chosen and rejected (default: "
+             "%(default)s)")
     add("--answers", default=["answers.jsonl"], nargs="+", metavar="FILE",
         help="of feedback.annotate (default: answers.jsonl)")
     add("--reward", default="reward", metavar="DIR", help="folder of the reward model (default: %(default)s)")
