@@ -154,7 +154,7 @@ class WordRow:
                 segments.append(beginning)
             place.append((host, len(beginning)))
         self.row: Row = dataset.pack(turn, segments[::-1])
-        ends, longest = self.row.mc_token_ids[::-1], max_reply(dataset.max_positions, dataset.history_start)
+        ends, longest = self.row.mc_token_ids[0][::-1], max_reply(dataset.max_positions, dataset.history_start)
         self.words = []  # (word, index in the row of the token that predicts it)
         for word, (host, length) in zip(words, reversed(place), strict=True):
             start = ends[host] - 1 - min(len(segments[host]), longest)

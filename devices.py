@@ -235,7 +235,7 @@ def weigh(out: DoubleHeadsOutput) -> tuple[torch.Tensor, torch.Tensor]:
     losses = torch.stack([out.lm_loss, out.mc_loss])
     if not _Groups.gradients:
         return losses, losses.detach()
-    counts = torch.stack([out.tokens.sum(), (out.tokens > 0).sum()]).double()
+    counts = torch.stack([out.tokens.sum(), out.turns]).double()
     totals = torch.stack([counts, counts * losses.detach()])
     dist.all_reduce(totals, group=_Groups.gradients)
     weights = idist.get_world_size() * counts / totals[0]

@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from threading import Thread
 from typing import NamedTuple
 
@@ -116,14 +116,15 @@ def build_input_from_segments(persona, history, reply, tokenizer, lm_labels=Fals
 
 
 class Row(NamedTuple):
-    """A packed turn. All lists but ``mc_token_ids`` have one element a token."""
+    """One packed turn, or several turns of one dialog. All lists but ``mc_token_ids`` have one element per token."""
 
     input_ids: list[int]
     token_type_ids: list[int]
     position_ids: list[int]
     segment_ids: list[int]  # 0: context, k: candidate k, counted from 1
-    labels: list[int]  # the gold candidate's tokens at their own places, elsewhere -100
-    mc_token_ids: list[int]  # (candidates,): index of each candidate's last token
+    labels: list[int]  # what the token before it is to predict: the gold replies, elsewhere -100
+    mc_token_ids: list[list[int]]  # (turns, candidates): index of each candidate's last token
+    visible: list[int]  # how many of the context's tokens this token may attend to, counted from the row's start
 
 
 def max_reply(max_positions: int, history_start: int) -> int:
@@ -142,7 +143,8 @@ def pack_turn(persona, history, candidates, special: Specials, max_positions: in
     room = max_positions - 2 - max(map(len, candidates))
     context = build_context(*fit_context(persona, history, room, history_start), special, history_start)
     length, start = len(context.ids), context.start + len(context.ids)
-    row = Row(context.ids, context.types, list(range(context.start, start)), [0] * length, [IGNORED] * length, [])
+    row = Row(context.ids, context.types, list(range(context.start, start)), [0] * length, [IGNORED] * length, [],
+              [length] * length)
     last_token = {}  # candidate → where it ends in the row
     for candidate in dict.fromkeys(candidates):
         ids, types, _ = build_reply(candidate, special)
@@ -151,36 +153,81 @@ def pack_turn(persona, history, candidates, special: Specials, max_positions: in
         row.position_ids.extend(range(start, start + len(ids)))
         row.segment_ids.extend([len(last_token) + 1] * len(ids))
         row.labels.extend([IGNORED] + ids[1:] if candidate == candidates[-1] else [IGNORED] * len(ids))
+        row.visible.extend([length] * len(ids))
         last_token[candidate] = len(row.input_ids) - 1
-    row.mc_token_ids.extend(last_token[candidate] for candidate in candidates)
+    row.mc_token_ids.append([last_token[candidate] for candidate in candidates])
+    return row
+
+
+def pack_dialog(persona, history, turns, special: Specials, max_positions: int, history_start: int = 0) -> Row:
+    """Pack consecutive turns of one dialog into one row, in which all of them share the dialog as their context.
+
+    ``history``: the utterances before the last turn's reply. ``turns``: for each turn, in order, the length of its own
+    history, a beginning of ``history``, and its candidates, the gold one last; the gold reply of every turn but the
+    last is the next utterance of ``history``. Each turn gets the losses that `pack_turn` would give it alone, because
+    its gold reply is read where it stands in the dialog, and every other candidate, and the gold reply's ``<eos>``, is
+    a segment of its own that sees the dialog up to there. A row of one turn that is too long loses its oldest context;
+    several turns must fit.
+    """
+    turns = [(length, [tuple(reply[:max_reply(max_positions, history_start)]) for reply in candidates])
+             for length, candidates in turns]
+    if len(turns) == 1:
+        room = max_positions - 2 - max(map(len, turns[0][1]))
+        persona, history = fit_context(persona, history, room, history_start)
+        turns = [(len(history), turns[0][1])]
+    before, last = build_context(persona, history, special, history_start), turns[-1][1][-1]
+    reply = build_reply(last, special, with_eos=False)
+    # Where each utterance begins in the row, the last gold reply included.
+    begins = list(accumulate([len(before.ids) - sum(1 + len(said) for said in history), *(1 + len(u) for u in history)]))
+    length = len(before.ids) + len(reply.ids)
+    row = Row(before.ids + reply.ids, before.types + reply.types, list(range(before.start, before.start + length)),
+              [0] * length, [IGNORED] * length, [], [length] * length)
+    ends_of_gold = []
+    for history_length, candidates in turns:
+        begin = begins[history_length] + 1  # behind <speaker1>
+        gold, end, last_token = candidates[-1], begin + len(candidates[-1]), {}
+        row.labels[begin:end] = gold
+        ends_of_gold.append(end)
+        for candidate in dict.fromkeys([gold, *candidates]):
+            sees, ids = (end, [special.eos]) if candidate == gold else (begin, [*candidate, special.eos])
+            row.input_ids.extend(ids)
+            row.token_type_ids.extend([special.speaker1] * len(ids))
+            row.position_ids.extend(range(before.start + sees, before.start + sees + len(ids)))
+            row.segment_ids.extend([row.segment_ids[-1] + 1] * len(ids))
+            row.labels.extend([IGNORED] * len(ids))
+            row.visible.extend([sees] * len(ids))
+            last_token[candidate] = len(row.input_ids) - 1
+        row.mc_token_ids.append([last_token[candidate] for candidate in candidates])
+    for end in ends_of_gold:  # the gold reply's last token predicts <eos>, whatever stands behind it in the row
+        row.labels[end] = special.eos
     return row
 
 
 def collate(rows: Sequence[Row], pad: int) -> dict[str, torch.Tensor]:
     """Rows → a batch padded to its longest row; no rows → one of padding, from which nothing is learnt.
 
-    ``input_ids``, ``token_type_ids``, ``position_ids``, ``segment_ids`` (-1: padding) and ``labels`` are
-    (batch, positions); ``mc_token_ids`` (-1: no candidate) is (batch, candidates); ``mc_labels``, the gold candidate's
-    number, is (batch,). All int64.
+    ``input_ids``, ``token_type_ids``, ``position_ids``, ``segment_ids`` (-1: padding), ``labels`` and ``visible`` are
+    (rows, positions); ``mc_token_ids`` (-1: no candidate) is (turns, candidates); ``mc_labels``, the gold candidate's
+    number, and ``mc_rows``, the row that a turn is in, are (turns,). All int64.
     """
 
-    rows = rows or [Row([pad], [pad], [0], [0], [IGNORED], [0])]  # processes keep step though one has no turn left
+    # Processes keep step though one has no turn left: it computes a row of padding.
+    rows = rows or [Row([pad], [pad], [0], [0], [IGNORED], [[0]], [1])]
 
-    def padded(field: str, fill: int) -> torch.Tensor:
-        values = [getattr(row, field) for row in rows]
-        out = np.full((len(rows), max(map(len, values))), fill, np.int64)
+    def padded(values: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+        out = np.full((len(values), max(map(len, values))), fill, np.int64)
         for index, value in enumerate(values):
             out[index, :len(value)] = value
         return torch.from_numpy(out)
 
-    return {
-        "input_ids": padded("input_ids", pad),
-        "token_type_ids": padded("token_type_ids", pad),
-        "position_ids": padded("position_ids", 0),
-        "segment_ids": padded("segment_ids", -1),
-        "labels": padded("labels", IGNORED),
-        "mc_token_ids": padded("mc_token_ids", NO_CANDIDATE),
-        "mc_labels": torch.tensor([len(row.mc_token_ids) - 1 for row in rows]),
+    fills = {"input_ids": pad, "token_type_ids": pad, "position_ids": 0, "segment_ids": -1, "labels": IGNORED,
+             "visible": 1}
+    batch = {field: padded([getattr(row, field) for row in rows], fill) for field, fill in fills.items()}
+    turns = [candidates for row in rows for candidates in row.mc_token_ids]
+    return batch | {
+        "mc_token_ids": padded(turns, NO_CANDIDATE),
+        "mc_labels": torch.tensor([len(candidates) - 1 for candidates in turns]),
+        "mc_rows": torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.mc_token_ids) for row in rows])),
     }
 
 
@@ -240,6 +287,11 @@ class TurnDataset(Dataset):
 
     def _lengths(self, turns: np.ndarray) -> tuple[np.ndarray, int]:
         """The same of consecutive turns."""
+        context, candidates, too_long = self._sizes(turns)
+        return context + candidates, int(too_long.sum())
+
+    def _sizes(self, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of consecutive turns, (turns,) each: tokens of the context, of all candidates, and whether it is too long."""
         ends = self.split.table.array("token_offsets")
 
         def ragged(field: str, rows: np.ndarray, keep: int, extra: int) -> tuple[np.ndarray, np.ndarray]:
@@ -260,7 +312,7 @@ class TurnDataset(Dataset):
         too_long = (self.history_start or persona) + history + longest > self.max_positions
         if self.history_start:
             too_long |= persona > self.history_start
-        return persona + history + candidates, int(too_long.sum())
+        return persona + history, candidates, too_long
 
 
 def longest_persona(split: Split) -> int:
@@ -268,6 +320,56 @@ def longest_persona(split: Split) -> int:
     sizes = np.diff(split.table.array("token_offsets"))
     total = np.append(0, np.cumsum(sizes[split.table.array(f"{split.name}.persona")]))
     return 1 + int(np.diff(total[split.table.array(f"{split.name}.persona_offsets")]).max(initial=0))
+
+
+class DialogDataset(TurnDataset):
+    """The same turns with those of a dialog in one row (`pack_dialog`), which computes their common history once.
+
+    A row holds consecutive turns of a dialog as long as each continues the history of the one before, so histories
+    that ``max_history`` cuts off end a row, and fits the model. Its turns are those that `TurnDataset` has, each once.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.firsts = self._group()  # the first turn of each row, and the number of all turns
+
+    def __len__(self) -> int:
+        return (len(self.firsts) - 1) * self.permutations
+
+    def __getitem__(self, index: int) -> Row:
+        rotation, row = divmod(index, len(self.firsts) - 1)
+        turns = range(self.firsts[row], self.firsts[row + 1])
+        persona, history = self.context(turns[-1], rotation)
+        kept = [(min(len(self.split.strings("history", turn)), self.num_utterances),
+                 self.split.token_ids("candidates", turn)[-self.num_candidates:]) for turn in turns]
+        return pack_dialog(persona, history, kept, self.special, self.max_positions, self.history_start)
+
+    def place(self, index: int) -> str:
+        return super().place(int(self.firsts[index % (len(self.firsts) - 1)]))
+
+    def lengths(self) -> tuple[np.ndarray, int]:
+        """Tokens in each row (at most), (len(self),) int64, and how many turns lose some of their context."""
+        first, last = self.firsts[:-1], self.firsts[1:] - 1
+        context, candidates, too_long = self._sizes(np.arange(self.split.num_turns))
+        name, ends = f"{self.split.name}.candidates", self.split.table.array("token_offsets")
+        stops = self.split.table.array(f"{name}_offsets")
+        golds, count = self.split.table.array(name)[stops[1:] - 1], np.diff(stops)
+        golds = ends[golds + 1] - ends[golds]
+        # `candidates` counts two control tokens for each. Here <speaker1> and the gold reply are in the context.
+        branches = candidates - golds - np.minimum(count, self.num_candidates or count)
+        total = context[last] + 1 + golds[last] + np.add.reduceat(branches, first) if len(first) else first
+        return np.tile(total, self.permutations), int(too_long.sum())
+
+    def _group(self) -> np.ndarray:
+        """The number of each row's first turn, ascending, and the number of all turns."""
+        too_long = self._sizes(np.arange(self.split.num_turns))[2]
+        firsts, said = [], None  # what the next turn's history has to begin with to continue the row
+        for turn, dialog in enumerate(self.split.turn_dialog.tolist()):
+            history = self.split.strings("history", turn)[-self.num_utterances:].tolist()
+            if too_long[turn] or said != (dialog, history[:-1]):
+                firsts.append(turn)
+            said = dialog, [*history, int(self.split.strings("candidates", turn)[-1])]
+        return np.array([*firsts, self.split.num_turns])
 
 
 class LengthBatches(Sampler):

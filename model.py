@@ -51,15 +51,17 @@ class DoubleHeadsOutput(ModelOutput):
     """What the two heads say of a batch of packed turns.
 
     ``lm_loss``: negative log-likelihood a gold token, mean over the batch, in nats; ``mc_loss``: cross-entropy of the
-    gold candidate, mean over the turns; ``nll`` and ``tokens``, both (batch,): a turn's gold negative log-likelihood
-    and how many tokens it is the sum of; ``mc_logits`` (batch, candidates), -inf where a turn has no such candidate;
-    ``gold_rank`` (batch,): how many candidates score at least as high as the gold one, itself not counted, so that 0 is
-    a hit and a tie is none; ``logits``: (tokens, vocabulary), what the gold tokens were predicted with, row by row;
-    or for decoding (batch, positions kept, vocabulary).
+    gold candidate, mean over the turns; ``turns``: the number of turns, without those of a row of padding; ``nll`` and
+    ``tokens``, both (rows,): a row's gold negative log-likelihood and the number of tokens that it is the sum of;
+    ``mc_logits`` (turns, candidates), -inf where a turn has no such candidate; ``gold_rank`` (turns,): how many
+    candidates score at least as high as the gold one, itself not counted, so that 0 is a hit and a tie is none;
+    ``logits``: (tokens, vocabulary), what the gold tokens were predicted with, row by row; or for decoding
+    (batch, positions kept, vocabulary).
     """
 
     lm_loss: torch.Tensor | None = None
     mc_loss: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
     nll: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     mc_logits: torch.Tensor | None = None
@@ -109,12 +111,12 @@ class DoubleHeadsModel:
         return logits
 
     def forward(self, input_ids, token_type_ids=None, position_ids=None, attention_mask=None, segment_ids=None,
-                labels=None, mc_token_ids=None, mc_labels=None, past_key_values=None, use_cache=None,
-                logits_to_keep=0, **kwargs) -> DoubleHeadsOutput:
+                visible=None, labels=None, mc_token_ids=None, mc_labels=None, mc_rows=None, past_key_values=None,
+                use_cache=None, logits_to_keep=0, **kwargs) -> DoubleHeadsOutput:
         """Score packed turns, the batches of `inputs.collate`; without ``segment_ids``, give logits for decoding."""
         packed = segment_ids is not None
         if packed:
-            attention_mask = self.layer_masks(candidate_mask(segment_ids), position_ids, position_ids)
+            attention_mask = self.layer_masks(candidate_mask(segment_ids, visible), position_ids, position_ids)
             use_cache = False
         body = self.read(
             input_ids, token_type_ids=token_type_ids, position_ids=position_ids, attention_mask=attention_mask,
@@ -132,12 +134,14 @@ class DoubleHeadsModel:
             out.logits = self.vocabulary_logits(states[:, :-1][predicting]).float()
             token_nll = F.cross_entropy(out.logits, gold[predicting], reduction="none")
             out.tokens = predicting.sum(1)
-            turn = torch.arange(len(labels), device=labels.device).repeat_interleave(out.tokens)
-            out.nll = token_nll.new_zeros(len(labels)).index_add(0, turn, token_nll)
+            row = torch.arange(len(labels), device=labels.device).repeat_interleave(out.tokens)
+            out.nll = token_nll.new_zeros(len(labels)).index_add(0, row, token_nll)
             out.lm_loss = token_nll.sum() / out.tokens.sum().clamp(min=1)
         if mc_token_ids is not None:
-            turns = torch.arange(len(mc_token_ids), device=mc_token_ids.device)[:, None]
-            last_states = states[turns, mc_token_ids.clamp(min=0)]  # (batch, candidates, hidden)
+            rows = torch.arange(len(mc_token_ids), device=mc_token_ids.device) if mc_rows is None else mc_rows
+            last_states = states[rows[:, None], mc_token_ids.clamp(min=0)]  # (turns, candidates, hidden)
+            if labels is not None:
+                out.turns = (out.tokens[rows] > 0).sum()
             with torch.autocast(states.device.type, enabled=False):  # half precision would make ties of near scores
                 head = self.multiple_choice_head
                 scores = head(last_states.to(head.summary.weight.dtype)[:, :, None]).squeeze(-1).float()
@@ -281,16 +285,20 @@ def decoder_class(config_class: type) -> type[AnyDecoder]:
     return type(f"DoubleHeads{causal.__name__}", (AnyDecoder, causal), {"architecture": causal.__name__})
 
 
-def candidate_mask(segment_ids: torch.Tensor) -> torch.Tensor:
+def candidate_mask(segment_ids: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
     """(batch, positions) segments → (batch, 1, positions, positions), True where a query (row) may see a key.
 
-    A token sees what stands before it in the context (segment 0) and in its own segment. Padding sees the context,
-    which keeps its softmax finite; nothing sees padding.
+    A token sees what stands before it in the context (segment 0) and in its own segment. Of the context, a candidate
+    sees the first ``visible`` (batch, positions) tokens; without ``visible``, all of it. Padding sees the beginning of
+    the context, which keeps its softmax finite; nothing sees padding.
     """
-    length = segment_ids.shape[1]
-    before = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    length, device = segment_ids.shape[1], segment_ids.device
+    before = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     query, key = segment_ids[:, :, None], segment_ids[:, None, :]
-    return (before & ((key == 0) | (key == query)))[:, None]
+    context = key == 0
+    if visible is not None:
+        context = context & (torch.arange(length, device=device) < visible[:, :, None])
+    return (before & (context | (key == query)))[:, None]
 
 
 HALF = {"O1": torch.float16, "O2": torch.float16, "O3": torch.float16, "bf16": torch.bfloat16}

@@ -104,7 +104,7 @@ def label_replies(row: Row, replies: Sequence[Reply]) -> tuple[Row, list[range]]
     their labels.
     """
     labels, ranges = [IGNORED] * len(row.labels), []
-    for reply, last in zip(replies, row.mc_token_ids, strict=True):
+    for reply, last in zip(replies, row.mc_token_ids[0], strict=True):
         first = last - len(reply.ids)
         stop = last + reply.ended
         labels[first:stop] = row.input_ids[first:stop]

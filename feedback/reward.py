@@ -69,7 +69,7 @@ def raw_scores(model: DoubleHeadsModel, tokenizer, turns: Sequence[tuple], fp16:
         with autocast(str(model.device), fp16):
             out = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
         for place, row in zip(places.tolist(), out.mc_logits.tolist(), strict=True):
-            scores[place] = row[:len(rows[place].mc_token_ids)]
+            scores[place] = row[:len(rows[place].mc_token_ids[0])]
     return scores
 
 
