@@ -20,12 +20,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
     GenerationConfig,
     GPT2DoubleHeadsModel,
     OpenAIGPTConfig,
     initialization,
 )
 from transformers.activations import NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, cached_file
@@ -165,8 +169,10 @@ class DoubleHeadsModel:
         if window:
             masks["sliding_attention"] = mask & (queries[:, None, :, None] - keys[:, None, None] < window)
         if config._attn_implementation.startswith("eager"):  # which adds its mask to the scores
-            masks = {kind: torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
-                     for kind, mask in masks.items()}
+            masks = {kind: additive(mask, self.dtype) for kind, mask in masks.items()}
+        elif config._attn_implementation.startswith(ATTENTION) and torch.is_autocast_enabled(mask.device.type) and \
+                mask.device.type == "cpu":  # `attend` adds it, in every layer
+            masks = {kind: additive(mask, torch.get_autocast_dtype("cpu")) for kind, mask in masks.items()}
         kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
         masks = {kind: masks[kind] for kind in set(kinds)}
         return masks if len(masks) > 1 else masks.popitem()[1]
@@ -285,6 +291,42 @@ def decoder_class(config_class: type) -> type[AnyDecoder]:
     return type(f"DoubleHeads{causal.__name__}", (AnyDecoder, causal), {"architecture": causal.__name__})
 
 
+def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+           attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+           **kwargs) -> tuple[torch.Tensor, None]:
+    """Attention in the form that transformers calls it: torch's SDPA, but for packed rows in bfloat16 on CPUs.
+
+    There SDPA's kernel takes two to four times as long as these matrix products, mostly for its backward pass over a
+    mask; and query heads that share a key head need no copies of it. ``query`` is (batch, heads, queries, size),
+    ``key`` and ``value`` (batch, key heads, keys, size); the result is (batch, queries, heads, size).
+    """
+    plain = not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    if attention_mask is None or dropout or query.device.type != "cpu" or dtype != torch.bfloat16 \
+            or query.shape[2] == 1 or attention_mask.shape[1] > 1 or not plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                      **kwargs)
+    batch, heads, queries, size = query.shape
+    key_heads, keys = key.shape[1:3]
+    if attention_mask.dtype == torch.bool:
+        attention_mask = additive(attention_mask, dtype)
+    grouped = (query * (size ** -0.5 if scaling is None else scaling)).to(dtype).reshape(batch, key_heads, -1, size)
+    key, value = key.to(dtype), value.to(dtype)
+    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, queries, keys) + attention_mask
+    weights = torch.softmax(scores, -1).to(dtype).view(batch, key_heads, -1, keys)
+    return (weights @ value).view(batch, heads, queries, size).transpose(1, 2).contiguous(), None
+
+
+ATTENTION = "sdpa_or_products"  # the name of `attend` in a model's configuration; it is not saved
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask of booleans as numbers to add to the scores: 0 where a query may see a key."""
+    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
 def candidate_mask(segment_ids: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
     """(batch, positions) segments → (batch, 1, positions, positions), True where a query (row) may see a key.
 
@@ -365,6 +407,8 @@ def load_model(model_checkpoint: str) -> DoubleHeadsModel:
                          f"{config.model_type} model; fetch or train the model again")
     if missing:
         logger.info("%s has no choice head: starting it at random", checkpoint)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ATTENTION)
     model.generation_config = GenerationConfig()  # decoding has flags; what a 2019 config wished for is not one
     model.config.is_encoder_decoder = False
     if not all(torch.isfinite(weight).all() for weight in model.eval().parameters()):
