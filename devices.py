@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from cli import InputError
-from model import DoubleHeadsModel, DoubleHeadsOutput, autocast, half_dtype
+from model import DoubleHeadsModel, DoubleHeadsOutput, autocast, half_dtype, linear_layers
 
 # A process that does not answer within a step's exchange is lost. Before the first step, and while one process writes
 # a checkpoint, the others wait longer.
@@ -168,6 +168,10 @@ def prepare(model: DoubleHeadsModel, args: Namespace) -> nn.Module:
         for name, weight in model.named_parameters():
             if not _of_choice(name):
                 weight.data = weight.data.to(half)
+    elif half and not args.shard and getattr(model, "peft_config", None):
+        for layer in linear_layers(model):  # frozen weights are cast once instead of in every forward pass
+            if not layer.weight.requires_grad and isinstance(layer, nn.Linear) and args.fp16 in ("O1", "bf16"):
+                layer.weight.data = layer.weight.data.to(half)
     if args.shard and world > 1:
         mesh = DeviceMesh.from_group(_Groups.gradients, torch.device(args.device).type)
         masters = MixedPrecisionPolicy(half, torch.float32) if args.fp16 == "O2" else MixedPrecisionPolicy()

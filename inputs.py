@@ -178,7 +178,8 @@ def pack_dialog(persona, history, turns, special: Specials, max_positions: int, 
     before, last = build_context(persona, history, special, history_start), turns[-1][1][-1]
     reply = build_reply(last, special, with_eos=False)
     # Where each utterance begins in the row, the last gold reply included.
-    begins = list(accumulate([len(before.ids) - sum(1 + len(said) for said in history), *(1 + len(u) for u in history)]))
+    sizes = [1 + len(utterance) for utterance in history]
+    begins = list(accumulate(sizes, initial=len(before.ids) - sum(sizes)))
     length = len(before.ids) + len(reply.ids)
     row = Row(before.ids + reply.ids, before.types + reply.types, list(range(before.start, before.start + length)),
               [0] * length, [IGNORED] * length, [], [length] * length)
@@ -327,6 +328,7 @@ class DialogDataset(TurnDataset):
 
     A row holds consecutive turns of a dialog as long as each continues the history of the one before, so histories
     that ``max_history`` cuts off end a row, and fits the model. Its turns are those that `TurnDataset` has, each once.
+    Of a longer list of distractors each of the ``permutations`` takes its own part, counted from the end.
     """
 
     def __init__(self, *args, **kwargs):
@@ -340,9 +342,18 @@ class DialogDataset(TurnDataset):
         rotation, row = divmod(index, len(self.firsts) - 1)
         turns = range(self.firsts[row], self.firsts[row + 1])
         persona, history = self.context(turns[-1], rotation)
-        kept = [(min(len(self.split.strings("history", turn)), self.num_utterances),
-                 self.split.token_ids("candidates", turn)[-self.num_candidates:]) for turn in turns]
+        kept = [(min(len(self.split.strings("history", turn)), self.num_utterances), self.candidates(turn, rotation))
+                for turn in turns]
         return pack_dialog(persona, history, kept, self.special, self.max_positions, self.history_start)
+
+    def candidates(self, turn: int, rotation: int) -> list[list[int]]:
+        """Token ids of the candidates that a permutation takes, the gold one last."""
+        *wrong, gold = self.split.token_ids("candidates", turn)
+        if 0 < self.num_candidates <= len(wrong):
+            count = self.num_candidates - 1
+            stop = len(wrong) - rotation * count % (len(wrong) + 1 - count)
+            wrong = wrong[stop - count:stop]
+        return [*wrong, gold]
 
     def place(self, index: int) -> str:
         return super().place(int(self.firsts[index % (len(self.firsts) - 1)]))

@@ -39,9 +39,12 @@ from inputs import IGNORED, NO_CANDIDATE
 from tables import write_tensors
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
+    NAMED,
     SPECIAL_TOKENS,
     adapter_base,
+    from_file,
     get_tokenizer,
+    is_gguf,
     quiet_transformers,
     read_config,
     resolve_checkpoint,
@@ -99,6 +102,11 @@ class DoubleHeadsModel:
         """Whether the run was trained without personas."""
         return getattr(self.config, "no_persona", False)
 
+    @property
+    def no_token_types(self) -> bool:
+        """Whether the run was trained without token types; those that it is given are then left out."""
+        return getattr(self.config, "no_token_types", False)
+
     def read(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
         """The body's ``last_hidden_state`` (batch, positions, hidden) and ``past_key_values``."""
         raise NotImplementedError
@@ -123,8 +131,8 @@ class DoubleHeadsModel:
             attention_mask = self.layer_masks(candidate_mask(segment_ids, visible), position_ids, position_ids)
             use_cache = False
         body = self.read(
-            input_ids, token_type_ids=token_type_ids, position_ids=position_ids, attention_mask=attention_mask,
-            past_key_values=past_key_values, use_cache=use_cache, **kwargs,
+            input_ids, token_type_ids=None if self.no_token_types else token_type_ids, position_ids=position_ids,
+            attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache, **kwargs,
         )
         states = body.last_hidden_state
         if not packed:
@@ -384,12 +392,17 @@ def load_model(model_checkpoint: str) -> DoubleHeadsModel:
             config.dtype = torch.float32
             model, missing = model_class(config), set()
         else:
+            gguf = is_gguf(checkpoint)
             with quiet_transformers():
-                model, found = model_class.from_pretrained(checkpoint, config=config, key_mapping=model_class.renamed,
-                                                           dtype=torch.float32, output_loading_info=True)
+                model, found = model_class.from_pretrained(
+                    **from_file(checkpoint), **({} if gguf else {"config": config, "key_mapping": model_class.renamed}),
+                    dtype=torch.float32, output_loading_info=True)
             tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
             missing = set(found["missing_keys"]) - tied
-            if model.apart and (heads := cached_file(checkpoint, HEADS, _raise_exceptions_for_missing_entries=False)):
+            if gguf:  # its weights are plain float32 now; the library would refuse to save or train "quantized" ones
+                del model.config.quantization_config
+                model.hf_quantizer, model.is_quantized = None, False
+            elif model.apart and (heads := cached_file(checkpoint, HEADS, _raise_exceptions_for_missing_entries=False)):
                 model.load_state_dict(load_file(heads), strict=False)
                 missing -= load_file(heads).keys()
     except UnpicklingError:
@@ -509,14 +522,16 @@ def add_lora_(model: DoubleHeadsModel, tokenizer, rank: int, model_checkpoint: s
     if os.path.isdir(base) and not adapter_base(base) and not _weight_files(base):
         raise InputError(f"--lora: {base} has no weights, and random ones would not be there to adapt when the adapter "
                          "is loaded; train it without --lora, or name a model with weights")
-    model.name_or_path = os.path.abspath(base) if os.path.isdir(base) else base  # where PEFT looks for it
+    named = model_checkpoint in NAMED or not os.path.exists(base)  # a name finds the base on other machines, too
+    model.name_or_path = model_checkpoint if named else os.path.abspath(base)
     names = {module: name for name, module in model.named_modules()}
     tables = {model.get_input_embeddings(), *([] if model.all_tied_weights_keys else [model.get_output_embeddings()])}
-    linear = [names[module] for module in model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    linear = linear_layers(model)
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.1, target_modules=linear,
+        r=rank, lora_alpha=2 * rank, target_modules=[names[module] for module in linear],
         fan_in_fan_out=model.config.model_type in MODELS,  # Conv1D's way
-        modules_to_save=["multiple_choice_head", *(["token_types"] if isinstance(model, AnyDecoder) else [])],
+        modules_to_save=["multiple_choice_head",
+                         *(["token_types"] if isinstance(model, AnyDecoder) and not model.no_token_types else [])],
         trainable_token_indices={names[table]: tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS) for table in tables},
         base_model_name_or_path=model.name_or_path, task_type="CAUSAL_LM",
     )
@@ -525,6 +540,11 @@ def add_lora_(model: DoubleHeadsModel, tokenizer, rank: int, model_checkpoint: s
     model.train(model.training)  # the new layers too
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("LoRA of rank %s: %s parameters are trained", rank, f"{trained:,}")
+
+
+def linear_layers(model: DoubleHeadsModel) -> list[nn.Module]:
+    """The linear layers of the model's blocks: neither of its heads."""
+    return [module for module in model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def _adapted(checkpoint: str, base: str) -> DoubleHeadsModel:
@@ -542,7 +562,8 @@ def _adapted(checkpoint: str, base: str) -> DoubleHeadsModel:
     config = read_config(checkpoint)
     if config.vocab_size > model.get_input_embeddings().weight.shape[0]:  # room for control tokens
         model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-    for name in {"history_start", "max_len", "no_persona", "speaker_ids"} & vars(config).keys():  # how it was trained
+    how_it_was_trained = {"history_start", "max_len", "no_persona", "no_token_types", "speaker_ids"}
+    for name in how_it_was_trained & vars(config).keys():
         setattr(model.config, name, getattr(config, name))
     try:
         with quiet_transformers():

