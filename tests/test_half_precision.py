@@ -6,10 +6,11 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import TINY, make_checkpoint
+from torch.nn import functional as F
 
 import devices
 from inputs import TurnDataset, collate
-from model import add_special_tokens_, load_model
+from model import add_special_tokens_, attend, candidate_mask, load_model
 from utils import get_dataset, get_tokenizer
 
 
@@ -60,3 +61,27 @@ def test_o2_computes_with_rounded_copies_of_its_masters(model_and_batch):
     assert all(torch.allclose(gradient, half.float(), rtol=2e-2, atol=1e-3)
                for gradient, half in zip(gradients, halves, strict=True))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_products_in_bfloat16_are_as_near_to_exact_attention_as_torchs_kernel(key_heads):
+    draw = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(2, heads, 33, 16, generator=draw) for heads in (4, key_heads, key_heads))
+    segments = torch.tensor([[0] * 12 + [1] * 9 + [2] * 12, [0] * 20 + [1] * 8 + [-1] * 5])
+    mask = candidate_mask(segments)
+
+    def gradients(attention, dtype):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
+        out = attention(*leaves)
+        (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+        return [out.float(), *(leaf.grad.float() for leaf in leaves)]
+
+    def kernel(*states):
+        return F.scaled_dot_product_attention(*states, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    exact = gradients(kernel, torch.float32)
+    theirs = gradients(kernel, torch.bfloat16)
+    ours = gradients(lambda *states: attend(None, *states, mask)[0], torch.bfloat16)
+    for name, right, kernels, products in zip(("out", "query", "key", "value"), exact, theirs, ours, strict=True):
+        scale = right.abs().max()
+        assert (products - right).abs().max() <= 2 * (kernels - right).abs().max() + 0.004 * scale, name
