@@ -8,11 +8,10 @@ import json
 import logging
 import math
 import re
-import string
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, stdev
@@ -32,7 +31,6 @@ from decoding import (
     load_checkpoint,
     readable,
 )
-from distractors import UNSPACED
 from inputs import (
     IGNORED,
     LengthBatches,
@@ -46,9 +44,10 @@ from inputs import (
     pack_turn,
 )
 from model import DoubleHeadsModel, autocast, half_dtype
-from report import gold_rank, write_report
+from report import figure, gold_rank, write_report
 from tables import Split, TokenTable, tokenize
 from utils import add_common_flags, dataset_of
+from words import UNSPACED, letters_apart, normalized
 
 try:
     from parlai.core.agents import Agent
@@ -73,18 +72,23 @@ def choice_scores(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace
             yield turn, {"scores": scores, "reply": dataset.split.texts("candidates", turn)[scores.index(max(scores))]}
 
 
-def choice_metrics(records: list[dict], split: Split) -> dict[str, float]:
+def choice_metrics(records: list[dict], split: Split) -> dict[str, float | None]:
     """Hits@k: the share of turns whose gold candidate is among the k best; MRR: the mean of 1 / its rank.
 
     A candidate that scores as high as the gold one counts as better: a tie is no hit. Accuracy and F1 are those of the
-    best candidate's text.
+    best candidate's text. Turns with one candidate, where there is nothing to choose, are left out; if there are no
+    others, Hits@1 is None.
     """
-    ranks = [gold_rank(record["scores"]) for record in records]
-    if alone := sum(len(record["scores"]) == 1 for record in records):
-        logger.warning("%s of %s turns have the gold reply as their only candidate: there was nothing to choose, and "
-                       "they count as hits", f"{alone:,}", f"{len(records):,}")
+    chosen = [turn for turn, record in enumerate(records) if len(record["scores"]) > 1]
+    if len(chosen) < len(records):
+        logger.warning("%s of %s turns have the gold reply as their only candidate: there is nothing to choose, and %s",
+                       f"{len(records) - len(chosen):,}", f"{len(records):,}",
+                       "the choice's figures leave them out" if chosen else "hits@k says nothing")
+    if not chosen:
+        return {"Hits@1": None}
+    ranks = [gold_rank(records[turn]["scores"]) for turn in chosen]
     hits = {f"Hits@{k}": fmean(rank <= k for rank in ranks) for k in (1, 5, 10)}
-    return hits | {"MRR": fmean(1 / rank for rank in ranks)} | text_metrics(records, split)
+    return hits | {"MRR": fmean(1 / rank for rank in ranks)} | text_metrics(records, split, chosen)
 
 
 # --------------------------------------------------------------------------------------------------- perplexity
@@ -127,7 +131,7 @@ class WordShares:
         self.unspellable = [word for word, piece in pieces.items() if piece is None]
         self.share = {word: (piece, (counts[word] + SMOOTHING) / shares[piece])
                       for word, piece in pieces.items() if piece is not None}
-        self.pieces = torch.tensor(sorted({piece for piece, _ in self.share.values()}))
+        self.pieces = torch.tensor(sorted({piece for piece, _ in self.share.values()}), dtype=torch.long)
 
     def probabilities(self, logits: torch.Tensor) -> dict[str, float]:
         """All words' probabilities from next-token logits (vocabulary,); their sum is the dictionary's total mass."""
@@ -233,15 +237,24 @@ def _negative_log_softmax(logits: torch.Tensor, places: list[tuple[int, int]]) -
 
 
 def perplexities(records: list[dict]) -> dict[str, float]:
-    """Exponentials of the mean negative log-likelihood: a token, and a word by ConvAI2's protocol."""
+    """Exponentials of the mean negative log-likelihood: a token, and a word by ConvAI2's protocol.
+
+    The second is left out where most of the words count as unknown, because it would be a figure of the others alone.
+    """
     total = Counter()
     for record in records:
         total.update(record)
-    if total["unknown_words"]:
+    figures = {"Token PPL": math.exp(total["nll"] / total["tokens"])}
+    known, unknown = total["words"], total["unknown_words"]
+    if unknown:
         logger.info("%s of the replies' %s words are not in the dictionary and left out of Word PPL",
-                    f"{total['unknown_words']:,}", f"{total['words'] + total['unknown_words']:,}")
-    return {"Token PPL": math.exp(total["nll"] / total["tokens"]),
-            "Word PPL": math.exp(total["word_nll"] / total["words"]) if total["words"] else math.nan}
+                    f"{unknown:,}", f"{known + unknown:,}")
+    if known > unknown:
+        return figures | {"Word PPL": math.exp(total["word_nll"] / known)}
+    logger.warning("Word PPL is left out: %s of the replies' %s words are none that the tokenizer can spell; compare "
+                   "models by Token PPL, or take a tokenizer made for the language", f"{unknown:,}",
+                   f"{known + unknown:,}")
+    return figures
 
 
 # ----------------------------------------------------------------------------------------------------------- F1
@@ -259,20 +272,6 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, decoding: 
             yield turn, {"reply": readable(tokenizer, reply)}
 
 
-def letters_apart(text: str) -> str:
-    """Chinese and Japanese letters as words of their own; other text, which has spaces, as it is."""
-    return re.sub(rf"([{UNSPACED}])", r" \1 ", text)
-
-
-def normalized(text: str) -> list[str]:
-    """Words as ParlAI compares them: lower case, without punctuation and articles.
-
-    ParlAI would take a Chinese or Japanese clause for one word; here its letters are compared, as is usual there.
-    """
-    text = re.sub(f"[{re.escape(string.punctuation)}\u3000-\u303f\uff00-\uff0f\uff1a-\uff20]", " ", text.lower())
-    return re.sub(r"\b(a|an|the)\b", " ", letters_apart(text)).split()
-
-
 def f1_score(reply: str, gold: str) -> float:
     """Harmonic mean of precision and recall of the reply's bag of words against the gold reply's."""
     reply_words, gold_words = normalized(reply), normalized(gold)
@@ -280,9 +279,13 @@ def f1_score(reply: str, gold: str) -> float:
     return 2 * common / (len(reply_words) + len(gold_words)) if common else 0.0
 
 
-def text_metrics(records: list[dict], split: Split) -> dict[str, float]:
-    """F1 of each ``reply`` against the gold one, and accuracy: the share that is the gold reply word for word."""
-    pairs = [(record["reply"], split.texts("candidates", turn)[-1]) for turn, record in enumerate(records)]
+def text_metrics(records: list[dict], split: Split, turns: Iterable[int] | None = None) -> dict[str, float]:
+    """F1 of each ``reply`` against the gold one, and accuracy: the share that is the gold reply word for word.
+
+    ``turns``: which of them, default all.
+    """
+    turns = range(len(records)) if turns is None else turns
+    pairs = [(records[turn]["reply"], split.texts("candidates", turn)[-1]) for turn in turns]
     if empty := sum(not normalized(gold) for _, gold in pairs):
         logger.warning("%s of %s gold replies have no words: their F1 is 0", f"{empty:,}", f"{len(pairs):,}")
     return {"F1": fmean(f1_score(*pair) for pair in pairs),
@@ -583,7 +586,7 @@ def main() -> None:
         return
     args = parser.parse_args()
     for name, value in evaluate(args).items():
-        print(f"FINAL {name}: {value:.4g}")
+        print(f"FINAL {name}: {figure(value)}")
 
 
 if __name__ == "__main__":

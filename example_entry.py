@@ -10,16 +10,16 @@ import gzip
 import json
 import logging
 import os
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from cli import InputError, command, fraction, printable, whole_number
+from cli import InputError, command, printable, whole_number
 from corpora import read_corpus, require_split
-from distractors import HOW, draw_distractors
-from readers import TARGETS, beginning, divided, one_side, read_any
+from dialogs import DialogNumbers, put_together
+from distractors import draw_distractors
+from readers import add_reading_flags, read_any
 
 # A dialog of two people, A and the bot, written from the bot's side. Each of the bot's turns is one element of
 # "utterances": the dialog up to that turn, and what could be said next.
@@ -82,19 +82,19 @@ def describe(path: str) -> None:
     print(f"{printable(str(path))}: well-formed")
 
 
-def convert(source: Path, out: Path, target: str, distractors: str, train_frac: float | None, seed: int) -> None:
+def convert(source: Path, out: Path, target: str, distractors: str, train_frac: float | None, seed: int,
+            keep_repeated: bool = False) -> None:
     """Write ``out``, JSON in the data format, of a file or folder of dialogs in another.
 
     ``target``: whose turns to keep. A source with splits keeps them, unless ``train_frac`` asks to divide its training
-    and validation dialogs anew. Raises `InputError` when ``source`` cannot be read or ``out`` not be written.
+    and validation dialogs anew; dialogs that a later split repeats are left out of training, unless ``keep_repeated``.
+    Raises `InputError` when ``source`` cannot be read or ``out`` not be written.
     """
     if out.exists() and source.exists() and out.samefile(source):
         raise InputError(f"{out}: would be written over what it is made of; give the converted file another name")
-    splits = {split: list(one_side(entries, target)) for split, entries in read_any(source).items()}
-    if None in splits or train_frac is not None:
-        dialogs = chain.from_iterable(splits.pop(split, []) for split in (None, "train", "valid"))
-        splits = divided(dialogs, 0.85 if train_frac is None else train_frac, seed, source) | splits
-    elif missing := {"train", "valid"} - splits.keys():
+    splits = put_together([read_any(source)], source, target, train_frac, seed, keep_repeated)
+    splits = {split: list(entries) for split, entries in splits.items()}
+    if missing := {"train", "valid"} - splits.keys():
         raise InputError(f"{source}: has no {' or '.join(sorted(missing))} split; add it beside the others, or let "
                          "--train_frac 0.85 divide the dialogs that are there")
     for entries in splits.values():
@@ -117,15 +117,14 @@ def convert(source: Path, out: Path, target: str, distractors: str, train_frac: 
 
 
 def add_distractors(entries: list[dict], how: str, seed: int) -> None:
-    """Put distractors before the reply of every turn that has only its reply, in place."""
+    """Put distractors before the reply of every turn that has only its reply, in place, the hardest last."""
     numbers: dict[str, int] = {}
-    dialogs: dict[tuple[str, str], int] = {}
     turns = [turn for entry in entries for turn in entry["utterances"]]
     replies = [numbers.setdefault(turn["candidates"][-1], len(numbers)) for turn in turns]
-    of = [dialogs.setdefault(beginning(entry), len(dialogs)) for entry in entries for _ in entry["utterances"]]
-    texts = list(numbers)
-    drawn = draw_distractors(np.array(replies), np.array(of), texts, how, seed=seed)
-    for turn, wrong in zip(turns, drawn.tolist(), strict=True):
+    dialogs, texts = DialogNumbers(), list(numbers)
+    of = [number for entry in entries for number in [dialogs.number(entry)] * len(entry["utterances"])]
+    drawn = draw_distractors(np.array(replies), dialogs.same()[of], texts, how, seed=seed)
+    for turn, wrong in zip(turns, drawn[:, ::-1].tolist(), strict=True):
         if len(turn["candidates"]) == 1:
             turn["candidates"][:0] = [texts[number] for number in wrong if number >= 0]
 
@@ -140,18 +139,11 @@ def main() -> None:
     add("file", nargs="?", help="a .json or .json.gz data file to check")
     add("--convert", nargs=2, metavar=("IN", "OUT.json"), type=Path,
         help="write the dialogs of the file or folder IN in the data format, then check that")
-    add("--target", default="both", choices=TARGETS,
-        help="whose turns are learnt: both people's, or only of who speaks second or first (default: %(default)s)")
-    add("--distractors", default="random", choices=HOW,
-        help="wrong candidates for turns without any: replies of other dialogs, by chance, or those that share most "
-        "with the right one (default: %(default)s)")
-    add("--train_frac", type=fraction, metavar="F",
-        help="divide the dialogs anew, that share for training (default: a folder keeps its splits, one file is "
-        "divided at 0.85)")
+    add_reading_flags(parser)
     add("--seed", type=whole_number, default=0, help="of what is left to chance (default: %(default)s)")
     args = parser.parse_args()
     if args.convert:
-        convert(*args.convert, args.target, args.distractors, args.train_frac, args.seed)
+        convert(*args.convert, args.target, args.distractors, args.train_frac, args.seed, args.keep_repeated)
         describe(args.convert[1])
     elif args.file:
         describe(args.file)
@@ -160,5 +152,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     command(main)

@@ -4,128 +4,32 @@ A reader of a file yields its dialogs as `Dialog`; `entries` makes of each what 
 file knows nothing about tokens, or where a release is kept or fetched.
 """
 
-import logging
-import random
 import re
-from collections import Counter
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import InputError
-from corpora import LONGEST_SENTENCE, Json, open_data, read_corpus, read_pieces
+from cli import InputError, fraction
+from corpora import Json, open_data, read_corpus, read_pieces
+from dialogs import (
+    HISTORY,
+    TARGETS,
+    Dialog,
+    Turn,
+    check_length,
+    clean,
+    divided,
+    entries,
+    one_side,
+    without_silence,
+)
+from distractors import HOW
 
-HISTORY = 100  # utterances kept before a turn, or 99, so that who opens the list is who opened the dialog
+__all__ = ["HISTORY", "TARGETS", "Dialog", "Turn", "divided", "entries", "one_side", "read_any"]
+
 LONGEST_LINE = 1 << 24  # bytes
-MOST_TURNS = 10_000  # of a dialog; each is kept with its history
-TARGETS = ("both", "second", "first")  # whose turns are learnt: of both people, of who answers, of who opens the dialog
-logger = logging.getLogger("readers")
-
-
-class Turn(NamedTuple):
-    speaker: object
-    text: str
-    distractors: tuple[str, ...] = ()
-
-
-class Dialog(NamedTuple):
-    """Who said what, in order."""
-
-    place: str  # where in the file, for messages
-    turns: list[Turn]
-    personas: dict[object, list[str]] = {}  # speaker → sentences
-    bot: object = None  # whose turns are to be learnt; None: everybody's
-
-
-# ------------------------------------------------------------------------------------------- dialogs into entries
-
-
-def clean(text: str) -> str:
-    """An utterance on one line, without what corpora write for a comma and for silence."""
-    text = text.replace("_comma_", ",")
-    if "SILENCE" in text:
-        text = re.sub(r"__ ?SILENCE ?__", " ", text)
-    return " ".join(text.split())
-
-
-def merged(turns: Iterable[Turn]) -> list[Turn]:
-    """Consecutive utterances of one speaker as one; who says nothing does not speak."""
-    out: list[Turn] = []
-    spoken = [turn._replace(text=text) for turn in turns if (text := clean(turn.text))]
-    for _, of_one in groupby(spoken, key=lambda turn: turn.speaker):
-        first, *more = of_one
-        out.append(first._replace(text=" ".join([first.text, *(turn.text for turn in more)])) if more else first)
-    return out
-
-
-def entries(dialogs: Iterable[Dialog], path: str | Path) -> Iterator[dict]:
-    """An entry a side of each dialog: the second speaker's, then that of who opened it.
-
-    The opening has nothing before it and is nobody's turn. A dialog without a turn, or of more than two people, is
-    left out; at the end these are counted in a warning. Raises `InputError` for a dialog without end.
-    """
-    left_out, first = Counter(), {}
-    for dialog in dialogs:
-        _check_length(dialog.turns, path, dialog.place)
-        turns = merged(dialog.turns)
-        if (longest := max([len(turn.text) for turn in turns], default=0)) > LONGEST_SENTENCE:
-            raise InputError(f"{path}: in the dialog of {dialog.place} somebody says {longest:,} letters at once, more "
-                             f"than {LONGEST_SENTENCE:,}; split that")
-        if len({turn.speaker for turn in turns}) > 2:
-            reason = "more than two people speak"
-        elif any(sides := list(_sides(dialog, turns))):
-            yield from sides
-            continue
-        else:
-            reason = "nobody answers anybody"
-        left_out[reason] += 1
-        first.setdefault(reason, dialog.place)
-    for reason, count in left_out.items():
-        logger.warning("%s: %s dialogs left out because in them %s; the first at %s", path, f"{count:,}", reason,
-                       first[reason])
-
-
-def _check_length(turns: list, path: str | Path, place: str) -> None:
-    if len(turns) > MOST_TURNS:
-        raise InputError(f"{path}: the dialog of {place} has more than {MOST_TURNS:,} utterances; divide it, in plain "
-                         "text by an empty line")
-
-
-def _sides(dialog: Dialog, turns: list[Turn]) -> Iterator[dict]:
-    said = [turn.text for turn in turns]
-    for side in (1, 2):
-        places = range(side, len(said), 2)
-        if places and dialog.bot in (None, turns[side].speaker):
-            yield {
-                "personality": dialog.personas.get(turns[side].speaker, []),
-                "utterances": [{
-                    "history": said[max(0, place - HISTORY + side % 2):place],
-                    "candidates": [*turns[place].distractors, said[place]],
-                } for place in places],
-            }
-
-
-def one_side(entries: Iterable[dict], target: str) -> Iterator[dict]:
-    """The turns of one of `TARGETS`. Those of who answers follow an odd number of utterances."""
-    for entry in entries:
-        turns = [turn for turn in entry["utterances"]
-                 if target == "both" or len(turn["history"]) % 2 == (target == "second")]
-        if turns:
-            yield entry | {"utterances": turns}
-
-
-def without_silence(corpus: Iterable[dict]) -> Iterator[dict]:
-    """Entries of the published JSON, which writes ``__ SILENCE __`` where the bot opens the dialog."""
-    for entry in corpus:
-        turns = []
-        for turn in entry["utterances"]:
-            history = turn["history"]
-            said = merged(Turn(back % 2, text) for back, text in zip(range(len(history), 0, -1), history, strict=True))
-            if said and said[-1].speaker == 1:
-                turns.append({"history": [text for _, text, _ in said], "candidates": turn["candidates"]})
-        if turns:
-            yield {"personality": entry.get("personality", []), "utterances": turns}
 
 
 # ------------------------------------------------------------------------------------------------ readers of files
@@ -170,7 +74,7 @@ def read_parlai(path: str | Path) -> Iterator[Dialog]:
             persona.append(re.sub(r"(?<=[^\s.])\.$", " .", clean(text.removeprefix("your persona: "))))
         elif not text.startswith("partner's persona: "):
             turns += _parlai_turn(text)
-            _check_length(turns, path, place)
+            check_length(turns, path, place)
     if last:
         yield Dialog(place, turns, {"bot": persona}, "bot")
 
@@ -279,7 +183,7 @@ def read_plain(path: str | Path) -> Iterator[Dialog]:
         if line.strip():
             place = place if said else f"line {number}"
             said.append(Turn(len(said) % 2, line))
-            _check_length(said, path, place)
+            check_length(said, path, place)
         elif said:
             yield Dialog(place, said)
             said = []
@@ -375,24 +279,19 @@ def _reader(path: Path) -> Callable:
     return read_parlai if re.match(rb"1 (your persona: |partner's persona: |.*\t)", first) else read_plain
 
 
-def beginning(entry: dict) -> tuple[str, str]:
-    """The first two utterances, by which the two sides of a dialog are known as one."""
-    turn = entry["utterances"][0]
-    return turn["history"][0], (turn["history"] + turn["candidates"][-1:])[1]
+def add_reading_flags(parser: ArgumentParser) -> None:
+    """What becomes of dialogs on their way to a data set, for training, evaluation and conversion."""
+    parser.add_argument("--target", default="both", choices=TARGETS,
+                        help="whose turns are learnt: both people's, or only of who speaks second or first (default: "
+                             "%(default)s)")
+    parser.add_argument("--distractors", default="random", choices=HOW,
+                        help="wrong candidates for turns that bring none: replies of other dialogs, by chance, or "
+                             "those that share most with the right one (default: %(default)s)")
+    parser.add_argument("--train_frac", type=fraction, metavar="F",
+                        help="divide training and validation dialogs anew, that share for training (default: as "
+                             "published; 0.85 of a file without splits)")
+    parser.add_argument("--keep_repeated", action="store_true",
+                        help="train on dialogs that validation or test repeat, too, as releases have them (default: "
+                             "they are left out of training and counted)")
 
 
-def divided(entries: Iterable[dict], train_frac: float, seed: int, name: str | Path) -> dict[str, list[dict]]:
-    """``train`` and ``valid``, by chance; both sides of a dialog fall to the same. Raises `InputError` for one dialog.
-
-    ``train_frac``: the share of dialogs that is for training, at least one and never all.
-    """
-    dialogs: dict[tuple[str, str], list[dict]] = {}
-    for entry in entries:
-        dialogs.setdefault(beginning(entry), []).append(entry)
-    if len(dialogs) < 2:
-        raise InputError(f"{name}: has {len(dialogs)} dialogs, too few to train on some and validate on others; "
-                         "bring two or more, an empty line between them in plain text")
-    order = random.Random(seed).sample(list(dialogs), len(dialogs))
-    cut = min(max(1, round(train_frac * len(order))), len(order) - 1)
-    return {split: [entry for key in keys for entry in dialogs[key]]
-            for split, keys in (("train", order[:cut]), ("valid", order[cut:]))}

@@ -70,6 +70,11 @@ def gold_rank(scores: list[float]) -> int:
     return 1 + sum(score >= scores[-1] for score in scores[:-1])
 
 
+def figure(value: float | None) -> str:
+    """A figure as it is printed; None is that of a choice where there was none."""
+    return "nothing to choose" if value is None else f"{value:.4g}"
+
+
 def worst_turns(records: list[dict], split: Split, max_history: int) -> list[dict]:
     """The turns whose gold candidate got the least probability, with all their candidates, the best first."""
     chance = [softmax(record["scores"])[-1] for record in records]
@@ -92,13 +97,14 @@ def write_report(folder: Path, figures: dict[str, float], settings: dict, split:
     """Write ``report.json`` and ``report.html``.
 
     ``choices``: records with ``scores``, ``replies``: records with ``reply``, both in the order of the split's turns;
-    None where that was not evaluated. Raises ``OSError`` when the folder cannot be written.
+    None where that was not evaluated. Turns with one candidate are no choices. Raises ``OSError`` when the folder
+    cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     report: dict = {"figures": figures, "settings": settings, "turns": split.num_turns}
-    if choices:
-        ranks = [gold_rank(record["scores"]) for record in choices]
-        bins = calibration(choices)
+    if several := [record for record in choices or [] if len(record["scores"]) > 1]:
+        ranks = [gold_rank(record["scores"]) for record in several]
+        bins = calibration(several)
         report |= {"ranks": np.bincount(ranks)[1:].tolist(), "calibration": bins,
                    "calibration_error": calibration_error(bins), "worst": worst_turns(choices, split, max_history)}
     if replies:
@@ -111,7 +117,7 @@ def write_report(folder: Path, figures: dict[str, float], settings: dict, split:
 
 
 def _page(report: dict) -> str:
-    figures = "".join(f"<dt>{escape(name)}</dt><dd>{value:.4g}</dd>" for name, value in report["figures"].items())
+    figures = "".join(f"<dt>{escape(name)}</dt><dd>{figure(value)}</dd>" for name, value in report["figures"].items())
     settings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
                        for name, value in report["settings"].items() if value not in ("", None, False))
     parts = [f"<h1>Evaluation of {escape(str(report['settings']['model_checkpoint']))}</h1>"

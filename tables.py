@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from cli import short
+from dialogs import DialogNumbers
 from distractors import COUNT, draw_distractors
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class TokenTable(Mapping):
     ``turn_dialog`` (turns,).
     """
 
-    FORMAT = "3"
+    FORMAT = "4"
 
     def __init__(self, path: str | Path):
         """Open the file. Raises ``SafetensorError`` or ``OSError`` when it is damaged or missing."""
@@ -176,6 +177,9 @@ class _Ragged:
         self.values.extend(row)
         self.offsets.append(len(self.values))
 
+    def __getitem__(self, row: int) -> array:
+        return self.values[self.offsets[row]:self.offsets[row + 1]]
+
     def arrays(self, name: str, offsets: str) -> dict[str, np.ndarray]:
         """(values,) of the type code's type and (rows + 1,) int64."""
         return {name: np.frombuffer(self.values, self.values.typecode), offsets: np.frombuffer(self.offsets, np.int64)}
@@ -193,10 +197,12 @@ def build_table(tokenizer, splits: Mapping[str, Iterable[dict]], distractors: st
     def number(sentences: list[str], numbers: dict[str, int]) -> list[int]:
         return [numbers.setdefault(sentence, len(numbers)) for sentence in sentences]
 
-    arrays = {}
+    arrays, dialogs = {}, {}
     for split, entries in splits.items():
+        known, of_entry = DialogNumbers(), array("q")
         fields, turn_dialog = {name: _Ragged("i") for name in ("persona", "history", "candidates")}, array("i")
         for dialog, entry in enumerate(tqdm(entries, desc=f"Reading {split}", unit=" entries", delay=1)):
+            of_entry.append(known.number(entry) if distractors != "none" else 0)
             fields["persona"].append(number(entry.get("personality", []), personas))
             for turn in entry["utterances"]:
                 fields["history"].append(number(turn["history"], said))
@@ -205,13 +211,11 @@ def build_table(tokenizer, splits: Mapping[str, Iterable[dict]], distractors: st
         for field, ragged in fields.items():
             arrays |= ragged.arrays(f"{split}.{field}", f"{split}.{field}_offsets")
         arrays[f"{split}.turn_dialog"] = np.frombuffer(turn_dialog, np.int32)
+        if distractors != "none":  # of each turn, its dialog, as it is one with its other side and its repetitions
+            dialogs[split] = known.same()[np.frombuffer(of_entry, np.int64)[turn_dialog]]
     for split in splits:
         arrays[f"{split}.persona"] = arrays[f"{split}.persona"] + np.int32(len(said))
     strings = [*said, *personas]
-    if distractors != "none":
-        for split in splits:
-            _add_distractors(arrays, split, strings, distractors)
-
     tokens, texts = _Ragged("i"), _Ragged("B")
     with tqdm(total=len(strings), desc="Tokenising", unit=" strings") as progress:
         for chunk in chain(_tokenize_in_parallel(tokenizer, strings[:len(said)]),
@@ -221,25 +225,27 @@ def build_table(tokenizer, splits: Mapping[str, Iterable[dict]], distractors: st
             progress.update(len(chunk))
     for string in strings:
         texts.append(string.encode("utf-8", "replace"))
+    for split, of_turn in dialogs.items():
+        _add_distractors(arrays, split, strings, tokens, of_turn, distractors)
     arrays |= tokens.arrays("tokens", "token_offsets") | texts.arrays("text", "text_offsets")
     tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
     write_tensors(tensors, cache, {"key": key, "splits": json.dumps(list(splits)), "digest": TokenTable.digest(arrays)})
 
 
-def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[str], how: str) -> None:
-    """Put distractors before the reply of every turn of a split that has only its reply, in place."""
+def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[str], tokens: _Ragged,
+                     dialogs: np.ndarray, how: str) -> None:
+    """Put distractors before the reply of every turn of a split that has only its reply, in place, the hardest last.
+
+    ``dialogs`` (turns,): which dialog a turn is of. Training takes the last of a turn's candidates.
+    """
     candidates, offsets = arrays[f"{split}.candidates"], arrays[f"{split}.candidates_offsets"]
-    history, starts = arrays[f"{split}.history"], arrays[f"{split}.history_offsets"]
     counts, golds = np.diff(offsets), candidates[offsets[1:] - 1]
     if not (counts == 1).any():
         return
-    # The two sides of a dialog are known as one by its first two utterances.
-    second = np.where(np.diff(starts) > 1, history[np.minimum(starts[:-1] + 1, len(history) - 1)], golds)
-    first_turn = np.searchsorted(arrays[f"{split}.turn_dialog"], arrays[f"{split}.turn_dialog"])
-    opening = (history[starts[:-1]].astype(np.int64) << 32 | second)[first_turn]
-    dialogs = np.unique(opening, return_inverse=True)[1]
     drawn = np.full((len(golds), COUNT), -1)
-    drawn[counts == 1] = draw_distractors(golds, dialogs, strings, how, of=np.flatnonzero(counts == 1))
+    ids = {number: tuple(tokens[number]) for number in np.unique(golds).tolist()}
+    drawn[counts == 1] = draw_distractors(golds, dialogs, strings, how, of=np.flatnonzero(counts == 1),
+                                          tokens=ids)[:, ::-1]
     added = (drawn >= 0).sum(1)
     logger.info("%s: %s turns bring no distractors; replies of other dialogs are drawn (%s)", split,
                 f"{(counts == 1).sum():,}", how)

@@ -169,8 +169,10 @@ def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
 
     evaluator = Engine(devices.within_memory(score, args, training=False))
     nll, tokens = mean_over_turns(lambda out: out.nll), mean_over_turns(lambda out: out.tokens)
-    metrics = {
-        **({"hits@1": mean_over_turns(lambda out: out.gold_rank == 0)} if args.mc_coef else {}),
+    choices = mean_over_turns(is_choice := lambda out: (out.mc_logits != -torch.inf).sum(1) > 1)
+    hits = mean_over_turns(lambda out: is_choice(out) & (out.gold_rank == 0))
+    metrics = {  # nan: there was nothing to choose
+        **({"hits@1": MetricsLambda(lambda *of: of[0] / (of[1] or torch.nan), hits, choices)} if args.mc_coef else {}),
         "nll": nll / tokens,  # a token: total negative log-likelihood over total gold tokens
         "ppl": MetricsLambda(lambda mean: float(torch.tensor(mean).double().exp()), nll / tokens),  # inf, if it must
     }
@@ -178,7 +180,8 @@ def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
         metric.attach(evaluator, name)
     ProgressBar(desc="Validation", bar_format=BAR, disable=not devices.is_first()).attach(evaluator)
     evaluator.add_event_handler(Events.COMPLETED, lambda: logger.info(
-        "Validation: " + ", ".join(f"{name} {evaluator.state.metrics[name]:.4f}" for name in metrics)))
+        "Validation: " + ", ".join(f"{name} {evaluator.state.metrics[name]:.4f}" for name in metrics).replace(
+            "hits@1 nan", "hits@1: nothing to choose")))
     return evaluator
 
 

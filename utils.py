@@ -16,11 +16,10 @@ import warnings
 import zipfile
 import zlib
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, distribution, version
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,10 +31,10 @@ from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from cli import InputError, fraction, positive_number, require_memory, short, whole_number
+from cli import InputError, positive_number, require_memory, short, whole_number
 from corpora import MOST_GROWTH, read_corpus
-from distractors import HOW
-from readers import RELEASES, TARGETS, Release, divided, find_release, one_side, read_any, read_release
+from dialogs import put_together
+from readers import RELEASES, Release, add_reading_flags, find_release, read_any, read_release
 from tables import TokenTable, build_table, open_table
 
 PERSONACHAT_URL = RELEASES["personachat"][0].address
@@ -46,6 +45,7 @@ LARGEST_TEXT = 256 << 20  # in bytes; the tokenizers of the largest vocabularies
 LARGEST_MODEL = {"num_hidden_layers": 1_000, "hidden_size": 1 << 16, "num_attention_heads": 1 << 12,
                  "vocab_size": 1 << 23, "max_position_embeddings": 1 << 28}
 LARGEST_RANK = 1 << 13  # of an adapter
+MOST_UNKNOWN = 0.03  # of a data set's tokens; of English dialogs GPT-1 knows all but one in a thousand
 HF_FINETUNED_MODEL = (
     "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
 )
@@ -505,12 +505,14 @@ def _check_config(config: transformers.PretrainedConfig, checkpoint: str) -> Non
 
 
 def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str = "", data_dir: str = "data",
-                target: str = "both", distractors: str = "none", train_frac: float | None = None) -> TokenTable:
+                target: str = "both", distractors: str = "none", train_frac: float | None = None,
+                keep_repeated: bool = False) -> TokenTable:
     """The tokenised data set of a path, an address, or ``""`` for PERSONA-CHAT; read from the cache if it is there.
 
     ``dataset``: instead of a path, names of `RELEASES` with commas between, the mix of which is looked for under
     ``data_dir`` (`find_corpus`). ``target``: whose turns, of `TARGETS`; ``distractors``: how they are drawn, of `HOW`,
-    for turns that bring none; ``train_frac``: divide training and validation dialogs anew, that share for training.
+    for turns that bring none; ``train_frac``: divide training and validation dialogs anew, that share for training;
+    ``keep_repeated``: train on dialogs that a later split repeats, too.
 
     The cache file's name starts with ``dataset_cache`` and ends in a key made of the data's hash and these choices, the
     tokenizer's fingerprint and the format's version, so a stale or foreign file is never taken for ours. One process
@@ -523,7 +525,7 @@ def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str =
     else:
         dataset_path = dataset_path or PERSONACHAT_URL
         files = [download(dataset_path) if dataset_path.startswith(("http://", "https://")) else Path(dataset_path)]
-    how = [dataset, target, distractors, str(train_frac)]
+    how = [dataset, target, distractors, str(train_frac), str(keep_repeated)]
     key = hashlib.sha256("\n".join([TokenTable.FORMAT, *map(_hash, files), _fingerprint(tokenizer), *how]).encode())
     key = key.hexdigest()
     cache = Path(f"{dataset_cache}_{type(tokenizer).__name__}_{key[:16]}.safetensors")
@@ -533,22 +535,39 @@ def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str =
         with nullcontext() if place_is_fixed else FileLock(f"{cache}.lock"):
             if table := open_table(cache, key):
                 logger.info("Token table read from %s", cache)
+                _say_unknown(table, tokenizer)
                 return table
             logger.info("Tokenising %s", ", ".join(map(str, files)))
             parts = [read_release(*found) for found in corpora] if dataset else [read_any(files[0])]
-            splits = _put_together(parts, target, train_frac, dataset or dataset_path)
+            splits = put_together(parts, dataset or dataset_path, target, train_frac, keep_repeated=keep_repeated)
             build_table(tokenizer, splits, distractors, cache, key)
         logger.info("Token table written to %s", cache)
     except OSError as error:
         raise InputError(f"--dataset_cache {dataset_cache}: cannot be written ({error.strerror or error}); "
                          "name a place with room that can be written to") from None
-    return TokenTable(cache)
+    table = TokenTable(cache)
+    _say_unknown(table, tokenizer)
+    return table
+
+
+def _say_unknown(table: TokenTable, tokenizer) -> None:
+    """Say what share of the texts' tokens the tokenizer does not know, and above `MOST_UNKNOWN` what to do about it."""
+    tokens = table.array("tokens")
+    if tokenizer.unk_token_id is None or not len(tokens):
+        return
+    unknown = float((tokens == tokenizer.unk_token_id).mean())
+    if unknown <= MOST_UNKNOWN:
+        logger.info("%.3g %% of the texts' tokens are unknown to the tokenizer", 100 * unknown)
+    else:
+        logger.warning("%.3g %% of the texts' tokens are unknown to the tokenizer: the model reads and learns %s in "
+                       "their place; take a model that spells this language, such as --model_checkpoint gpt2 or one "
+                       "made for it (GPT-1's tokenizer reads English alone)", 100 * unknown, tokenizer.unk_token)
 
 
 def dataset_of(args: Namespace, tokenizer) -> TokenTable:
     """The data set that the flags of `add_common_flags` name."""
     return get_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.dataset, args.data_dir, args.target,
-                       args.distractors, args.train_frac)
+                       args.distractors, args.train_frac, args.keep_repeated)
 
 
 def _hash_of(path: Path) -> str:
@@ -562,19 +581,6 @@ def _hash(path: Path) -> str:
     except OSError:
         read_corpus(path)  # says what is wrong with the path
         raise
-
-
-def _put_together(parts: list[dict[str, Iterable[dict]]], target: str, train_frac: float | None,
-                  name: str) -> dict[str, Iterable[dict]]:
-    """Corpora as one, split by split, and of their turns those of ``target``."""
-    splits = {split: one_side(chain.from_iterable([part.get(split, []) for part in parts]), target)
-              for split in dict.fromkeys(split for part in parts for split in part)}
-    if None in splits or train_frac is not None:
-        train_frac = 0.85 if train_frac is None else train_frac
-        logger.info("%s: %g of the dialogs are for training, the others for validation", name, train_frac)
-        dialogs = chain.from_iterable(splits.pop(split, []) for split in (None, "train", "valid"))
-        splits = divided(dialogs, train_frac, 0, name) | splits
-    return splits
 
 
 def _fingerprint(tokenizer) -> str:
@@ -617,15 +623,7 @@ def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
     parser.add_argument("--data_dir", default="data", metavar="FOLDER",
                         help="where their releases are, unpacked or not, or else are downloaded to a cache from where "
                              "they are published (default: %(default)s)")
-    parser.add_argument("--target", default="both", choices=TARGETS,
-                        help="whose turns are learnt: both people's, or only of who speaks second or first (default: "
-                             "%(default)s)")
-    parser.add_argument("--distractors", default="random", choices=HOW,
-                        help="wrong candidates for turns that bring none: replies of other dialogs, by chance, or "
-                             "those that share most with the right one (default: %(default)s)")
-    parser.add_argument("--train_frac", type=fraction, metavar="F",
-                        help="divide training and validation dialogs anew, that share for training (default: as "
-                             "published; 0.85 of a file without splits)")
+    add_reading_flags(parser)
     parser.add_argument("--dataset_cache", default="./dataset_cache", metavar="PREFIX",
                         help="where the tokenised data is kept: how the file's name begins (default: %(default)s)")
     parser.add_argument("--model_checkpoint", default=model_checkpoint, metavar="CHECKPOINT",

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 import readers
 from cli import InputError
 from corpora import check_corpus, read_corpus
-from distractors import draw_distractors, words
+from dialogs import HISTORY, Dialog, DialogNumbers, Turn, divided, entries, one_side, put_together
+from distractors import draw_distractors
 from example_entry import convert
-from readers import HISTORY, Dialog, Turn, divided, entries, one_side, read_any
+from readers import read_any
+from words import bare, normalized, words
 
 
 def entries_of(path, content: str, target: str = "both") -> list[dict]:
@@ -310,3 +312,119 @@ def test_hard_distractors_share_words_with_the_reply(texts, hardest):
 def test_words_of_scripts_with_and_without_spaces():
     assert words("Isn't it 3 o'clock, Äiti?") == ["isn", "t", "it", "3", "o", "clock", "äiti"]
     assert words("我爱tea。") == ["我", "爱", "tea"]
+
+
+# --------------------------------------------------------------------------- what may not be among the wrong answers
+
+
+@pytest.mark.parametrize("how", ["random", "hard"])
+def test_the_right_reply_in_another_spelling_is_no_distractor(tmp_path, how):
+    """By ParlAI's normalisation, and whatever spaces, cases, quotation marks and widths a tokenizer makes one of."""
+    spellings = ["Yes , it's a dog !", "yes, it's the dog", "YES IT S DOG.", "yes it \u2019s dog", "\uff39es it's dog"]
+    replies = spellings + [f"no {n} , it is a cow" for n in range(30)]
+    (tmp_path / "own.txt").write_text("".join(f"what {n} ?\n{reply}\n\n" for n, reply in enumerate(replies)))
+    convert(tmp_path / "own.txt", tmp_path / "out.json", "both", how, 0.9, 0)
+    found = [turn["candidates"] for split in read_corpus(tmp_path / "out.json").values() for entry in split
+             for turn in entry["utterances"]]
+    assert len(found) == len(replies)
+    for *wrong, gold in found:
+        assert wrong and normalized(gold) not in map(normalized, wrong)
+        assert not any(one in spellings for one in wrong) or gold not in spellings
+        assert len({bare(one) for one in wrong}) == len(wrong)
+
+
+def test_words_that_a_tokenizer_cannot_tell_apart_are_no_distractors():
+    texts = ["\u4eca\u5929", "\u660e\u5929", "\u4e0b\u96e8\u4e86", "\u5403\u996d\u4e86"]
+    unknown = {number: (0,) * len(text) for number, text in enumerate(texts)}
+    drawn = draw_distractors(np.arange(4), np.arange(4), texts, tokens=unknown, count=2)
+    assert [set(row) - {-1} < {2, 3} for row in drawn.tolist()] == [True, True, False, False]
+    assert [len(set(row) - {-1}) for row in drawn.tolist()] == [1, 1, 1, 1]
+
+
+def test_the_hardest_stand_next_to_the_reply_though_many_say_the_same(tmp_path):
+    """Training takes the last candidates. A hundred replies that are the right one again do not use up the search."""
+    said = ["the red boat is at sea"] * 100 + ["the red boat is gone", "a boat", *(f"filler {n}" for n in range(40))]
+    (tmp_path / "own.txt").write_text("".join(f"what {n} ?\n{reply}\n\n" for n, reply in enumerate(said)))
+    convert(tmp_path / "own.txt", tmp_path / "out.json", "both", "hard", 0.99, 0)
+    found = [turn["candidates"] for entry in read_corpus(tmp_path / "out.json")["train"]
+             for turn in entry["utterances"]]
+    of_boat = [candidates for candidates in found if candidates[-1] == said[0]]
+    assert len(of_boat) > 90
+    for candidates in of_boat:
+        assert candidates[-2] == "the red boat is gone" and candidates.count(said[0]) == 1
+
+
+# ------------------------------------------------------------------------------------------ dialogs, told apart whole
+
+
+def test_dialogs_that_begin_alike_are_different_ones(tmp_path):
+    greeting = "hello , how can i help you ?\ni have a question .\nwhich ?\n"
+    (tmp_path / "own.txt").write_text("".join(f"{greeting}number {n} ?\nit is {n} .\n\n" for n in range(30)))
+    convert(tmp_path / "own.txt", tmp_path / "out.json", "both", "none", 0.7, 0)
+    corpus = read_corpus(tmp_path / "out.json")
+    asked = {split: {text for entry in found for turn in entry["utterances"] for text in (*turn["history"],
+                     turn["candidates"][-1]) if text.startswith("number")} for split, found in corpus.items()}
+    assert {split: len(found) for split, found in corpus.items()} == {"train": 42, "valid": 18}
+    assert len(asked["train"]) == 21 and len(asked["valid"]) == 9 and not set(asked["train"]) & set(asked["valid"])
+
+
+LETTERS = st.lists(st.sampled_from("abc"), min_size=2, max_size=7)
+
+
+@given(st.lists(LETTERS, min_size=1, max_size=12), st.randoms(use_true_random=False), st.sampled_from(
+    ["both", "second", "first"]))
+def test_sides_get_the_number_of_their_dialog_in_any_order(dialogs, random, target):
+    """Of entries as a reader yields them, as many numbers as dialogs; by `same`, as many as different ones."""
+    made = [list(one_side(entries([Dialog("", [Turn(n % 2, text) for n, text in enumerate(said)])], ""), target))
+            for said in dialogs]
+    numbers = DialogNumbers()
+    for sides in made:
+        assert len({numbers.number(entry) for entry in sides}) <= 1
+    assert len(numbers.longest) == sum(map(bool, made))
+    if target == "both":
+        assert len(set(numbers.same().tolist())) == len(set(map(tuple, dialogs)))
+    flat = [entry for sides in made for entry in sides]
+    random.shuffle(flat)
+    shuffled = DialogNumbers()
+    for entry in flat:
+        shuffled.number(entry)
+    assert len(shuffled.longest) >= len(set(map(tuple, dialogs))) or target != "both"
+
+
+def test_what_a_later_split_repeats_is_left_out_of_training(tmp_path, caplog):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "train.txt").write_text("tea ?\nyes , a cup .\nhere .\n\ntea ?\nno .\nwell .\n\n"
+                                   "bread ?\nno .\n\nrye ?\nok\n")
+    (own / "valid.txt").write_text("Tea?\nYes, a cup.\nHere.\n\ntea ?\nno .\nwell then .\n")
+    (own / "test.txt").write_text("bread ?\nno .\n\nTea?\nYes, a cup.\nHere.\n")
+
+    def training(**how) -> list[list[str]]:
+        splits = put_together([read_any(own)], "own", **how)
+        return [[*entry["utterances"][-1]["history"], entry["utterances"][-1]["candidates"][-1]]
+                for entry in splits["train"]]
+
+    with caplog.at_level(logging.INFO):
+        assert training() == [["tea ?", "no ."], ["tea ?", "no .", "well ."], ["rye ?", "ok"]]
+    assert "own: 2 of 4 training dialogs are left out, because they are in valid or test, too (--keep_repeated" in \
+        caplog.text
+    assert len(training(keep_repeated=True)) == 6
+    assert training(target="first") == [["tea ?", "no .", "well ."]]
+    convert(own, tmp_path / "out.json", "both", "none", None, 0)
+    assert len(read_corpus(tmp_path / "out.json")["train"]) == 3
+    (own / "train.txt").write_text("bread ?\nno .\n")
+    caplog.clear()
+    assert training() == [["bread ?", "no ."]] and "own: every training dialog is in valid or test, too" in caplog.text
+
+
+def test_no_dialog_of_the_real_dailydialog_is_trained_on_and_evaluated():
+    folder = shared("data/dailydialog")
+    evaluated = {tuple(bare(said) for said in line.split("__eou__") if said.strip()) for split in ("validation", "test")
+                 for line in (folder / f"dialogues_{split}.txt").read_text("utf-8").split("\n") if line}
+    splits = put_together([read_any(folder)], "dailydialog")
+    trained = list(splits["train"])
+    last = [entry["utterances"][-1] for entry in trained]
+    known = {tuple(map(bare, (*turn["history"], turn["candidates"][-1]))) for turn in last}
+    assert not evaluated & known and len(trained) > 20_000
+    kept = put_together([read_any(folder)], "dailydialog", keep_repeated=True)["train"]
+    assert len(list(kept)) > len(trained) + 400

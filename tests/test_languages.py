@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from argparse import Namespace
 
 import pytest
@@ -56,3 +57,20 @@ def test_f1_compares_letters_where_words_have_no_spaces_and_nothing_changes_else
     assert f1_score("わたしはtea が好き", "わたしは tea が好き") == 1.0
     assert normalized("Minä juon teetä, en kahvia!") == ["minä", "juon", "teetä", "en", "kahvia"]
     assert normalized("It’s a dog — “the” one…") == ["it’s", "dog", "—", "“", "”", "one…"]  # as ParlAI does
+
+
+def test_text_that_the_tokenizer_does_not_know_is_said_with_its_share_and_a_cure(tmp_path, trained):
+    """GPT-1's tokenizer on Chinese: a warning; perplexity of tokens alone, and no figure that looks like one."""
+    line = "你好 吗\n很 好\n\n"
+    (tmp_path / "own.txt").write_text("".join(line.replace("好", letter) for letter in "甲乙丙丁戊己庚辛壬癸"))
+    script("train.py", "--dataset_path", "own.txt", "--model_checkpoint", trained, "--n_epochs", 0, cwd=tmp_path)
+    warning = next(line for line in script.stderr.splitlines() if "unknown to the tokenizer" in line)
+    assert "100 % of the texts' tokens" in warning and "--model_checkpoint gpt2" in warning
+    said = script("convai_evaluation.py", "--eval_type", "ppl", "--dataset_path", "own.txt", "--model_checkpoint",
+                  trained, cwd=tmp_path)
+    assert "FINAL Token PPL: " in said and "Word PPL" not in said and "Word PPL is left out" in script.stderr
+    assert "100 % of the texts' tokens" in script.stderr  # from the cache, too
+    (tmp_path / "english.txt").write_text("hello ?\nhi .\n\nso ?\nyes .\n\nand you ?\n你 .\n")
+    script("train.py", "--dataset_path", "english.txt", "--model_checkpoint", trained, "--n_epochs", 0, cwd=tmp_path)
+    share = float(re.search(r"([\d.]+) % of the texts' tokens are unknown", script.stderr)[1])
+    assert 0 < share < 12

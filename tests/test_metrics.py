@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import FAMILIES, SAMPLE, TINY, shared
+from conftest import FAMILIES, SAMPLE, TINY, script, shared
 from test_decoders import FAMILIES as DECODERS
 from test_decoders import sentencepiece, words_and_digits, write_checkpoint
 
@@ -131,10 +131,32 @@ def test_ranks(tmp_path, caplog):
     table = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))
     records = [{"scores": [1.0, 2.0, 3.0], "reply": "blue"}, {"scores": [5.0, 2.0, 2.0], "reply": "Blue!"},
                {"scores": [9.0] * 7 + [1.0], "reply": "a"}, {"scores": [4.0], "reply": "alone"}]
-    metrics = choice_metrics(records, table["valid"])  # ranks 1; 3, for a tie counts as better; 8; 1
-    assert metrics == pytest.approx({"Hits@1": 0.5, "Hits@5": 0.75, "Hits@10": 1.0, "MRR": (1 + 1 / 3 + 1 / 8 + 1) / 4,
-                                     "F1": 0.75, "Accuracy": 0.75})
-    assert "1 of 4 turns have the gold reply as their only candidate" in caplog.text
+    metrics = choice_metrics(records, table["valid"])  # ranks 1; 3, for a tie counts as better; 8; none
+    assert metrics == pytest.approx({"Hits@1": 1 / 3, "Hits@5": 2 / 3, "Hits@10": 1.0, "MRR": (1 + 1 / 3 + 1 / 8) / 3,
+                                     "F1": 2 / 3, "Accuracy": 2 / 3})
+    assert "1 of 4 turns have the gold reply as their only candidate: there is nothing to choose" in caplog.text
+
+
+def test_a_reply_without_an_alternative_is_no_hit(tmp_path, trained):
+    corpus = json.loads(shared("cases/one_candidate.json").read_text())
+    (tmp_path / "alone.json").write_text(json.dumps(corpus))
+    script("train.py", "--dataset_path", "alone.json", "--distractors", "none", "--model_checkpoint", trained,
+           "--n_epochs", 0, cwd=tmp_path)
+    assert "hits@1: nothing to choose, nll" in script.stderr
+    said = script("convai_evaluation.py", "--dataset_path", "alone.json", "--distractors", "none", "--report", "report",
+                  "--model_checkpoint", trained, cwd=tmp_path)
+    assert said == "FINAL Hits@1: nothing to choose\n" and "hits@k says nothing" in script.stderr
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["figures"] == {"Hits@1": None} and "ranks" not in report
+    corpus["valid"].append({"utterances": [{"history": ["hi ."], "candidates": ["hi .", "bye ."]},
+                                           {"history": ["hi ."], "candidates": ["bye .", "hi ."]}]})
+    (tmp_path / "alone.json").write_text(json.dumps(corpus))
+    script("train.py", "--dataset_path", "alone.json", "--distractors", "none", "--model_checkpoint", trained,
+           "--n_epochs", 0, cwd=tmp_path)
+    assert "Validation: hits@1 0.5000" in script.stderr  # of the two that have a choice, one is right
+    said = script("convai_evaluation.py", "--dataset_path", "alone.json", "--distractors", "none", "--report", "report",
+                  "--model_checkpoint", trained, cwd=tmp_path)
+    assert "FINAL Hits@1: 0.5\n" in said
 
 
 def test_what_replies_look_like(tmp_path):

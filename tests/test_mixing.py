@@ -63,13 +63,16 @@ def test_corpora_are_found_and_mixed_split_by_split(tmp_path, data_dir, tokenize
     rest = ["Oh, a \"gun\"? Or a car?", "Well done cat", "no , bread .", "wheat .", "rye ?"]
     assert golds(table["valid"]) == ["a hen .", "i like a hen .", "a ant .", "i like a ant .", *rest]
     assert golds(table["test"]) == ["a bee .", "i like a bee .", *rest]
-    assert len(golds(table["train"])) == 8 + len(rest)
+    animals = [said for animal in ("cat", "dog", "cow", "pig") for said in (f"a {animal} .", f"i like a {animal} .")]
+    assert golds(table["train"]) == animals  # the others are in valid and test, too
+    assert golds(mixed("dailydialog,empathetic_dialogues,blended_skill_talk", keep_repeated=True)["train"]) == [
+        *animals, *rest]
     assert table["test"].texts("persona", len(table["test"]) - 1) == ["i mend bikes ."]
     assert golds(mixed("blended_skill_talk", target="first")["valid"]) == ["rye ?"]
     divided = mixed("dailydialog", train_frac=0.5)
     assert divided["train"].num_turns == divided["valid"].num_turns == 6
     assert golds(divided["test"]) == ["a bee .", "i like a bee ."]
-    assert len(list(tmp_path.glob("cache*.safetensors"))) == 3  # a choice more, a table more
+    assert len(list(tmp_path.glob("cache*.safetensors"))) == 4  # a choice more, a table more
 
     def unreachable(address: str) -> Path:
         raise InputError(f"{address}: cannot be downloaded (no network); and so on")
@@ -108,7 +111,7 @@ def test_distractors_in_the_table_are_other_dialogs_replies(tmp_path, data_dir, 
     (data_dir / "personachat").mkdir()
     (data_dir / "personachat" / "personachat_self_original.json").write_text(corpus)
     split = utils.get_dataset(tokenizer, "", str(tmp_path / "cache"), "dailydialog,personachat", str(data_dir),
-                              distractors=how)["train"]
+                              distractors=how, keep_repeated=True)["train"]
     animals = ["cat", "dog", "cow", "pig"]
     dialogs = [[f"a {animal} .", f"i like a {animal} ."] for animal in animals] + [["so ."]]
     for turn in range(split.num_turns):
@@ -119,7 +122,7 @@ def test_distractors_in_the_table_are_other_dialogs_replies(tmp_path, data_dir, 
         others = {reply for dialog in dialogs if gold not in dialog for reply in dialog}
         assert len(wrong) == len(set(wrong)) == len(others) and set(wrong) == others
         if how == "hard":  # what is about this animal is of this dialog; of the rest, the same sentence is likest
-            assert wrong[0].startswith("i like") == gold.startswith("i like")
+            assert wrong[-1].startswith("i like") == gold.startswith("i like")
 
 
 def test_no_persona_leaves_it_out_and_lengths_agree(tmp_path, data_dir, tokenizer):
@@ -177,7 +180,7 @@ def test_the_multi_turn_system_trains_and_chats_without_a_word_about_personas(tm
     assert said.splitlines()[:2] == ["Personality:", "  (none)"] and len(said.splitlines()) <= 3
     said = script("convai_evaluation.py", "--eval_type", "all", "--model_checkpoint", run, "--dataset",
                   "blended_skill_talk", "--data_dir", data_dir, cwd=tmp_path)
-    assert "Token PPL" in said and "Hits@1" in said
+    assert "Token PPL" in said and "FINAL Hits@1: nothing to choose\n" in said  # of one dialog, each turn is alone
 
 
 def test_histories_keep_their_roles_when_the_bot_opened(tmp_path, data_dir, tokenizer):
