@@ -14,6 +14,7 @@ from datetime import timedelta
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
+from ignite.metrics import Average, Metric, MetricsLambda
 from ignite.utils import manual_seed
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -252,6 +253,11 @@ def exchanging(network: nn.Module, now: bool) -> AbstractContextManager:
     Sharded ones are exchanged with every batch: to keep them whole would take the memory that sharding saves.
     """
     return nullcontext() if now or not isinstance(network, DistributedDataParallel) else network.no_sync()
+
+
+def mean_over_turns(of: Callable[[DoubleHeadsOutput], torch.Tensor]) -> Metric:
+    """The mean over all turns, in all processes, of ``of(output)``, which is (batch,)."""
+    return MetricsLambda(float, Average(lambda out: of(out)[out.tokens > 0, None].double()))  # padding has no tokens
 
 
 def within_memory(process: Callable, args: Namespace, training: bool = True) -> Callable:

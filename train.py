@@ -7,7 +7,6 @@ evaluator, and what happens when. What a turn looks like is in inputs.py, the ne
 
 import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -15,7 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar, global_step_from_engine
 from ignite.handlers.tensorboard_logger import TensorboardLogger
-from ignite.metrics import Average, Metric, MetricsLambda, RunningAverage
+from ignite.metrics import MetricsLambda, RunningAverage
 from ignite.utils import convert_tensor, manual_seed
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
@@ -168,9 +167,9 @@ def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
         return network(**convert_tensor(batch, device=args.device, non_blocking=True))
 
     evaluator = Engine(devices.within_memory(score, args, training=False))
-    nll, tokens = mean_over_turns(lambda out: out.nll), mean_over_turns(lambda out: out.tokens)
-    choices = mean_over_turns(is_choice := lambda out: (out.mc_logits != -torch.inf).sum(1) > 1)
-    hits = mean_over_turns(lambda out: is_choice(out) & (out.gold_rank == 0))
+    mean, is_choice = devices.mean_over_turns, lambda out: (out.mc_logits != -torch.inf).sum(1) > 1
+    nll, tokens, choices = mean(lambda out: out.nll), mean(lambda out: out.tokens), mean(is_choice)
+    hits = mean(lambda out: is_choice(out) & (out.gold_rank == 0))
     metrics = {  # nan: there was nothing to choose
         **({"hits@1": MetricsLambda(lambda *of: of[0] / (of[1] or torch.nan), hits, choices)} if args.mc_coef else {}),
         "nll": nll / tokens,  # a token: total negative log-likelihood over total gold tokens
@@ -183,11 +182,6 @@ def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
         "Validation: " + ", ".join(f"{name} {evaluator.state.metrics[name]:.4f}" for name in metrics).replace(
             "hits@1 nan", "hits@1: nothing to choose")))
     return evaluator
-
-
-def mean_over_turns(of: Callable[[DoubleHeadsOutput], torch.Tensor]) -> Metric:
-    """The mean over all turns, in all processes, of ``of(output)``, which is (batch,)."""
-    return MetricsLambda(float, Average(lambda out: of(out)[out.tokens > 0, None].double()))  # padding has no tokens
 
 
 def parse_args() -> Namespace:
