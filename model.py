@@ -15,6 +15,7 @@ from pickle import UnpicklingError
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -385,8 +386,8 @@ def load_model(model_checkpoint: str) -> DoubleHeadsModel:
         if config.model_type in MODELS:
             with quiet_transformers():
                 config = model_class.config_class.from_pretrained(checkpoint, num_labels=1, attn_implementation="sdpa")
-        if getattr(config, "n_special", 0):  # control tokens counted apart, as before 2019
-            config.vocab_size, config.n_special = config.vocab_size + config.n_special, 0
+        vars(config).pop("n_special", None)  # with which early 2019 counted the control tokens, once or twice
+        config.vocab_size = _vocabulary_rows(checkpoint) or config.vocab_size
         if os.path.isdir(checkpoint) and not _weight_files(checkpoint):
             logger.warning("%s has no weights: starting from RANDOM ones", checkpoint)
             config.dtype = torch.float32
@@ -394,9 +395,9 @@ def load_model(model_checkpoint: str) -> DoubleHeadsModel:
         else:
             gguf = is_gguf(checkpoint)
             with quiet_transformers():
-                model, found = model_class.from_pretrained(
-                    **from_file(checkpoint), **({} if gguf else {"config": config, "key_mapping": model_class.renamed}),
-                    dtype=torch.float32, output_loading_info=True)
+                how = {} if gguf else {"config": config, "key_mapping": EARLY_NAMES | model_class.renamed}
+                model, found = model_class.from_pretrained(**from_file(checkpoint), **how, dtype=torch.float32,
+                                                           output_loading_info=True)
             tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
             missing = set(found["missing_keys"]) - tied
             if gguf:  # its weights are plain float32 now; the library would refuse to save or train "quantized" ones
@@ -433,6 +434,9 @@ def load_model(model_checkpoint: str) -> DoubleHeadsModel:
     return model
 
 
+# What other programs called weights, as patterns: early 2019's own, and torch's DataParallel.
+EARLY_NAMES = {r"^module\.": "", r"^multiple_choice_head\.linear\.": "multiple_choice_head.summary.",
+               r"^lm_head\.decoder\.": "lm_head."}
 HEADS = "double_heads.safetensors"  # in a run folder: the modules that the plain architecture lacks
 
 
@@ -444,6 +448,21 @@ def _weight_files(folder: str) -> list[Path]:
             raise ValueError(f"{index.name} names {outside[0]}, outside the folder")
     return [path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".bin")
             and path.name.startswith(("model", "pytorch_model")) and path.name != "model_training_args.bin"]
+
+
+def _vocabulary_rows(checkpoint: str) -> int | None:
+    """Rows of the token embeddings that lie in a folder; None where GPT-1's and GPT-2's are not found."""
+    for path in _weight_files(checkpoint) if os.path.isdir(checkpoint) else []:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        else:
+            tensors = torch.load(path, map_location="meta", weights_only=True)
+            shapes = {name: list(getattr(tensor, "shape", [])) for name, tensor in tensors.items()}
+        for name, shape in shapes.items():
+            if name.endswith(("tokens_embed.weight", "wte.weight")) and len(shape) == 2:
+                return shape[0]
+    return None
 
 
 @torch.no_grad()

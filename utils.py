@@ -165,8 +165,9 @@ def download_pretrained_model() -> str:
 def resolve_checkpoint(model_checkpoint: str) -> str:
     """A folder or GGUF file on this machine, or a hub name, for what the user calls a checkpoint.
 
-    ``model_checkpoint``: a folder, a GGUF file, the address of a ``.tar.gz``, a name of `NAMED` or of the hub, or
-    ``""``, the published fine-tuned model. Raises `InputError` when it names a folder or address that is not there.
+    ``model_checkpoint``: a folder, a GGUF file, a ``.tar.gz`` of a folder or its address, a name of `NAMED` or of the
+    hub, or ``""``, the published fine-tuned model. Raises `InputError` when it names a folder or address that is not
+    there.
     """
     if not model_checkpoint:
         return download_pretrained_model()
@@ -175,12 +176,10 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
     if is_gguf(model_checkpoint):
         return model_checkpoint
     if model_checkpoint.startswith(("http://", "https://")):
-        archive = download(model_checkpoint)
-        configs = sorted(_unpack(archive).rglob("config.json"))
-        if not configs:
-            raise InputError(f"{archive}: holds no config.json; --model_checkpoint takes an archive of a run folder")
-        return str(configs[0].parent)
+        return _folder_of_archive(download(model_checkpoint))
     path = Path(model_checkpoint)
+    if path.name.endswith((".tar.gz", ".tgz")) and os.path.isfile(path):
+        return _folder_of_archive(path)
     if os.path.isdir(path):
         if not os.path.isfile(path / "config.json") and not adapter_base(str(path)):
             raise InputError(f"{path}: has no config.json; --model_checkpoint takes a run folder, or a folder with a "
@@ -193,6 +192,14 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
     if os.path.exists(path) or model_checkpoint.count("/") > 1 or model_checkpoint.startswith((".", "/", "~")):
         raise InputError(f"{path}: no such folder; --model_checkpoint takes a run folder or a hub name")
     return model_checkpoint
+
+
+def _folder_of_archive(archive: Path) -> str:
+    """The folder of the first ``config.json`` in an archive, which is unpacked beside itself."""
+    configs = sorted(_unpack(archive).rglob("config.json"))
+    if not configs:
+        raise InputError(f"{archive}: holds no config.json; --model_checkpoint takes an archive of a run folder")
+    return str(configs[0].parent)
 
 
 def adapter_base(checkpoint: str) -> str | None:
@@ -419,6 +426,7 @@ def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase
             with quiet_transformers():
                 tokenizer = _prepared(transformers.AutoTokenizer.from_pretrained(
                     **from_file(checkpoint), split_special_tokens=True, trust_remote_code=False))
+        tokenizer.add_tokens(_control_tokens_of_early_2019(checkpoint), special_tokens=True)
         tokenizer.encode("hello")
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         raise InputError(f"{checkpoint}: its tokenizer cannot be read ({short(str(error))}); the folder needs "
@@ -430,6 +438,12 @@ def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase
     tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
     tokenizer.control = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     return tokenizer
+
+
+def _control_tokens_of_early_2019(checkpoint: str) -> list[str]:
+    """The lines of ``special_tokens.txt``, which names control tokens in the order of their ids, behind the words'."""
+    path = Path(checkpoint, "special_tokens.txt")
+    return path.read_text("utf-8").split()[:MOST_MEMBERS] if path.is_file() else []
 
 
 @contextmanager
@@ -627,8 +641,8 @@ def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
     parser.add_argument("--dataset_cache", default="./dataset_cache", metavar="PREFIX",
                         help="where the tokenised data is kept: how the file's name begins (default: %(default)s)")
     parser.add_argument("--model_checkpoint", default=model_checkpoint, metavar="CHECKPOINT",
-                        help="a hub name, a run folder, a folder with a model's config and tokenizer, or the address "
-                             f"of a .tar.gz of one (default: {model_checkpoint or 'the published fine-tuned model'})")
+                        help="a hub name, a run folder, a folder with a model's config and tokenizer, or a .tar.gz of "
+                             f"one or its address (default: {model_checkpoint or 'the published fine-tuned model'})")
     parser.add_argument("--max_history", type=whole_number, default=2, metavar="N",
                         help="exchanges the model sees: 2N+1 utterances (default: %(default)s)")
     parser.add_argument("--max_turns", type=_odd, dest="max_history", default=SUPPRESS, metavar="N",
