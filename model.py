@@ -387,7 +387,8 @@ def load_model(model_checkpoint: str) -> DoubleHeadsModel:
             with quiet_transformers():
                 config = model_class.config_class.from_pretrained(checkpoint, num_labels=1, attn_implementation="sdpa")
         vars(config).pop("n_special", None)  # with which early 2019 counted the control tokens, once or twice
-        config.vocab_size = _vocabulary_rows(checkpoint) or config.vocab_size
+        if rows := _vocabulary_rows(checkpoint):
+            config.vocab_size = rows
         if os.path.isdir(checkpoint) and not _weight_files(checkpoint):
             logger.warning("%s has no weights: starting from RANDOM ones", checkpoint)
             config.dtype = torch.float32
