@@ -71,7 +71,7 @@ def test_products_in_bfloat16_are_as_near_to_exact_attention_as_torchs_kernel(ke
     mask = candidate_mask(segments)
 
     def gradients(attention, dtype):
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (query, key, value)]
         out = attention(*leaves)
         (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
         return [out.float(), *(leaf.grad.float() for leaf in leaves)]
