@@ -32,7 +32,7 @@ from starlette.exceptions import HTTPException
 from cli import InputError, command, port_number, positive_number
 from decoding import add_decoding_flags
 from tables import TokenTable
-from utils import add_common_flags, dataset_of
+from utils import add_common_flags, dataset_of, published_or_persona
 from web.batching import Bot, Busy, Decoding, Reply
 from web.page import HEAD, STYLE, THEME, build_page, sentences
 
@@ -312,6 +312,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def main() -> None:
     args = parse_args()
     with listen(args.host, args.port) as listening:  # before the model is loaded, which can take long
+        args.model_checkpoint = published_or_persona(args.model_checkpoint)
         bot = Bot(args)
         app = build_app(bot, dataset_of(args, bot.tokenizer))
         host, port = listening.getsockname()[:2]

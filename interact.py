@@ -29,7 +29,7 @@ from decoding import (  # noqa: F401  some for 2019 code, which imports them fro
 )
 from inputs import Specials
 from model import DoubleHeadsModel
-from utils import add_common_flags, dataset_of
+from utils import add_common_flags, dataset_of, published_or_persona
 
 LARGEST_PERSONALITY = 1 << 20  # bytes of a file; no model has positions for a tenth of it
 logger = logging.getLogger("interact")
@@ -123,6 +123,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
     sys.stdin.reconfigure(errors="replace")
     try:
+        args.model_checkpoint = published_or_persona(args.model_checkpoint)
         model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16)
         personality = choose_personality(args, model, tokenizer)
         print("Personality:", *map(printable, personality or ["(none)"]), sep="\n  ")

@@ -21,6 +21,8 @@ from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from types import SimpleNamespace
 
 import pooch
@@ -74,11 +76,11 @@ def download(address: str) -> Path:
     `LARGEST_DOWNLOAD`.
     """
     url, _, fragment = address.partition("#")
-    folder = Path(os.environ.get("TRANSFERTRANSFO_CACHE") or pooch.os_cache("transfertransfo"))
-    name = f"{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()[:16]}-{Path(url).name[-80:]}"
+    place = _place(url)
+    folder, name = place.parent, place.name
     try:
         checksum = fragment.replace("=", ":", 1) or None
-        if checksum is None and not (folder / name).exists():
+        if checksum is None and not place.exists():
             checksum = _published_md5(url)
         pooch.get_logger().setLevel(logging.WARNING)
         fetch = _BoundedDownloader(progressbar=True, timeout=30)
@@ -91,6 +93,12 @@ def download(address: str) -> Path:
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); "
                          "set TRANSFERTRANSFO_CACHE to a folder that can") from None
+
+
+def _place(url: str) -> Path:
+    """Where the download of an address is kept."""
+    folder = Path(os.environ.get("TRANSFERTRANSFO_CACHE") or pooch.os_cache("transfertransfo"))
+    return folder / f"{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()[:16]}-{Path(url).name[-80:]}"
 
 
 class _BoundedDownloader(pooch.HTTPDownloader):
@@ -160,6 +168,42 @@ def from_file(checkpoint: str) -> dict[str, str]:
 def download_pretrained_model() -> str:
     """Download and unpack the published fine-tuned model and return its folder."""
     return resolve_checkpoint(HF_FINETUNED_MODEL)
+
+
+def published_or_persona(model_checkpoint: str) -> str:
+    """The checkpoint that a chat opens: the one that was asked for, or else the published model of 2019.
+
+    Where that has not been downloaded and its address does not answer within four seconds, one line says so and the
+    result is ``persona``, the bot that comes with this project.
+    """
+    if model_checkpoint or is_downloaded(HF_FINETUNED_MODEL) or _answers(HF_FINETUNED_MODEL, within=4):
+        return model_checkpoint
+    logger.warning("The published model of 2019 cannot be reached; this is `--model_checkpoint persona` instead, the "
+                   "bot that comes with this project")
+    return "persona"
+
+
+def is_downloaded(address: str) -> bool:
+    """Whether `download` would find the address in the cache."""
+    return _place(address.partition("#")[0]).exists()
+
+
+def _answers(url: str, within: float) -> bool:
+    """Whether a server says within so many seconds that it has ``url``. Looking up a host's name has no time limit of
+    its own, hence the thread."""
+    found = Queue()
+
+    def ask() -> None:
+        try:
+            found.put(requests.head(url, timeout=within, allow_redirects=True).ok)
+        except requests.RequestException:
+            found.put(False)
+
+    Thread(target=ask, daemon=True).start()
+    try:
+        return found.get(timeout=within)
+    except Empty:
+        return False
 
 
 def resolve_checkpoint(model_checkpoint: str) -> str:
@@ -641,8 +685,10 @@ def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
     parser.add_argument("--dataset_cache", default="./dataset_cache", metavar="PREFIX",
                         help="where the tokenised data is kept: how the file's name begins (default: %(default)s)")
     parser.add_argument("--model_checkpoint", default=model_checkpoint, metavar="CHECKPOINT",
-                        help="a hub name, a run folder, a folder with a model's config and tokenizer, or a .tar.gz of "
-                             f"one or its address (default: {model_checkpoint or 'the published fine-tuned model'})")
+                        help="a run folder; `persona`, the bot that comes with this project; `smollm2`, its pretrained "
+                             "base; a hub name; a GGUF file; a folder with a model's config and tokenizer; or "
+                             "a .tar.gz of one or its address (default: "
+                             f"{model_checkpoint or 'the published model of 2019'})")
     parser.add_argument("--max_history", type=whole_number, default=2, metavar="N",
                         help="exchanges the model sees: 2N+1 utterances (default: %(default)s)")
     parser.add_argument("--max_turns", type=_odd, dest="max_history", default=SUPPRESS, metavar="N",

@@ -94,3 +94,26 @@ def test_hostile_and_damaged_archives_are_refused(server, tmp_path):
         with pytest.raises(InputError, match=complaint):
             utils.resolve_checkpoint(f"{server.address}/{name}.tar.gz")
     assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_chat_without_a_checkpoint_is_the_published_model_where_it_can_be_had(server, monkeypatch):
+    monkeypatch.setattr(utils, "HF_FINETUNED_MODEL", f"{server.address}/model.tar.gz")
+    server.files["/model.tar.gz"] = b"an archive", {}
+    assert utils.published_or_persona("") == ""
+    assert utils.published_or_persona("gpt2") == "gpt2"
+    utils.download(f"{server.address}/model.tar.gz")
+    server.files.clear()
+    assert utils.published_or_persona("") == ""  # it has been downloaded
+
+
+@pytest.mark.parametrize("fault", ["refused", "silent", "missing"])
+def test_a_chat_without_a_checkpoint_is_persona_where_the_published_model_cannot_be_reached(
+        server, monkeypatch, caplog, fault):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        if fault == "refused":
+            silent.close()
+        port = silent.getsockname()[1] if fault == "silent" else 9
+        monkeypatch.setattr(utils, "HF_FINETUNED_MODEL", f"{server.address}/model.tar.gz" if fault == "missing" else
+                            f"http://127.0.0.1:{port}/model.tar.gz")
+        assert utils.published_or_persona("") == "persona"
+    assert len(caplog.records) == 1 and "cannot be reached" in caplog.text
