@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import weakref
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from pickle import UnpicklingError
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners import lora
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -557,9 +559,61 @@ def add_lora_(model: DoubleHeadsModel, tokenizer, rank: int, model_checkpoint: s
     )
     with quiet_transformers():
         get_peft_model(model, config)
+    for layer in model.modules():
+        if type(layer) is lora.Linear:
+            layer.__class__ = LowRankLinear
     model.train(model.training)  # the new layers too
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("LoRA of rank %s: %s parameters are trained", rank, f"{trained:,}")
+
+
+class _LowRank(torch.autograd.Function):
+    """``x W' + scale (x A') B'`` (Hu et al. 2021) with W frozen, in as few passes over the states as there can be.
+
+    x (tokens, in), W (out, in), A (rank, in), B (out, rank). Both sums are added up within the matrix products.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):
+        reduced = x @ a.T
+        out = F.linear(x, weight, bias).addmm_(reduced, b.T, alpha=scale)
+        ctx.save_for_backward(x, weight, a, b, reduced)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, a, b, reduced = ctx.saved_tensors
+        of_reduced = (gradient @ b).mul_(ctx.scale)
+        of_x = (gradient @ weight).addmm_(of_reduced, a) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, of_reduced.T @ x, (gradient.T @ reduced).mul_(ctx.scale), None
+
+
+class LowRankLinear(lora.Linear):
+    """PEFT's layer, computed by `_LowRank` where nothing speaks against it: the same function in half the time.
+
+    PEFT casts the states twice and passes over the result four times more. Layers that read the same states, as those
+    of queries, keys and values, share one cast of them.
+    """
+
+    _last_cast: tuple = (lambda: None, None, None)  # states (a weak reference), their version, their cast
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        adapter = self.active_adapters[0]
+        if self.disable_adapters or self.merged or args or kwargs or self.fan_in_fan_out or self.lora_variant or \
+                len(self.active_adapters) > 1 or not isinstance(self.lora_dropout[adapter], nn.Identity):
+            return super().forward(x, *args, **kwargs)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        states, version, cast = LowRankLinear._last_cast
+        if x.dtype == dtype or not torch.is_grad_enabled():
+            cast = x.to(dtype)
+        elif states() is not x or version != x._version or cast.dtype != dtype:
+            cast = x.to(dtype)
+            LowRankLinear._last_cast = weakref.ref(x), x._version, cast
+        weights = [None if weight is None else weight.to(dtype) for weight in (
+            self.weight, self.bias, self.lora_A[adapter].weight, self.lora_B[adapter].weight)]
+        return _LowRank.apply(cast.flatten(0, -2), *weights, self.scaling[adapter]).unflatten(0, x.shape[:-1])
 
 
 def linear_layers(model: DoubleHeadsModel) -> list[nn.Module]:

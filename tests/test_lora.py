@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import SAMPLE, TINY, error_line, make_checkpoint, script
+from peft.tuners import lora
 from test_decoders import FAMILIES, byte_level, write_checkpoint
 
 import model as network
@@ -125,3 +126,35 @@ def test_train_resume_evaluate_and_refusals(trained, small_corpus, tmp_path, mon
     (run / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match="its adapter does not fit"):
         load_model(str(run))
+
+
+def test_low_rank_layers_compute_what_pefts_own_do(tmp_path):
+    torch.manual_seed(5)
+    base = write_checkpoint(tmp_path / "base", FAMILIES["llama"], byte_level())
+    save_model(load_model(str(base)), base)
+    model, tokenizer = load_model(str(base)), utils.get_tokenizer(str(base))
+    add_special_tokens_(model, tokenizer)
+    add_lora_(model, tokenizer, 4, str(base))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    dataset = TurnDataset(utils.get_dataset(tokenizer, str(SAMPLE), str(tmp_path / "cache"))["valid"], tokenizer, 256)
+    batch = collate([dataset[turn] for turn in (0, 57, 3)], tokenizer.pad_token_id)
+    layers = [layer for layer in model.modules() if isinstance(layer, network.LowRankLinear)]
+    assert len(layers) == 14  # seven in each of two blocks
+
+    def losses_and_gradients(kind, fp16):
+        for layer in layers:
+            layer.__class__ = kind
+        model.zero_grad()
+        with network.autocast("cpu", fp16):
+            out = model(**batch)
+        (out.lm_loss + out.mc_loss).backward()
+        gradients = [weight.grad.flatten() for weight in model.parameters() if weight.requires_grad]
+        return torch.cat([out.lm_loss.detach()[None], out.mc_loss.detach()[None], *gradients])
+
+    exact = losses_and_gradients(lora.Linear, "")
+    ours = losses_and_gradients(network.LowRankLinear, "")
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+    rounded = [(losses_and_gradients(kind, "bf16") - exact).norm() for kind in (network.LowRankLinear, lora.Linear)]
+    assert rounded[0] < 1.5 * rounded[1] and rounded[1] < 0.2 * exact.norm()
