@@ -1,6 +1,6 @@
 # docker build -t transfertransfo . && docker run -it transfertransfo
 #
-# The image holds the project and a tiny model trained on the embedded sample, and chats with it. Other models and
+# The image holds the project and a tiny model trained on small talk made of templates, and chats with it. Other models and
 # data: docker run -it -v "$PWD/runs:/app/runs" transfertransfo python interact.py --model_checkpoint runs/…
 FROM python:3.11-slim
 
@@ -14,4 +14,4 @@ RUN chown app /app
 USER app
 RUN ./runs/demo.sh
 
-CMD ["sh", "-c", "exec python interact.py --model_checkpoint runs/*_tiny --dataset_path data/sample_personachat.json"]
+CMD ["sh", "-c", "exec python interact.py --model_checkpoint runs/*_tiny --dataset_path .demo/tiny_corpus.json"]

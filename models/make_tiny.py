@@ -1,9 +1,13 @@
 """Write models/tiny: the configuration and tokenizer of a GPT small enough to train in two minutes on a laptop.
 
-No weights: training starts at random. The tokenizer is a GPT-1 byte-pair encoding learnt from the sample's training
-split; every printable ASCII character is in it, so that whatever is typed in English can be spelt.
+No weights: training starts at random. The tokenizer is a GPT-1 byte-pair encoding learnt from the training split of
+what tiny_corpus.py writes; every printable ASCII character is in it, so that whatever is typed in English can be spelt.
+
+    python models/tiny_corpus.py --out .demo/tiny_corpus.json
+    python models/make_tiny.py .demo/tiny_corpus.json
 """
 
+import argparse
 import json
 import string
 from pathlib import Path
@@ -12,14 +16,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import OpenAIGPTConfig
 
 HERE = Path(__file__).parent
-SAMPLE = HERE.parent / "data" / "sample_personachat.json"
 VOCABULARY = 2000
 
 
-def sample_text() -> list[str]:
+def sentences_of(corpus: Path) -> list[str]:
     """Each distinct sentence of the training split."""
     sentences = {}
-    for entry in json.loads(SAMPLE.read_text("utf-8"))["train"]:
+    for entry in json.loads(corpus.read_text("utf-8"))["train"]:
         sentences |= dict.fromkeys(entry["personality"])
         for turn in entry["utterances"]:
             sentences |= dict.fromkeys(turn["history"] + turn["candidates"])
@@ -27,10 +30,13 @@ def sample_text() -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path, help="the JSON file that tiny_corpus.py wrote")
+    args = parser.parse_args()
     letters = [letter for letter in string.printable if not letter.isspace()]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator(sample_text(), trainers.BpeTrainer(
+    tokenizer.train_from_iterator(sentences_of(args.corpus), trainers.BpeTrainer(
         vocab_size=VOCABULARY, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False,
         special_tokens=["<unk>", *(letter + "</w>" for letter in letters), "\n</w>"],
     ))

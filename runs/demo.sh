@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to a bot in two minutes on a laptop: a tiny model, trained on the embedded sample, evaluated, talked to.
-# The sample is small talk of our own, made so that a model this small can learn it; see data/make_sample.py.
+# From nothing to a bot in two minutes on a laptop: a tiny model is trained, evaluated and talked to.
+# Its dialogs are made of templates so that a model this small can learn from them; see models/tiny_corpus.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-data=data/sample_personachat.json
+data=.demo/tiny_corpus.json
 ./runs/tiny.sh
 run=$(ls -td runs/*_tiny* | head -n 1)
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import multiprocessing
+import re
 
 import pytest
 from conftest import SAMPLE, TINY, error_line, script, shared
@@ -110,10 +111,17 @@ def test_the_sample_keeps_its_promises():
     dialogs = {split: {tuple(entry["utterances"][-1]["history"]) for entry in entries}
                for split, entries in corpus.items()}
     assert not dialogs["train"] & dialogs["valid"]
-    assert len(corpus["train"]) + len(corpus["valid"]) >= 200
+    lines = [line for file in ("train", "valid") for line in (SAMPLE.parent / "sample" / f"{file}.jsonl").open()]
+    said = {}
+    for place, dialog in enumerate(map(json.loads, lines)):
+        assert 8 <= len(dialog["turns"]) <= 14 and all(4 <= len(persona) <= 5 for persona in dialog["personas"])
+        for text in dialog["turns"]:
+            assert text == " ".join(text.split()).lower() and re.search(r" [.?!]$", text)
+            said.setdefault(text, set()).add(place)
+    assert len(lines) == 90 and sum(len(dialogs) > 1 for dialogs in said.values()) <= 3  # nobody speaks by rote
     for entry in corpus["valid"]:
         for turn in entry["utterances"]:
-            assert len(set(turn["candidates"])) == 20 and len(turn["history"]) % 2
+            assert len(set(turn["candidates"])) == 20
 
 
 def test_the_sample_is_what_its_script_writes(tmp_path):
