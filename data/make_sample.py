@@ -31,8 +31,9 @@ def main() -> None:
         add_distractors(entries, "random", seed=42)
         for turn in (turn for entry in entries for turn in entry["utterances"]):
             del turn["candidates"][:-CANDIDATES[split]]
-        lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in entries)  # a dialog's side per line, so that a diff is short
-        parts.append(f"{json.dumps(split)}: [\n{lines}\n]")
+        # An entry per line, so that a diff shows which dialogs have changed.
+        lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in entries)
+        parts.append(f'"{split}": [\n{lines}\n]')
     args.out.write_text("{\n" + ",\n".join(parts) + "\n}\n", "utf-8")
 
 

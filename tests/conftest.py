@@ -59,9 +59,10 @@ def run_2019(family) -> Path:
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory) -> Path:
-    """Twelve training and four validation dialogs of the sample."""
-    corpus = json.loads(SAMPLE.read_text("utf-8"))
+    """Twelve training and four validation dialogs made of templates: so regular that a few steps of training show."""
     path = tmp_path_factory.mktemp("corpus") / "small.json"
+    script("models/tiny_corpus.py", "--out", path, cwd=path.parent)
+    corpus = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({"train": corpus["train"][:12], "valid": corpus["valid"][:4]}))
     return path
 
