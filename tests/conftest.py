@@ -58,11 +58,18 @@ def run_2019(family) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_corpus(tmp_path_factory) -> Path:
-    """Twelve training and four validation dialogs made of templates: so regular that a few steps of training show."""
-    path = tmp_path_factory.mktemp("corpus") / "small.json"
+def template_corpus(tmp_path_factory) -> Path:
+    """Dialogs made of templates: short, and so regular that a few steps of training show."""
+    path = tmp_path_factory.mktemp("templates") / "corpus.json"
     script("models/tiny_corpus.py", "--out", path, cwd=path.parent)
-    corpus = json.loads(path.read_text("utf-8"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory, template_corpus) -> Path:
+    """Twelve training and four validation dialogs of these."""
+    path = tmp_path_factory.mktemp("corpus") / "small.json"
+    corpus = json.loads(template_corpus.read_text("utf-8"))
     path.write_text(json.dumps({"train": corpus["train"][:12], "valid": corpus["valid"][:4]}))
     return path
 

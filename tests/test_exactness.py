@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import SAMPLE, TINY, TINY_TOKENS
+from conftest import TINY, TINY_TOKENS
 from torch.nn import functional as F
 
 import utils
@@ -19,8 +19,9 @@ from train import parse_args
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    return utils.get_dataset(utils.get_tokenizer(str(TINY)), str(SAMPLE), str(tmp_path_factory.mktemp("cache") / "c"))
+def table(tmp_path_factory, template_corpus):
+    cache = str(tmp_path_factory.mktemp("cache") / "c")
+    return utils.get_dataset(utils.get_tokenizer(str(TINY)), str(template_corpus), cache)
 
 
 @pytest.fixture(scope="module", params=["openai-gpt", "gpt2"])
