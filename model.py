@@ -371,17 +371,18 @@ def autocast(device: str, fp16: str = "") -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def load_model(model_checkpoint: str) -> DoubleHeadsModel:
+def load_model(model_checkpoint: str, rank: int = 0) -> DoubleHeadsModel:
     """The double-heads model of a checkpoint, in evaluation mode and float32, on the CPU.
 
     ``model_checkpoint`` is what `utils.resolve_checkpoint` takes: a hub name, a run folder of ours or of 2019, a folder
     without weights, which starts at random with a warning, or that of a PEFT adapter, which is merged into the model
-    that it names. Weights are read as tensors only; no pickled code runs. Raises `InputError` when there is none, it
+    that it names; an adapter of rank ``rank`` stays apart, to be trained on. Weights are read as tensors only; no
+    pickled code runs. Raises `InputError` when there is none, it
     cannot be read, or it cannot read packed rows.
     """
     checkpoint = resolve_checkpoint(model_checkpoint)
     if base := adapter_base(checkpoint):
-        return _adapted(checkpoint, base)
+        return _adapted(checkpoint, base, rank)
     config = read_config(checkpoint)
     model_class = MODELS.get(config.model_type) or decoder_class(type(config))
     try:
@@ -537,9 +538,11 @@ def add_lora_(model: DoubleHeadsModel, tokenizer, rank: int, model_checkpoint: s
     """Freeze the model, in place, but for low-rank updates of its linear layers (Hu et al. 2021).
 
     Trained whole beside them: the choice head, the token types and the control tokens' own rows.
-    ``model_checkpoint``: what the model was loaded from, which the adapter will name as its base. Raises `InputError`
-    when that has no weights.
+    ``model_checkpoint``: what the model was loaded from, which the adapter will name as its base. A model that was
+    loaded with an adapter of this rank gets no other. Raises `InputError` when the checkpoint has no weights.
     """
+    if getattr(model, "peft_config", None):
+        return
     base = resolve_checkpoint(model_checkpoint)
     if os.path.isdir(base) and not adapter_base(base) and not _weight_files(base):
         raise InputError(f"--lora: {base} has no weights, and random ones would not be there to adapt when the adapter "
@@ -559,12 +562,17 @@ def add_lora_(model: DoubleHeadsModel, tokenizer, rank: int, model_checkpoint: s
     )
     with quiet_transformers():
         get_peft_model(model, config)
+    _prepare_adapter_(model)
+
+
+def _prepare_adapter_(model: DoubleHeadsModel) -> None:
+    """Have the adapter's layers computed in one pass each, and say how much is trained."""
     for layer in model.modules():
         if type(layer) is lora.Linear:
             layer.__class__ = LowRankLinear
     model.train(model.training)  # the new layers too
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info("LoRA of rank %s: %s parameters are trained", rank, f"{trained:,}")
+    logger.info("LoRA of rank %s: %s parameters are trained", model.peft_config["default"].r, f"{trained:,}")
 
 
 class _LowRank(torch.autograd.Function):
@@ -621,8 +629,11 @@ def linear_layers(model: DoubleHeadsModel) -> list[nn.Module]:
     return [module for module in model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
-def _adapted(checkpoint: str, base: str) -> DoubleHeadsModel:
-    """The model of an adapter's folder: its base as it was trained on, with the adapter merged into it."""
+def _adapted(checkpoint: str, base: str, rank: int) -> DoubleHeadsModel:
+    """The model of an adapter's folder: its base as it was trained on, with the adapter merged into it.
+
+    An adapter of rank ``rank`` is not merged but left as `add_lora_` makes one.
+    """
     folders = [os.path.realpath(checkpoint)]
     try:
         while next_base := adapter_base(folders[-1]):
@@ -641,7 +652,11 @@ def _adapted(checkpoint: str, base: str) -> DoubleHeadsModel:
         setattr(model.config, name, getattr(config, name))
     try:
         with quiet_transformers():
-            model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+            adapted = PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+            if adapted.peft_config["default"].r == rank:
+                _prepare_adapter_(model)
+            else:
+                model = adapted.merge_and_unload()
     except Exception as error:  # peft and torch each raise their own
         reason = str(error).strip().split("\n")[0][:160]
         raise InputError(f"--model_checkpoint {checkpoint}: its adapter does not fit {base} ({reason}); "

@@ -41,9 +41,10 @@ def training(args: Namespace) -> Path | None:
     manual_seed(args.seed)
     with devices.first_of_each_machine():  # downloads and tokenises
         tokenizer = get_tokenizer(args.model_checkpoint)
-        model = load_model(args.model_checkpoint)
+        model = load_model(args.model_checkpoint, args.lora)
         table = dataset_of(args, tokenizer)
     add_special_tokens_(model, tokenizer)
+    model.config.no_token_types = args.no_token_types or model.no_token_types
     if args.lora:
         add_lora_(model, tokenizer, args.lora, args.model_checkpoint)
     if args.gradient_checkpointing:
@@ -102,7 +103,6 @@ def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel,
     if args.max_len:
         model.config.max_len = args.max_len
     longest = max(map(longest_persona, table.values()))
-    model.config.no_token_types = args.no_token_types or model.no_token_types
     model.config.no_persona = args.no_persona or longest == 1
     if args.history_first:
         model.config.history_start = min(longest, model.max_positions // 2)

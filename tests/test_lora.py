@@ -158,3 +158,30 @@ def test_low_rank_layers_compute_what_pefts_own_do(tmp_path):
     torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
     rounded = [(losses_and_gradients(kind, "bf16") - exact).norm() for kind in (network.LowRankLinear, lora.Linear)]
     assert rounded[0] < 1.5 * rounded[1] and rounded[1] < 0.2 * exact.norm()
+
+
+def test_an_adapter_of_the_same_rank_is_trained_on_and_another_is_merged(tmp_path, small_corpus):
+    torch.manual_seed(6)
+    base = write_checkpoint(tmp_path / "base", FAMILIES["llama"], byte_level())
+    save_model(load_model(str(base)), base)
+    flags = ["--dataset_path", small_corpus, "--n_epochs", 1, "--epoch_batches", 4, "--lr", 1e-3,
+             "--gradient_accumulation_steps", 1]
+
+    def trained(checkpoint, rank, *more):
+        before = set((tmp_path / "runs").glob("*"))
+        script("train.py", *flags, *more, "--model_checkpoint", checkpoint, "--lora", rank, cwd=tmp_path)
+        return (set((tmp_path / "runs").glob("*")) - before).pop()
+
+    first = trained(base, 4, "--no_token_types")
+    second, third = trained(first, 4), trained(first, 2)
+    named = [json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"]
+             for run in (first, second, third)]
+    assert named == [str(base), str(base), str(first)]
+    tokenizer, weights = utils.get_tokenizer(str(first)), [load_model(str(run)) for run in (base, first, second)]
+    assert weights[2].no_token_types
+    moved = [(later.model.layers[0].mlp.up_proj.weight - earlier.model.layers[0].mlp.up_proj.weight).norm().item()
+             for earlier, later in zip(weights, weights[1:], strict=False)]
+    assert moved[0] > 0 < moved[1]  # the second run went on from the first's adapter, not from the base
+    both = weights[2].model.layers[0].mlp.up_proj.weight - weights[0].model.layers[0].mlp.up_proj.weight
+    assert torch.linalg.matrix_rank(both, rtol=1e-3) <= 4  # one adapter, not two
+    assert len(tokenizer) == weights[2].get_input_embeddings().weight.shape[0]
