@@ -146,7 +146,7 @@ class Checkpoints:
         therefore kept here; a resumed run sees those batches again.
         """
         self.place = {"step": step, "iteration": iteration, "schedule": self.schedule.state_dict()}
-        self.streams = _random_streams()
+        self.streams = _random_streams(self.args.device)
 
     def save(self, nll: float | None = None) -> None:
         """Write the checkpoint of the marked place, and remove those that are no longer to be kept.
@@ -244,7 +244,7 @@ class Checkpoints:
                         self.optimizer.state[weight][field] = value
             self.scaler.load_state_dict(header["scaler"])
             self.schedule.load_state_dict(header["schedule"])
-            _restore_streams(header["streams"], header["step"])
+            _restore_streams(header["streams"], header["step"], self.args.device)
             self.mark(header["step"], header["iteration"])
         except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path}: is not a checkpoint of this run's model "
@@ -362,9 +362,9 @@ def parse_resumable(parser: ArgumentParser) -> Namespace:
     return args
 
 
-def _random_streams() -> dict:
-    """The states of all random streams of this process."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+def _random_streams(device: str) -> dict:
+    """The states of all random streams of this process, of the GPUs' that of ``device``."""
+    cuda = torch.cuda.get_rng_state(device) if _on_gpu(device) and torch.cuda.is_initialized() else None
     return {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": torch.get_rng_state(),
             "cuda": cuda}
 
@@ -378,7 +378,7 @@ def _to_json(streams: dict) -> dict:
     }
 
 
-def _restore_streams(all_streams: list[dict], step: int) -> None:
+def _restore_streams(all_streams: list[dict], step: int, device: str) -> None:
     """Let this process's random streams go on where those of its rank stood; more processes than then get new ones."""
     rank = idist.get_rank()
     if rank >= len(all_streams):
@@ -390,8 +390,12 @@ def _restore_streams(all_streams: list[dict], step: int) -> None:
     words = streams["numpy"]["state"]
     np.random.set_state(streams["numpy"] | {"state": words | {"key": np.array(words["key"], np.uint32)}})
     torch.set_rng_state(_bytes(streams["torch"]))
-    if streams["cuda"] and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(_bytes(streams["cuda"]))
+    if streams["cuda"] and _on_gpu(device) and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(_bytes(streams["cuda"]), device)
+
+
+def _on_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 def _bytes(text: str) -> torch.Tensor:

@@ -138,12 +138,14 @@ def create_trainer(network: nn.Module, optimizer: torch.optim.Optimizer, scaler:
     def update(engine: Engine, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         network.train()
         state = engine.state
-        last_of_step = state.iteration % every == 0 or state.iteration == state.max_epochs * state.epoch_length
+        total = state.max_epochs * state.epoch_length
+        group = every if state.iteration <= total // every * every else total % every  # the last one may be smaller
+        last_of_step = state.iteration % every == 0 or state.iteration == total
         batch = convert_tensor(batch, device=args.device, non_blocking=True)
         with devices.exchanging(network, now=last_of_step):
             (lm_loss, mc_loss), (lm_of_all, mc_of_all) = devices.weigh(network(**batch))
             loss = args.lm_coef * lm_loss + args.mc_coef * mc_loss
-            scaler.scale(loss / every).backward()
+            scaler.scale(loss / group).backward()
         if last_of_step:
             scaler.unscale_(optimizer)
             state.gradient_norm = clip_grad_norm_(network.parameters(), args.max_norm)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from test_commands import scalars
 from test_distributed import PATIENCE, until
 
 import train
-from checkpoints import find, read_header, step_files
+from checkpoints import Checkpoints, find, read_header, step_files
 from cli import InputError
+from schedule import AdamW, Decay
 from utils import get_dataset, get_tokenizer, make_logdir
 
 
@@ -248,6 +250,27 @@ def train_here(monkeypatch, *args) -> None:
     """train.py's command line in this process."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
     train.main()
+
+
+def test_the_generator_of_the_gpu_in_use_is_the_one_kept(tmp_path, monkeypatch):
+    """With ``--device cuda:1`` alone the other GPU's generator is nobody's. (GPUs that this machine may lack.)"""
+    states = {"cuda:0": 10, "cuda:1": 11}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state",
+                        lambda device="cuda:0": torch.tensor([states[str(device)]], dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state",
+                        lambda state, device="cuda:0": states.update({str(device): int(state)}))
+    model = torch.nn.Linear(1, 1)
+    optimizer = AdamW(model.parameters(), 0.1)
+    args = Namespace(device="cuda:1", keep_checkpoints=1, lr=0.1, warmup_ratio=0, lr_decay="linear")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    checkpoints = Checkpoints(tmp_path, model, optimizer, scaler, Decay(optimizer, 9, args), args)
+    checkpoints.facts = {}
+    checkpoints.mark(step=3, iteration=6)
+    checkpoints.save()
+    states.update({"cuda:0": 20, "cuda:1": 21})
+    checkpoints.restore(step_files(tmp_path)[0])
+    assert states == {"cuda:0": 20, "cuda:1": 11}
 
 
 def test_processes_that_want_one_cache_build_it_once(small_corpus, tmp_path):

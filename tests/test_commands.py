@@ -182,6 +182,21 @@ def test_accumulation_is_one_step_of_the_mean_gradient(tmp_path):
     assert compared > 3000
 
 
+def test_a_group_of_fewer_batches_is_the_mean_of_those(tmp_path, small_corpus):
+    """Three batches, where a step takes up to eight, move the weights as a step of exactly three does."""
+    checkpoint = make_checkpoint(tmp_path / "still", n_layer=1, n_embd=32, resid_pdrop=0.0, embd_pdrop=0.0,
+                                 attn_pdrop=0.0, summary_first_dropout=0.0)
+    moved = []
+    for every in (3, 8, 2):
+        work = tmp_path / f"every-{every}"
+        work.mkdir()
+        script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 1,
+               "--train_batch_size", 20, "--gradient_accumulation_steps", every, "--lr", 0.01, cwd=work)
+        moved.append(load_file(next((work / "runs").iterdir()) / "model.safetensors"))
+    assert all(torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
+    assert not all(torch.equal(moved[0][name], moved[2][name]) for name in moved[0])
+
+
 def test_train_stays_a_page():
     assert len((ROOT / "train.py").read_text().splitlines()) <= 250
 

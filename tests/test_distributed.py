@@ -105,29 +105,45 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert_same_weights(run, expected)
 
 
-def assert_same_weights(run: Path, expected: Path) -> None:
+def assert_same_weights(run: Path, expected: Path, within: float = 1e-5) -> None:
     weights, theirs = load_file(run / "model.safetensors"), load_file(expected / "model.safetensors")
     assert weights.keys() == theirs.keys()
     for name in weights:
-        assert (weights[name] - theirs[name]).abs().max() < 1e-5, name
+        assert (weights[name] - theirs[name]).abs().max() < within, name
 
 
-def test_two_processes_of_the_2019_launcher_are_one(still, one_process, tmp_path):
-    """`python -m torch.distributed.launch`, which gives --local-rank; also, that learning moves much more than that."""
-    first, *_, last = step_files(one_process)
-    first, last = load_file(first), load_file(last)
-    assert max((first[name] - last[name]).abs().max() for name in first if name.startswith("model.")) > 1e-3
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", "--rdzv_backend=c10d",
-         "--rdzv_endpoint=localhost:0", ROOT / "train.py", *map(str, still), "--train_batch_size", "4"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=2 * PATIENCE)
+def test_the_published_command_for_eight_processes_is_one_process(still, tmp_path):
+    """Word for word, but for the data and the model: two steps of four global batches of sixteen turns."""
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    (tmp_path / "one").mkdir()
+    own = ["--dataset_path", str(still[1]), "--model_checkpoint", str(still[3])]
+    recipe = ["--gradient_accumulation_steps=4", "--lm_coef=2.0", "--max_history=2", "--n_epochs=1",
+              "--num_candidates=4", "--personality_permutations=2", "--train_batch_size=2", "--valid_batch_size=2"]
+    free = store_at([0]).port  # the store is gone when the launcher opens its own there
+    launcher = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=8"]
+    done = subprocess.run([*launcher, "./train.py", *recipe, *own], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=2 * PATIENCE, env={**os.environ, "PET_MASTER_PORT": str(free)})
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("The run is in") == 1
-    assert_same_run(next((tmp_path / "runs").iterdir()), one_process)
+    script("train.py", *recipe, "--train_batch_size=16", *own, cwd=tmp_path / "one")
+    run, expected = (next((folder / "runs").iterdir()) for folder in (tmp_path, tmp_path / "one"))
+    curves, theirs = scalars(run), scalars(expected)
+    assert len(theirs["training/loss"]) == 8 and len(step_files(expected)) == 1
+    for name in ("training/loss", "training/lm_loss", "training/mc_loss"):
+        assert curves[name] == pytest.approx(theirs[name], abs=1e-5)
+    assert curves["validation/nll"] == pytest.approx(theirs["validation/nll"], abs=1e-6)
+    assert curves["validation/hits_1"] == theirs["validation/hits_1"]
+    assert_same_weights(run, expected, within=1e-6)
 
 
 def test_four_processes_are_one(still, one_process, tmp_path):
-    """The last batch of an epoch is one turn, the validation batches are of 16 and 1: some processes have none."""
+    """The last batch of an epoch is one turn, the validation batches are of 16 and 1: some processes have none.
+
+    Also, that learning moves much more than what they may differ by.
+    """
+    first, *_, last = step_files(one_process)
+    first, last = load_file(first), load_file(last)
+    assert max((first[name] - last[name]).abs().max() for name in first if name.startswith("model.")) > 1e-3
     with processes(4, *still, "--train_batch_size", 2, cwd=tmp_path) as started:
         assert ended(started) == [0] * 4, [said(tmp_path, rank) for rank in range(4)]
     assert [bool(said(tmp_path, rank)) for rank in range(4)] == [True, False, False, False]  # one speaks for all
