@@ -12,6 +12,6 @@ RUN pip install --no-cache-dir -r requirements.txt
 COPY --chown=app . .
 RUN chown app /app
 USER app
-RUN ./runs/demo.sh
+RUN ./recipes/demo.sh
 
 CMD ["sh", "-c", "exec python interact.py --model_checkpoint runs/*_tiny --dataset_path .demo/tiny_corpus.json"]

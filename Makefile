@@ -16,10 +16,10 @@ BIN := $(VENV)/bin
 .PHONY: faults parlai demo web test fuzz bench install lint clean
 
 demo: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" ./runs/demo.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" ./recipes/demo.sh
 
 web: $(VENV)/web-installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" ./runs/web.sh $(WEB_FLAGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" ./recipes/web.sh $(WEB_FLAGS)
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --durations 15

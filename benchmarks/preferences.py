@@ -1,4 +1,4 @@
-"""The table and curves of docs/results.md from the runs of runs/feedback.sh: does following preferences help?
+"""The table and curves of docs/results.md from the runs of recipes/feedback.sh: does following preferences help?
 
     PYTHONPATH=. python benchmarks/preferences.py .demo/feedback
 

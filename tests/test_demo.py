@@ -11,7 +11,7 @@ from conftest import ROOT
 def test_the_demo_learns_to_choose(tmp_path):
     copy = tmp_path / "repository"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "Jan*", "*_tiny*", "dataset_cache*"))
-    done = subprocess.run([copy / "runs" / "demo.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=2400,
+    done = subprocess.run([copy / "recipes" / "demo.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=2400,
                           check=True,
                           env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HF_HUB_OFFLINE": "1",
                                "HOME": str(tmp_path)})

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Does it help to begin the dialog history at the same position whatever the persona's length? The small GPT of
-# runs/small_personachat.sh, from random weights, one epoch of PERSONA-CHAT, with and without, three seeds: the table of
+# recipes/small_personachat.sh, from random weights, one epoch of PERSONA-CHAT, with and without, three seeds: the table of
 # docs/results.md. About an hour on two cores.
 #
-#   runs/history_first.sh TOKENIZER_FOLDER DATA.json
+#   recipes/history_first.sh TOKENIZER_FOLDER DATA.json
 #
 # TOKENIZER_FOLDER: a folder with openai-gpt's vocab.json and merges.txt. Started again, it goes on with what is missing.
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The recipe of the published figures (hits@1 over 79, perplexity 20.5, F1 16.5) on PERSONA-CHAT, then all three metrics.
 #
-#   runs/convai2.sh [CHECKPOINT [DATA_FOLDER]]
+#   recipes/convai2.sh [CHECKPOINT [DATA_FOLDER]]
 #
 # CHECKPOINT: openai-gpt by default; any other, or a model's folder. DATA_FOLDER: where personachat/ with the published
 # JSON is; by default it is downloaded. In one process, whose batch of 16 turns is that of the eight GPUs of 2019.

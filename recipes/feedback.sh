@@ -4,7 +4,7 @@
 # rule prefers; PPO, RLOO and DPO follow it, three seeds each. The control does the same with coin flips, others for each
 # seed. benchmarks/preferences.py prints the table and draws the curves.
 #
-#   runs/feedback.sh EMPATHETIC_DIALOGUES_FOLDER
+#   recipes/feedback.sh EMPATHETIC_DIALOGUES_FOLDER
 #
 # The tokenizer is made of the corpus, so that nearly every word is one token: a model tells lengths by positions, the
 # rule counts words. Stopped and started again, it goes on where it was. People instead of the rule:

@@ -4,6 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 newest() { ls -t runs/*_tiny*/model.safetensors 2> /dev/null | head -n 1; }
-[ -n "$(newest)" ] && [ -f .demo/tiny_corpus.json ] || ./runs/tiny.sh
+[ -n "$(newest)" ] && [ -f .demo/tiny_corpus.json ] || ./recipes/tiny.sh
 exec python demo.py --model_checkpoint "$(dirname "$(newest)")" --dataset_path .demo/tiny_corpus.json \
     --max_history 0 "$@"

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 data=.demo/tiny_corpus.json
-./runs/tiny.sh
+./recipes/tiny.sh
 run=$(ls -td runs/*_tiny* | head -n 1)
 
 for metric in hits@1 ppl f1; do

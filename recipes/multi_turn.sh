@@ -2,7 +2,7 @@
 # The multi-turn system: language modelling on four corpora mixed, five utterances, no persona; here with a budget that a
 # CPU has: a row of the table in docs/results.md.
 #
-#   runs/multi_turn.sh CHECKPOINT DATA_FOLDER [CORPORA]
+#   recipes/multi_turn.sh CHECKPOINT DATA_FOLDER [CORPORA]
 #
 # CHECKPOINT: a folder with gpt2's vocab.json and merges.txt, for a small GPT-2 from random weights; or a model's folder.
 # DATA_FOLDER: where the releases are, as for --data_dir; what is not there is downloaded. CORPORA: others, with commas

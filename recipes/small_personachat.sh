@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A small GPT from random weights on PERSONA-CHAT: the figures of docs/results.md. About half an hour on two cores.
 #
-#   runs/small_personachat.sh TOKENIZER_FOLDER DATA.json
+#   recipes/small_personachat.sh TOKENIZER_FOLDER DATA.json
 #
 # TOKENIZER_FOLDER: a folder with openai-gpt's vocab.json and merges.txt.
 set -euo pipefail

@@ -1,5 +1,0 @@
-#!/usr/bin/env bash
-# As runs/multi_turn.sh, whose arguments it takes, on EmpatheticDialogues alone: a row of the table in docs/results.md.
-#
-#   runs/empathetic.sh CHECKPOINT DATA_FOLDER
-exec "$(dirname "$0")/multi_turn.sh" "$1" "$2" empathetic_dialogues
