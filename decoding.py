@@ -4,23 +4,26 @@ The chat, evaluation, the web server and learning from preferences all decode by
 text it knows only how to show a reply to a person.
 """
 
+import logging
 import math
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import takewhile
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import TextStreamer
 
 from cli import InputError, Number, printable
 from inputs import Segment, Specials, build_context, build_reply, fit_context
 from model import HALF, DoubleHeadsModel, add_special_tokens_, half_dtype, load_model
+from sequences import sequences_for
 from utils import OpenAIGPTTokenizer, get_tokenizer
 
 LENGTH_PENALTY = 0.65  # ParlAI's
+MOST_BEAMS = 256  # hypotheses computed at once
+logger = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------------ options
@@ -203,118 +206,213 @@ def choose_tokens(scores: torch.Tensor, options: Sequence[Decoding],
 # ------------------------------------------------------------------------------------------------ whole replies
 
 
-class Filtered(LogitsProcessor):
-    """`top_filtering` at a temperature, as a step of transformers' ``generate``."""
-
-    def __init__(self, temperature: float, top_k: int, top_p: float):
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return top_filtering(scores.float() / self.temperature, self.top_k, self.top_p)
-
-
-class NoRepeats(LogitsProcessor):
-    """Forbids what `repeating` finds in each reply, the words that it was given to begin with included."""
-
-    def __init__(self, size: int, beginnings: list[list[int]], width: int):
-        self.size, self.beginnings, self.width = size, beginnings, width
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        per_context = len(input_ids) // len(self.beginnings)
-        for row, new in enumerate(input_ids[:, self.width:].tolist()):
-            scores[row, repeating([*self.beginnings[row // per_context], *new], self.size)] = -math.inf
-        return scores
-
-
 @torch.inference_mode()
 def generate_replies(
     model: DoubleHeadsModel,
-    contexts: list[Segment],
+    contexts: Sequence[Segment],
     special: Specials,
     decoding: Decoding,
-    beginnings: list[list[int]] | None = None,
+    beginnings: Sequence[list[int]] | None = None,
     streamer: TextStreamer | None = None,
     samples: int = 1,
 ) -> list[list[int]]:
-    """Decode replies to each context, all in one batch with the key-value cache.
+    """Decode replies to each context, all in one batch.
 
     ``decoding``: `Decoding`, or whatever `Decoding.of` takes, such as parsed flags. ``beginnings``: token ids that each
-    reply starts with. ``samples``: replies per context, which is computed once for all of them; with beams, the best
-    ``samples`` (at most ``num_beams``) of the search.
+    reply starts with. ``streamer`` is given the prompt and then each token; only for one reply without beams.
+    ``samples``: replies per context, which is computed once for all of them; with beams, the best ``samples`` (at most
+    ``num_beams``) of the search.
     Returns (contexts · samples) lists of the token ids after the beginning, a context's replies side by side, without
-    control tokens; any control token ends a reply, and none can come before ``min_length``. Draws from torch's global
-    random state.
+    control tokens; any control token ends a reply, and none can come before ``min_length``. A reply whose logits are
+    not numbers ends there, with a warning. Draws from torch's global random state.
     """
     decoding, beginnings = Decoding.of(decoding), beginnings or [[]] * len(contexts)
-    prompts = [context.ids + build_reply(beginning, special, with_eos=False).ids
-               for context, beginning in zip(contexts, beginnings, strict=True)]
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), special.pad)  # padded on the left, so that all go on at the same place
-    types = torch.full_like(ids, special.speaker1)
-    for row, (prompt, context) in enumerate(zip(prompts, contexts, strict=True)):
-        ids[row, width - len(prompt):] = torch.tensor(prompt)
-        types[row, width - len(prompt):width - len(prompt) + len(context.types)] = torch.tensor(context.types)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])[:, None]
-    starts = torch.tensor([context.start for context in contexts])[:, None]
-    seen = torch.arange(width) >= width - lengths
-    inputs = {
-        "input_ids": ids,
-        "token_type_ids": types,
-        "attention_mask": seen.long(),
-        "position_ids": (starts + seen.long().cumsum(-1) - 1).clamp(min=0),
-    }
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    beams, ngram, penalty = decoding.num_beams, decoding.no_repeat_ngram_size, decoding.length_penalty
-    ending = {"max_new_tokens": decoding.max_length, "min_new_tokens": min(decoding.min_length, decoding.max_length),
-              "eos_token_id": list(special), "pad_token_id": special.pad}
-    processors = [NoRepeats(ngram, beginnings, width)] if ngram else []
+    prompts = []
+    for context, beginning in zip(contexts, beginnings, strict=True):
+        begun = build_reply(beginning, special, with_eos=False)
+        prompts.append(Segment(context.ids + begun.ids, context.types + begun.types, context.start))
+    if decoding.num_beams == 1:
+        return _sampled(model, prompts, special, decoding, beginnings, streamer, samples)
+    at_once = max(1, MOST_BEAMS // (decoding.num_beams + 1))
+    return [reply for start in range(0, len(prompts), at_once)
+            for reply in _searched(model, prompts[start:start + at_once], special, decoding,
+                                   beginnings[start:start + at_once], samples)]
 
-    if beams == 1:
-        if not decoding.no_sample:
-            processors.append(Filtered(decoding.temperature, decoding.top_k, decoding.top_p))
-        # top_k=0 turns the library's filter off; `Filtered` replaces it.
-        how = GenerationConfig(**ending, do_sample=not decoding.no_sample, top_k=None if decoding.no_sample else 0)
-        output = model.generate(
-            **(_computed_once(model, inputs, samples) if samples > 1 else inputs), generation_config=how,
-            logits_processor=LogitsProcessorList(processors), streamer=streamer)
-        return _replies(output[:, width:], special)
 
-    def search(width_of_beam: int) -> tuple[list[list[int]], list[float]]:
-        """Replies and their log-likelihoods over length to the power of the penalty."""
-        how = GenerationConfig(**ending, do_sample=False, return_dict_in_generate=True, output_logits=True)
-        if width_of_beam > 1:  # stopping "never": not before the best is certain
-            how.update(num_beams=width_of_beam, num_return_sequences=samples, length_penalty=penalty,
-                       early_stopping="never")
-        output = model.generate(**_computed_once(model, inputs, 1, width_of_beam), generation_config=how,
-                                logits_processor=LogitsProcessorList(processors))
-        steps = model.compute_transition_scores(output.sequences, output.logits, output.get("beam_indices"), True)
-        ids = output.sequences[:, width:]
-        ended = torch.isin(ids, torch.tensor(special, device=ids.device))
-        length = torch.where(ended.any(1), ended.int().argmax(1) + 1, ids.shape[1])  # with what ended it
-        steps = steps.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= length[:, None], 0.0)
-        return _replies(ids, special), (steps.double().sum(1) / length ** penalty).tolist()
-
-    # A beam can lose the greedy reply on the way and end with a worse one; then the greedy one is the answer.
-    (replies, scores), (greedy, greedy_scores) = search(beams), search(1)
-    for context, (reply, score) in enumerate(zip(greedy, greedy_scores, strict=True)):
-        best = context * samples
-        if score > scores[best] and reply not in replies[best:best + samples]:
-            replies[best:best + samples] = [reply, *replies[best:best + samples - 1]]
+def _sampled(model: DoubleHeadsModel, prompts: list[Segment], special: Specials, decoding: Decoding,
+             beginnings: Sequence[list[int]], streamer: TextStreamer | None, samples: int) -> list[list[int]]:
+    """Replies token by token, greedy or sampled; those that have ended leave the batch."""
+    replies: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
+    rows = list(range(len(replies)))  # of each row of the batch, the number of its reply
+    going, broken = set(rows), 0
+    sequences = sequences_for(model, prompts, samples, decoding.max_length)
+    logits = sequences.logits.repeat_interleave(samples, 0)
+    if streamer:
+        streamer.put(torch.tensor(prompts[0].ids))
+    while going:
+        choosing = [row for row, reply in enumerate(rows) if reply in going]
+        options, said = [decoding] * len(choosing), [replies[rows[row]] for row in choosing]
+        scores = allowed_scores(logits if len(choosing) == len(rows) else logits[choosing], options,
+                                [[*beginnings[rows[row] // samples], *tokens]
+                                 for row, tokens in zip(choosing, said, strict=True)], special, [*map(len, said)])
+        for row, reply, token in zip(choosing, said, choose_tokens(scores, options), strict=True):
+            if token is not None and token not in special:
+                reply.append(token)
+                if streamer:
+                    streamer.put(torch.tensor([token]))
+                if len(reply) < decoding.max_length:
+                    continue
+            broken += token is None
+            going.remove(rows[row])
+        staying = [context for context in range(len(rows) // samples)
+                   if going.intersection(rows[context * samples:(context + 1) * samples])]
+        if 0 < len(staying) < len(rows) // samples:
+            staying = _close_ranks(staying)
+            sequences.keep(staying)
+            rows = [rows[context * samples + sample] for context in staying for sample in range(samples)]
+        if going:
+            last = [replies[reply][-1] if reply in going else special.pad for reply in rows]
+            logits = sequences.step(last, special.speaker1)
+    if streamer:
+        streamer.end()
+    _warn_of_broken(broken, len(replies))
     return replies
 
 
-def _computed_once(model: DoubleHeadsModel, inputs: dict[str, torch.Tensor], samples: int, beams: int = 1) -> dict:
-    """Inputs of ``generate`` for ``samples`` or ``beams`` of each row, with all but the rows' last token computed."""
-    prompt = {name: tensor[:, :-1] for name, tensor in inputs.items()}
-    cache = model(**prompt, use_cache=True, logits_to_keep=1).past_key_values
-    cache.batch_repeat_interleave(samples * beams)
-    repeated = {name: tensor.repeat_interleave(samples, 0) for name, tensor in inputs.items()}
-    return repeated | {"past_key_values": cache}  # generate() repeats the tensors for its beams itself
+def _close_ranks(staying: list[int]) -> list[int]:
+    """The same numbers, each below ``len(staying)`` in its own place, so that few of them have to move."""
+    kept, movers = set(staying), [place for place in staying if place >= len(staying)]
+    return [place if place in kept else movers.pop() for place in range(len(staying))]
 
 
-def _replies(ids: torch.Tensor, special: Specials) -> list[list[int]]:
-    """Each row up to its first control token."""
-    return [list(takewhile(lambda token: token not in special, row)) for row in ids.tolist()]
+def _warn_of_broken(broken: int, replies: int) -> None:
+    if broken:
+        logger.warning("%s of %s replies end early: what the model predicts there are not numbers; it may need float32",
+                       f"{broken:,}", f"{replies:,}")
+
+
+class BeamSearch:
+    """The beam search for one context, a step at a time, and beside it the greedy reply.
+
+    Hypotheses compete by log-likelihood over length to the power of ``length_penalty``. The search ends when no
+    hypothesis that is left can overtake the best ``replies`` (Freitag and Al-Onaizan 2017). A beam can lose the greedy
+    reply on the way and end with a worse one; then the greedy reply is the answer.
+    """
+
+    def __init__(self, decoding: Decoding, special: Specials, replies: int = 1):
+        self.decoding, self.special, self.replies = decoding, special, replies
+        self.live: list[tuple[float, list[int]]] = [(0.0, [])]  # log-likelihood and tokens, the best first
+        self.greedy: tuple[float, list[int]] | None = (0.0, [])
+        self.ended: list[tuple[float, list[int], str]] = []  # score, tokens and "stop" or "length", the best first
+        self.greedy_ended: tuple[float, list[int], str] | None = None
+
+    @property
+    def hypotheses(self) -> list[list[int]]:
+        """Tokens of each row to compute: the beams, then the greedy reply. At first they are all one."""
+        return [tokens for _, tokens in self.live] + ([self.greedy[1]] if self.greedy and self.greedy[1] else [])
+
+    def candidates(self, vocabulary: int) -> int:
+        """How many tokens of each row can matter in a step: some of them end a reply."""
+        return min(self.decoding.num_beams * (1 + len(self.special)), vocabulary)
+
+    def step(self, best: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]) -> list[int]:
+        """Choose from the likeliest next tokens of each of `hypotheses` and their log-probabilities, the best first.
+
+        Returns the row that each of the new `hypotheses` continues; none when the search is over.
+        """
+        width, length = self.decoding.num_beams, len(self.hypotheses[0]) + 1
+        last, parents = length == self.decoding.max_length, []
+        if self.live:
+            ranked = sorted(((score + more, -row, -place) for row, (score, _) in enumerate(self.live)
+                             for place, more in enumerate(best[row]) if more > -math.inf), reverse=True)
+            before, self.live = self.live, []
+            for rank, (score, row, place) in enumerate(ranked):
+                if len(self.live) == width or last and rank >= width:
+                    break
+                said = [*before[-row][1], tokens[-row][-place]]
+                if not last and said[-1] not in self.special:
+                    self.live.append((score, said))
+                    parents.append(-row)
+                elif rank < width:
+                    self.ended.append(self._end(score, said))
+            self.ended = sorted(self.ended, key=lambda one: -one[0])[:self.replies]
+            longest = self.decoding.max_length if self.decoding.length_penalty > 0 else length
+            if len(self.ended) == self.replies and self.live and \
+                    self.ended[-1][0] >= self.live[0][0] / longest ** self.decoding.length_penalty:
+                self.live, parents = [], []
+        if self.greedy:
+            if best[-1][0] == -math.inf:
+                self.greedy = None
+                return parents
+            score, said = self.greedy[0] + best[-1][0], [*self.greedy[1], tokens[-1][0]]
+            if last or said[-1] in self.special:
+                self.greedy, self.greedy_ended = None, self._end(score, said)
+            else:
+                self.greedy = (score, said)
+                parents.append(len(best) - 1)
+        return parents
+
+    def _end(self, score: float, tokens: list[int]) -> tuple[float, list[int], str]:
+        score /= len(tokens) ** self.decoding.length_penalty
+        return (score, tokens[:-1], "stop") if tokens[-1] in self.special else (score, tokens, "length")
+
+    def results(self) -> list[tuple[float, list[int], str]]:
+        """The best replies with their scores and "stop" or "length"; none where no step had numbers to choose from."""
+        greedy = self.greedy_ended
+        if greedy and (not self.ended or greedy[0] > self.ended[0][0] and
+                       greedy[1] not in [tokens for _, tokens, _ in self.ended]):
+            return [greedy, *self.ended][:self.replies]
+        return self.ended
+
+
+def likeliest(logits: torch.Tensor, scores: torch.Tensor, most: int) -> tuple[list[list[float]], list[list[int]]]:
+    """What `BeamSearch.step` reads: the ``most`` likeliest tokens of each row with their log-probabilities.
+
+    ``logits`` (rows, vocabulary) give the probabilities, and ``scores``, those of `allowed_scores`, the choice. A row
+    whose logits are not numbers has probabilities of 0.
+    """
+    best, tokens = scores.topk(most)
+    best = best - logits.float().logsumexp(-1, keepdim=True)
+    return best.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf).tolist(), tokens.tolist()
+
+
+def _searched(model: DoubleHeadsModel, prompts: list[Segment], special: Specials, decoding: Decoding,
+              beginnings: Sequence[list[int]], samples: int) -> list[list[int]]:
+    """The best replies of beam searches, one for each prompt, side by side; searches that are over leave the batch."""
+    copies = decoding.num_beams + 1  # the beams and the greedy reply
+    searches = [BeamSearch(decoding, special, samples) for _ in prompts]
+    sequences = sequences_for(model, prompts, copies, decoding.max_length)
+    searching, logits = list(range(len(prompts))), sequences.logits
+    rows_each = [1] * len(prompts)
+    while True:
+        hypotheses = [[*beginnings[number], *tokens] for number in searching for tokens in searches[number].hypotheses]
+        new = [len(tokens) for number in searching for tokens in searches[number].hypotheses]
+        scores = allowed_scores(logits, [decoding] * len(hypotheses), hypotheses, special, new)
+        best, tokens = likeliest(logits, scores, searches[0].candidates(logits.shape[1]))
+        done, steps = 0, []
+        for number, rows in zip(searching, rows_each, strict=True):
+            steps.append(searches[number].step(best[done:done + rows], tokens[done:done + rows]))
+            done += rows
+        staying = [place for place, parents in enumerate(steps) if parents]
+        if not staying:
+            break
+        if len(staying) < len(searching):
+            staying = _close_ranks(staying)
+            sequences.keep(staying)
+            searching, steps = [searching[place] for place in staying], [steps[place] for place in staying]
+        last, parents, used = [], [], []  # rows that no hypothesis needs follow the first one of their context
+        for place, (number, followed) in enumerate(zip(searching, steps, strict=True)):
+            spare = copies - len(followed)
+            used += range(place * copies, place * copies + len(followed))
+            parents += [place * copies + parent for parent in followed + [0] * spare]
+            last += [tokens[-1] for tokens in searches[number].hypotheses] + [special.pad] * spare
+        sequences.follow(parents)
+        logits = sequences.step(last, special.speaker1)[used]
+        rows_each = list(map(len, steps))
+    found = [[tokens for _, tokens, _ in search.results()] for search in searches]
+    _warn_of_broken(sum(not replies for replies in found), len(found))
+    return [(replies + [replies[-1] if replies else []] * samples)[place] for replies in found
+            for place in range(samples)]
 
 
 def sample_sequence(personality, history, tokenizer, model, args, current_output=None) -> list[int]:
