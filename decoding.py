@@ -206,6 +206,16 @@ def choose_tokens(scores: torch.Tensor, options: Sequence[Decoding],
 # ------------------------------------------------------------------------------------------------ whole replies
 
 
+class Filtered:
+    """`top_filtering` at a temperature, as a step of transformers' ``generate``."""
+
+    def __init__(self, temperature: float, top_k: int, top_p: float):
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+
+    def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+        return top_filtering(scores.float() / self.temperature, self.top_k, self.top_p)
+
+
 @torch.inference_mode()
 def generate_replies(
     model: DoubleHeadsModel,
