@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import weakref
 from argparse import ArgumentParser
 from dataclasses import dataclass
@@ -700,18 +701,28 @@ def _write_config(model: DoubleHeadsModel, folder: Path) -> None:
 def main() -> None:
     parser = ArgumentParser(description="Merge the adapter that `train.py --lora` made into its base model.")
     parser.add_argument("run", help="the adapter's run folder")
-    parser.add_argument("merged", type=Path, help="the ordinary run folder to write")
+    parser.add_argument("folder", type=Path, help="the ordinary run folder to write")
+    parser.add_argument("--adapter", action="store_true",
+                        help="write the adapter itself, in half the bytes (bfloat16), to pass it on")
     args = parser.parse_args()
-    if not adapter_base(resolve_checkpoint(args.run)):
+    run = resolve_checkpoint(args.run)
+    if not adapter_base(run):
         raise InputError(f"{args.run}: has no adapter_config.json; there is nothing to merge")
-    model, tokenizer = load_model(args.run), get_tokenizer(args.run)
+    model, tokenizer = load_model(run), get_tokenizer(run)
     add_special_tokens_(model, tokenizer)
     try:
-        args.merged.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(args.merged)
-        save_model(model, args.merged)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(args.folder)
+        if args.adapter:
+            for name in ("adapter_config.json", "config.json"):
+                shutil.copy(Path(run, name), args.folder / name)
+            adapter = load_file(Path(run, "adapter_model.safetensors"))
+            write_tensors({name: tensor.bfloat16() for name, tensor in adapter.items()},
+                          args.folder / "adapter_model.safetensors", {"format": "pt"})
+        else:
+            save_model(model, args.folder)
     except OSError as error:
-        raise InputError(f"{args.merged}: cannot be written ({error.strerror or error})") from None
+        raise InputError(f"{args.folder}: cannot be written ({error.strerror or error})") from None
 
 
 if __name__ == "__main__":

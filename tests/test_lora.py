@@ -185,3 +185,25 @@ def test_an_adapter_of_the_same_rank_is_trained_on_and_another_is_merged(tmp_pat
     both = weights[2].model.layers[0].mlp.up_proj.weight - weights[0].model.layers[0].mlp.up_proj.weight
     assert torch.linalg.matrix_rank(both, rtol=1e-3) <= 4  # one adapter, not two
     assert len(tokenizer) == weights[2].get_input_embeddings().weight.shape[0]
+
+
+def test_an_adapter_passed_on_in_half_the_bytes_is_the_same_adapter_rounded(tmp_path, monkeypatch):
+    torch.manual_seed(7)
+    base = write_checkpoint(tmp_path / "base", FAMILIES["llama"], byte_level())
+    save_model(load_model(str(base)), base)
+    model, tokenizer = load_model(str(base)), utils.get_tokenizer(str(base))
+    add_special_tokens_(model, tokenizer)
+    add_lora_(model, tokenizer, 4, str(base))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    run = tmp_path / "run"
+    run.mkdir()
+    save_model(model, run)
+    tokenizer.save_pretrained(run)
+    run_main(monkeypatch, run, tmp_path / "passed_on", "--adapter")
+    sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in (run, tmp_path / "passed_on")]
+    assert sizes[1] < 0.6 * sizes[0]
+    weights = [load_model(str(folder)).state_dict() for folder in (run, tmp_path / "passed_on")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0.02, atol=0.003, msg=name)
