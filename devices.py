@@ -163,6 +163,8 @@ def prepare(model: DoubleHeadsModel, args: Namespace) -> nn.Module:
     weights while it computes (FSDP2); ``model``'s parameters become those parts. Otherwise each has all of them. From
     here on the random streams of processes differ, for their dropout.
     """
+    if args.device.startswith("cuda"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # what is left in float32 need not be exact to the last bit
     model.to(args.device)
     half, world = half_dtype(args.device, args.fp16), idist.get_world_size()
     if args.fp16 == "O3":

@@ -204,28 +204,41 @@ def pack_dialog(persona, history, turns, special: Specials, max_positions: int, 
     return row
 
 
-def collate(rows: Sequence[Row], pad: int) -> dict[str, torch.Tensor]:
+def places_before(labels: torch.Tensor) -> torch.Tensor:
+    """Where the tokens stand that predict gold tokens: (gold tokens,) indices into ``labels`` (rows, positions), flat.
+
+    Each predicts the label behind it; a row's first token is predicted by none.
+    """
+    rows, places = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
+    return rows * labels.shape[1] + places
+
+
+def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> dict[str, torch.Tensor]:
     """Rows → a batch padded to its longest row; no rows → one of padding, from which nothing is learnt.
 
+    ``multiple``: make the number of positions a multiple of this, which the matrix units of GPUs like to be 8.
     ``input_ids``, ``token_type_ids``, ``position_ids``, ``segment_ids`` (-1: padding), ``labels`` and ``visible`` are
     (rows, positions); ``mc_token_ids`` (-1: no candidate) is (turns, candidates); ``mc_labels``, the gold candidate's
-    number, and ``mc_rows``, the row that a turn is in, are (turns,). All int64.
+    number, and ``mc_rows``, the row that a turn is in, are (turns,); ``gold_places`` is that of `places_before`. All
+    int64. Whatever the network would otherwise have to look for is here, so that a GPU never waits for the CPU.
     """
 
     # Processes keep step though one has no turn left: it computes a row of padding.
     rows = rows or [Row([pad], [pad], [0], [0], [IGNORED], [[0]], [1])]
 
-    def padded(values: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
-        out = np.full((len(values), max(map(len, values))), fill, np.int64)
+    def padded(values: Sequence[Sequence[int]], fill: int, multiple: int = 1) -> torch.Tensor:
+        length = -(-max(map(len, values)) // multiple) * multiple
+        out = np.full((len(values), length), fill, np.int64)
         for index, value in enumerate(values):
             out[index, :len(value)] = value
         return torch.from_numpy(out)
 
     fills = {"input_ids": pad, "token_type_ids": pad, "position_ids": 0, "segment_ids": -1, "labels": IGNORED,
              "visible": 1}
-    batch = {field: padded([getattr(row, field) for row in rows], fill) for field, fill in fills.items()}
+    batch = {field: padded([getattr(row, field) for row in rows], fill, multiple) for field, fill in fills.items()}
     turns = [candidates for row in rows for candidates in row.mc_token_ids]
     return batch | {
+        "gold_places": places_before(batch["labels"]),
         "mc_token_ids": padded(turns, NO_CANDIDATE),
         "mc_labels": torch.tensor([len(candidates) - 1 for candidates in turns]),
         "mc_rows": torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.mc_token_ids) for row in rows])),
@@ -359,7 +372,10 @@ class DialogDataset(TurnDataset):
         return super().place(int(self.firsts[index % (len(self.firsts) - 1)]))
 
     def lengths(self) -> tuple[np.ndarray, int]:
-        """Tokens in each row (at most), (len(self),) int64, and how many turns lose some of their context."""
+        """Tokens in each row, (len(self),) int64, and how many turns lose some of their context.
+
+        The most there can be in the first permutation, and about as many in others, which take other distractors.
+        """
         first, last = self.firsts[:-1], self.firsts[1:] - 1
         context, candidates, too_long = self._sizes(np.arange(self.split.num_turns))
         name, ends = f"{self.split.name}.candidates", self.split.table.array("token_offsets")
@@ -437,7 +453,7 @@ def get_loader(dataset: TurnDataset, lengths: np.ndarray, batch_size: int, seed:
     return DataLoader(
         dataset,
         batch_sampler=LengthBatches(lengths, batch_size, seed, epoch_batches, rank, world),
-        collate_fn=partial(collate, pad=dataset.special.pad),
+        collate_fn=partial(collate, pad=dataset.special.pad, multiple=8 if pin_memory else 1),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,

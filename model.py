@@ -39,7 +39,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, cached_file
 
 from cli import InputError, command
-from inputs import IGNORED, NO_CANDIDATE
+from inputs import IGNORED, NO_CANDIDATE, places_before
 from tables import write_tensors
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
@@ -127,8 +127,8 @@ class DoubleHeadsModel:
         return logits
 
     def forward(self, input_ids, token_type_ids=None, position_ids=None, attention_mask=None, segment_ids=None,
-                visible=None, labels=None, mc_token_ids=None, mc_labels=None, mc_rows=None, past_key_values=None,
-                use_cache=None, logits_to_keep=0, **kwargs) -> DoubleHeadsOutput:
+                visible=None, labels=None, gold_places=None, mc_token_ids=None, mc_labels=None, mc_rows=None,
+                past_key_values=None, use_cache=None, logits_to_keep=0, **kwargs) -> DoubleHeadsOutput:
         """Score packed turns, the batches of `inputs.collate`; without ``segment_ids``, give logits for decoding."""
         packed = segment_ids is not None
         if packed:
@@ -146,11 +146,12 @@ class DoubleHeadsModel:
         out = DoubleHeadsOutput()
         if labels is not None:
             # The state at one position predicts the token at the next. Only gold tokens need the vocabulary's logits.
-            predicting, gold = labels[:, 1:] != IGNORED, labels[:, 1:]
-            out.logits = self.vocabulary_logits(states[:, :-1][predicting]).float()
-            token_nll = F.cross_entropy(out.logits, gold[predicting], reduction="none")
-            out.tokens = predicting.sum(1)
-            row = torch.arange(len(labels), device=labels.device).repeat_interleave(out.tokens)
+            if gold_places is None:  # on a GPU, to look for them here would wait for all work before
+                gold_places = places_before(labels)
+            out.logits = self.vocabulary_logits(states.flatten(0, 1)[gold_places]).float()
+            token_nll = F.cross_entropy(out.logits, labels.flatten()[gold_places + 1], reduction="none")
+            out.tokens = (labels[:, 1:] != IGNORED).sum(1)
+            row = gold_places // labels.shape[1]
             out.nll = token_nll.new_zeros(len(labels)).index_add(0, row, token_nll)
             out.lm_loss = token_nll.sum() / out.tokens.sum().clamp(min=1)
         if mc_token_ids is not None:
