@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import InputError
-from readers import clean
+from dialogs import clean
 from tables import Split
 
 logger = logging.getLogger("feedback.pairs")

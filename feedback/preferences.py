@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from cli import InputError
 from corpora import Json, open_data, read_pieces
+from dialogs import Turn, merged
 from feedback.annotate import preferences, read_answers
 from feedback.pairs import beginnings, pair_name, read_pairs, report_left_out
-from readers import LONGEST_LINE, Turn, lines, merged
+from readers import LONGEST_LINE, lines
 
 ROLES = {"system": "system", "developer": "system",
          **dict.fromkeys(["user", "human", "prompter", "person", "customer"], "other"),

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from cli import InputError
+from dialogs import Dialog, Turn, entries
 from feedback import annotate, collect, metrics, policy, reward
 from feedback.pairs import held_out, read_pairs
 from inputs import Specials, TurnDataset, build_context, collate
 from interact import fitted_context, generate_replies, readable
 from model import add_special_tokens_, load_model, save_model
-from readers import Dialog, Turn, entries
 from utils import get_dataset, get_tokenizer
 
 WORDS = ["hello there .", "how are you ?", "i like tea .", "that is sad .", "my dog is old .", "what happened ?"]
