@@ -68,7 +68,7 @@ def flags(world: Path, **changed) -> Namespace:
     """collect's command line."""
     return Namespace(**{
         "model_checkpoint": str(world / "run"), "dataset_path": str(world / "data.json"), "dataset": "",
-        "data_dir": "data", "target": "both", "distractors": "random", "train_frac": None,
+        "data_dir": "data", "target": "both", "distractors": "random", "train_frac": None, "keep_repeated": False,
         "dataset_cache": str(world / "cache"), "max_history": 1, "max_len": 0, "device": "cpu", "no_sample": False,
         "max_length": 6, "min_length": 1, "temperature": 1.0, "top_k": 0, "top_p": 0.0, "num_beams": 1,
         "length_penalty": 0.65, "no_repeat_ngram_size": 0, "fp16": "", "seed": 7,
@@ -766,6 +766,7 @@ def policy_flags(world: Path, folder: Path, judged: Path, *more) -> Namespace:
     """feedback.policy's own command line, small."""
     return policy.parse_args(list(map(str, [
         "--model_checkpoint", world / "run", "--dataset_path", world / "data.json", "--dataset_cache", world / "cache",
+        "--keep_repeated",  # few sentences make the same dialog twice
         "--max_history", 1, "--device", "cpu", "--policy", folder, "--max_length", 6, "--batch_size", 16, "--steps", 6,
         "--lr", 3e-3, "--evaluate_every", 3, "--evaluation_contexts", 20, "--save_every", 2, "--rule",
         "--reward_model", judged / "reward", "--pairs", world / "pairs.jsonl", "--answers", judged / "answers.jsonl",
