@@ -324,7 +324,8 @@ def evaluate(args: Namespace) -> dict[str, float]:
     if args.report:
         with _writing(f"--report {args.report}"):
             Path(args.report).mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
+    model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
+                                       max_history=args.max_history)
     table = dataset_of(args, tokenizer)
     split = require_split(table, "valid", args.dataset or args.dataset_path)
     kinds = ["hits@1", "ppl", "f1"] if args.eval_type == "all" else [args.eval_type]
@@ -332,7 +333,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
     figures: dict[str, float] = {}
 
     def dataset(num_candidates: int) -> TurnDataset:
-        return TurnDataset(split, tokenizer, model.max_positions, max_history=args.max_history,
+        return TurnDataset(split, tokenizer, model.max_positions, max_history=model.max_history,
                            num_candidates=num_candidates, history_start=model.history_start,
                            no_persona=model.no_persona)
 
@@ -360,7 +361,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
             decoding = Decoding.of(args).over(seed=seed)
             name = f"f1, seed {seed}" if args.seeds > 1 else "f1"
             records["f1"] = collect(replies(model, gold_only, tokenizer, decoding, args.batch_size), name)
-            runs.append(reply_metrics(records["f1"], split, args.max_history))
+            runs.append(reply_metrics(records["f1"], split, model.max_history))
         figures |= {name: fmean(run[name] for run in runs) for name in runs[0]}  # F1 of replies, not of choices
         if args.seeds > 1:
             figures["F1 spread"] = stdev(run["F1"] for run in runs)
@@ -371,7 +372,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if args.report:
         with _writing(f"--report {args.report}"):
-            write_report(Path(args.report), figures, vars(args), split, args.max_history,
+            write_report(Path(args.report), figures, vars(args), split, model.max_history,
                          records.get("hits@1"), records.get("f1"))
     return figures
 
@@ -419,7 +420,7 @@ class TransformerAgent(Agent):
             self.args = Namespace(**{name: opt.get(name, default) for name, default in known.items()})
             half = self.args.fp16 if self.args.eval_type == "f1" else ""
             self.model, self.tokenizer = load_checkpoint(self.args.model_checkpoint, self.args.device,
-                                                         self.args.max_len, half)
+                                                         self.args.max_len, half, self.args.max_history)
             torch.manual_seed(self.args.seed)
             self.counted = Counter()  # of observations that cannot be scored as they should, by what is wrong
         self.special, self.decoding = Specials.of(self.tokenizer), Decoding.of(self.args)
@@ -465,7 +466,7 @@ class TransformerAgent(Agent):
             elif not set(labels) & set(candidates):
                 self.counted["turns whose candidates lack the gold reply: never a hit"] += 1
         self.observation |= {"persona": list(self.persona),
-                             "history": self.history[-(2 * self.args.max_history + 1):]}
+                             "history": self.history[-(2 * self.model.max_history + 1):]}
         return self.observation
 
     def act(self):

@@ -448,12 +448,13 @@ def fitted_context(model: DoubleHeadsModel, persona, history, special: Specials,
 # ------------------------------------------------------------------------------------------- models for use, texts
 
 
-def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0,
-                    fp16: str = "") -> tuple[DoubleHeadsModel, object]:
+def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0, fp16: str = "",
+                    max_history: int | None = None) -> tuple[DoubleHeadsModel, object]:
     """The model of a checkpoint, on its device, and the tokenizer.
 
     ``max_len``: how many positions a row may take (default 0: as in the checkpoint's training). ``fp16``: the precision
     of the weights, for decoding alone, which reads all of them for each token: half the bytes take half the time.
+    ``max_history``: exchanges that it sees (default None: as in the checkpoint's training).
     Raises `InputError` as `model.load_model` does.
     """
     tokenizer = get_tokenizer(model_checkpoint)
@@ -463,6 +464,8 @@ def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0
         add_special_tokens_(model, tokenizer)
     if max_len:
         model.config.max_len = max_len
+    if max_history is not None:
+        model.config.max_history = max_history
     return model.to(device, half_dtype(device, fp16)), tokenizer
 
 

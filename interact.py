@@ -49,12 +49,8 @@ class ReplyStreamer(TextStreamer):
         super().on_finalized_text(text, stream_end)
 
 
-def chat(model: DoubleHeadsModel, tokenizer, personality: list[str], decoding: Decoding, max_history: int,
-         end_command: str) -> None:
-    """Read utterances from standard input until it ends, or says ``end_command``, and print a reply to each.
-
-    The model sees ``max_history`` exchanges and the last utterance.
-    """
+def chat(model: DoubleHeadsModel, tokenizer, personality: list[str], decoding: Decoding, end_command: str) -> None:
+    """Read utterances from standard input until it ends, or says ``end_command``, and print a reply to each."""
     special = Specials.of(tokenizer)
     persona, history = tokenizer.encode_persona(personality), []
     while True:
@@ -68,7 +64,7 @@ def chat(model: DoubleHeadsModel, tokenizer, personality: list[str], decoding: D
         if not said:
             print("Please say something: the line is empty.")
             continue
-        history = [*history, said][-(2 * max_history + 1):]
+        history = [*history, said][-(2 * model.max_history + 1):]
         context = fitted_context(model, persona, history, special, decoding.max_length)
         streamer = ReplyStreamer(tokenizer) if decoding.num_beams == 1 else None
         reply = generate_replies(model, [context], special, decoding, streamer=streamer)[0]
@@ -124,14 +120,15 @@ def main() -> None:
     sys.stdin.reconfigure(errors="replace")
     try:
         args.model_checkpoint = published_or_persona(args.model_checkpoint)
-        model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16)
+        model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16,
+                                           args.max_history)
         personality = choose_personality(args, model, tokenizer)
         print("Personality:", *map(printable, personality or ["(none)"]), sep="\n  ")
         if sys.stdin.isatty():
             import readline  # noqa: F401  arrow keys and history in input()
 
             print(f"Say something; {args.end_command} or Ctrl-D ends the chat.")
-        chat(model, tokenizer, personality, Decoding.of(args), args.max_history, args.end_command)
+        chat(model, tokenizer, personality, Decoding.of(args), args.end_command)
     except (EOFError, KeyboardInterrupt):
         print()
 

@@ -102,6 +102,12 @@ class DoubleHeadsModel:
         return min(getattr(self.config, "max_len", None) or math.inf, self.config.max_position_embeddings)
 
     @property
+    def max_history(self) -> int:
+        """Exchanges of the history that the run was trained on; 2 where its config does not say, as in 2019."""
+        number = getattr(self.config, "max_history", None)
+        return 2 if number is None else number
+
+    @property
     def no_persona(self) -> bool:
         """Whether the run was trained without personas."""
         return getattr(self.config, "no_persona", False)
@@ -649,7 +655,8 @@ def _adapted(checkpoint: str, base: str, rank: int) -> DoubleHeadsModel:
     config = read_config(checkpoint)
     if config.vocab_size > model.get_input_embeddings().weight.shape[0]:  # room for control tokens
         model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-    how_it_was_trained = {"history_start", "max_len", "no_persona", "no_token_types", "speaker_ids"}
+    how_it_was_trained = {"history_start", "max_history", "max_len", "no_persona", "no_token_types",
+                          "speaker_ids"}
     for name in how_it_was_trained & vars(config).keys():
         setattr(model.config, name, getattr(config, name))
     try:

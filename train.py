@@ -100,6 +100,7 @@ def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel,
     A batch has ``--train_batch_size`` turns for each process that the run began with, whoever computes them now.
     """
     # What evaluation and chat find in the run's config:
+    model.config.max_history = args.max_history
     if args.max_len:
         model.config.max_len = args.max_len
     longest = max(map(longest_persona, table.values()))
@@ -228,7 +229,7 @@ def parse_args() -> Namespace:
         help="this process's number, from a launcher of 2019")
     add("--num_workers", type=worker_count, default=0, help="processes that build batches (default: %(default)s)")
     add("--seed", type=whole_number, default=42, help="of weights, order and dropout (default: %(default)s)")
-    parser.set_defaults(processes=None)
+    parser.set_defaults(processes=None, max_history=2)
     args = parse_resumable(parser)
     if not args.mc_coef:
         args.num_candidates, args.distractors = 1, "none"

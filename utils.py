@@ -548,8 +548,9 @@ def _check_config(config: transformers.PretrainedConfig, checkpoint: str) -> Non
     """Refuse sizes that no model has, and those of our own settings that none can have, before anything is built."""
     sizes = {name: getattr(config.get_text_config(), name, None) for name in LARGEST_MODEL}
     allowed = {name: range(1, most + 1) for name, most in LARGEST_MODEL.items()}
-    sizes |= {name: getattr(config, name, None) for name in ("history_start", "max_len")}
+    sizes |= {name: getattr(config, name, None) for name in ("history_start", "max_len", "max_history")}
     allowed |= dict.fromkeys(("history_start", "max_len"), range(sizes["max_position_embeddings"] or 1 << 28))
+    allowed["max_history"] = range(1 << 31)
     for name, size in sizes.items():
         if size is not None and (type(size) is not int or size not in allowed[name]):
             raise InputError(f"--model_checkpoint {checkpoint}: its config.json has {name} {str(size)[:20]}, "
@@ -689,8 +690,8 @@ def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
                              "base; a hub name; a GGUF file; a folder with a model's config and tokenizer; or "
                              "a .tar.gz of one or its address (default: "
                              f"{model_checkpoint or 'the published model of 2019'})")
-    parser.add_argument("--max_history", type=whole_number, default=2, metavar="N",
-                        help="exchanges the model sees: 2N+1 utterances (default: %(default)s)")
+    parser.add_argument("--max_history", type=whole_number, metavar="N",
+                        help="exchanges the model sees: 2N+1 utterances (default: as in the run's training; 2)")
     parser.add_argument("--max_turns", type=_odd, dest="max_history", default=SUPPRESS, metavar="N",
                         help="the same in utterances: N, an odd number")
     parser.add_argument("--max_len", type=_positions, default=0, metavar="N",

@@ -60,10 +60,11 @@ def collect(args: Namespace) -> int:
     Batches are decoded in a fixed order, each under a seed of its own, so that what a kill interrupts can be made
     again: the last batch in the file is, when collecting goes on.
     """
-    model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
+    model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
+                                       max_history=args.max_history)
     table = dataset_of(args, tokenizer)
     split = require_split(table, args.split, args.dataset or args.dataset_path)
-    dataset = TurnDataset(split, tokenizer, model.max_positions, max_history=args.max_history,
+    dataset = TurnDataset(split, tokenizer, model.max_positions, max_history=model.max_history,
                           history_start=model.history_start, no_persona=model.no_persona)
     if args.contexts > len(dataset):
         logger.warning("--contexts %s: the '%s' split has only %s turns", args.contexts, args.split, len(dataset))
@@ -72,7 +73,7 @@ def collect(args: Namespace) -> int:
     ways = decoders(args)
     made = {
         "checkpoint": args.model_checkpoint, "model": model_hash(model),
-        "data": table.metadata["key"][:16], "split": args.split, "max_history": args.max_history,
+        "data": table.metadata["key"][:16], "split": args.split, "max_history": model.max_history,
         "decoders": [{name: value for name, value in asdict(way).items() if name != "seed"} for way in ways],
         "fp16": args.fp16,
     }

@@ -249,7 +249,8 @@ class Trainer:
 
     def __init__(self, args: Namespace):
         self.args = args
-        model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
+        model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
+                                                max_history=args.max_history)
         self.special = Specials.of(self.tokenizer)
         self.network = PolicyNetwork(model)
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
@@ -269,7 +270,7 @@ class Trainer:
     def dataset(self, name: str) -> TurnDataset:
         split = require_split(self.table, name, self.args.dataset or self.args.dataset_path)
         model = self.network.model
-        return TurnDataset(split, self.tokenizer, model.max_positions, max_history=self.args.max_history,
+        return TurnDataset(split, self.tokenizer, model.max_positions, max_history=model.max_history,
                            history_start=model.history_start, no_persona=model.no_persona)
 
     def turn(self, dataset: TurnDataset, number: int) -> Turn:

@@ -384,6 +384,26 @@ def test_what_a_model_says_after_a_long_chat_depends_on_the_last_exchanges_only(
     assert long[5] == short[2]
 
 
+def test_a_run_remembers_its_history_and_a_flag_overrides_it(trained, small_corpus, tmp_path):
+    """A run that saw one utterance is evaluated and chats so; it differs from one that saw five."""
+    assert json.loads((trained / "config.json").read_text())["max_history"] == 2
+    script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", trained, "--n_epochs", 1, "--lr", 0,
+           "--max_history", 0, cwd=tmp_path)
+    short = next((tmp_path / "runs").iterdir())
+    assert load_file(short / "model.safetensors").keys() == load_file(trained / "model.safetensors").keys()
+    one = evaluate("hits@1", short, small_corpus, tmp_path)
+    five = evaluate("hits@1", short, small_corpus, tmp_path, "--max_history", 2)
+    assert one == evaluate("hits@1", trained, small_corpus, tmp_path, "--max_history", 0)
+    assert five == evaluate("hits@1", trained, small_corpus, tmp_path) and one[1] != five[1]
+    chat = ["interact.py", "--personality", "i am .", "--no_sample", "--model_checkpoint"]
+    said = "hi\nhow are you ?\ntell me more\n"
+    one, five = (script(*chat, short, *more, stdin=said, cwd=tmp_path) for more in ((), ("--max_history", 2)))
+    assert one == script(*chat, trained, "--max_history", 0, stdin=said, cwd=tmp_path)
+    assert five == script(*chat, trained, stdin=said, cwd=tmp_path)
+    assert load_checkpoint(str(short))[0].max_history == 0
+    assert load_checkpoint(str(short), max_history=3)[0].max_history == 3
+
+
 def test_a_terminal_session_with_prompt_and_quiet_endings(trained, tmp_path):
     for ending in (b"\x04", b"\x03"):
         screen, status = in_a_terminal(

@@ -219,7 +219,7 @@ def test_wrong_flags_are_named_with_what_is_right(flags, complaint, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(flags)
     assert complaint in capsys.readouterr().err
-    assert parser.parse_args(["--max_turns", "7"]).max_history == 3 and parser.parse_args([]).max_history == 2
+    assert parser.parse_args(["--max_turns", "7"]).max_history == 3 and parser.parse_args([]).max_history is None
 
 
 def test_archives_of_archives_stay_in_their_folder_and_size(tmp_path):

@@ -475,7 +475,8 @@ class Bot:
 
     def __init__(self, args: Namespace):
         self.args = args
-        self.model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16)
+        self.model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16,
+                                                     args.max_history)
         self.special = Specials.of(self.tokenizer)
         self.encode = lru_cache(10_000)(self.tokenizer.encode)  # the same texts come again with each message
         self.encode_persona = lru_cache(1_000)(self.tokenizer.encode_persona)
@@ -491,7 +492,7 @@ class Bot:
 
         Raises `InputError` when a text is too long or there is no room for a reply.
         """
-        said = said[-(2 * self.args.max_history + 1):]
+        said = said[-(2 * self.model.max_history + 1):]
         for name, text in [("the personality", "\n".join(personality)), *(("a message", text) for text in said)]:
             if len(text) > MAX_TEXT:
                 raise InputError(f"{name} has {len(text):,} characters; write at most {MAX_TEXT:,}")
