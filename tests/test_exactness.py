@@ -14,7 +14,8 @@ import utils
 from cli import InputError
 from inputs import Specials, TurnDataset, build_input_from_segments, collate, get_loader, pack_turn
 from interact import top_filtering
-from model import add_special_tokens_, candidate_mask, load_model, save_model
+from layers import candidate_mask
+from model import add_special_tokens_, load_model, save_model
 from train import parse_args
 
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import devices
 from inputs import TurnDataset, collate
-from model import add_special_tokens_, attend, candidate_mask, load_model
+from layers import attend, candidate_mask
+from model import add_special_tokens_, load_model
 from utils import get_dataset, get_tokenizer
 
 
