@@ -1,5 +1,6 @@
 """What several tests need: the material beside the repository, runs of our scripts, small checkpoints."""
 
+import functools
 import json
 import os
 import shutil
@@ -57,19 +58,20 @@ def run_2019(family) -> Path:
     return shared(f"golden/run-2019-{family}")
 
 
-@pytest.fixture(scope="session")
-def template_corpus(tmp_path_factory) -> Path:
-    """Dialogs made of templates: short, and so regular that a few steps of training show."""
-    path = tmp_path_factory.mktemp("templates") / "corpus.json"
+@functools.cache
+def templates() -> Path:
+    """Dialogs made of templates, of one process: short, and so regular that a few steps of training show."""
+    templates.folder = tempfile.TemporaryDirectory()  # goes when the process ends
+    path = Path(templates.folder.name) / "corpus.json"
     script("models/tiny_corpus.py", "--out", path, cwd=path.parent)
     return path
 
 
 @pytest.fixture(scope="session")
-def small_corpus(tmp_path_factory, template_corpus) -> Path:
+def small_corpus(tmp_path_factory) -> Path:
     """Twelve training and four validation dialogs of these."""
     path = tmp_path_factory.mktemp("corpus") / "small.json"
-    corpus = json.loads(template_corpus.read_text("utf-8"))
+    corpus = json.loads(templates().read_text("utf-8"))
     path.write_text(json.dumps({"train": corpus["train"][:12], "valid": corpus["valid"][:4]}))
     return path
 

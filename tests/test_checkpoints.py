@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from conftest import ROOT, SAMPLE, TINY, error_line, make_checkpoint, script
+from conftest import ROOT, TINY, error_line, make_checkpoint, script, templates
 from safetensors.torch import load_file
 from test_commands import scalars
 from test_distributed import PATIENCE, until
@@ -304,7 +304,7 @@ def test_processes_that_want_one_cache_build_it_once(small_corpus, tmp_path):
 
 def test_a_loss_that_is_no_number_names_the_turns(tmp_path):
     """At an absurd learning rate. The batch that shows it is named, and an earlier checkpoint is still there."""
-    corpus = json.loads(SAMPLE.read_text("utf-8"))
+    corpus = json.loads(templates().read_text("utf-8"))
     (tmp_path / "few.json").write_text(json.dumps({"train": corpus["train"][:3], "valid": corpus["valid"][:1]}))
     turns = [f"train[{dialog}].utterances[{turn}]" for dialog, entry in enumerate(corpus["train"][:3])
              for turn in range(len(entry["utterances"]))]

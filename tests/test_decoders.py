@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 import transformers
-from conftest import SAMPLE, script
+from conftest import script, templates
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 
@@ -70,7 +70,7 @@ def sentencepiece() -> Tokenizer:
 
 
 def trained_on_the_sample(tokenizer: Tokenizer, trainer) -> Tokenizer:
-    entries = read_corpus(SAMPLE)["valid"]
+    entries = read_corpus(templates())["valid"]
     tokenizer.train_from_iterator(
         (text for entry in entries for turn in entry["utterances"] for text in turn["candidates"]), trainer)
     return tokenizer
@@ -94,7 +94,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(tokenizer, tmp_path_factory):
-    return utils.get_dataset(tokenizer, str(SAMPLE), str(tmp_path_factory.mktemp("cache") / "c"))
+    return utils.get_dataset(tokenizer, str(templates()), str(tmp_path_factory.mktemp("cache") / "c"))
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))

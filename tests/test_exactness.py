@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import TINY, TINY_TOKENS
+from conftest import TINY, TINY_TOKENS, templates
 from torch.nn import functional as F
 
 import utils
@@ -20,9 +20,9 @@ from train import parse_args
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory, template_corpus):
+def table(tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache") / "c")
-    return utils.get_dataset(utils.get_tokenizer(str(TINY)), str(template_corpus), cache)
+    return utils.get_dataset(utils.get_tokenizer(str(TINY)), str(templates()), cache)
 
 
 @pytest.fixture(scope="module", params=["openai-gpt", "gpt2"])

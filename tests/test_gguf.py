@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE, error_line, script
+from conftest import error_line, script, templates
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import utils
@@ -82,7 +82,7 @@ def test_a_gguf_file_is_what_transformers_reads_of_it(tiny_gguf, weights):
 
 
 def test_training_from_a_gguf_file_gives_an_ordinary_run_and_an_adapter_that_finds_its_base(tiny_gguf, tmp_path):
-    corpus = json.loads(SAMPLE.read_text("utf-8"))
+    corpus = json.loads(templates().read_text("utf-8"))
     (tmp_path / "data.json").write_text(json.dumps({"train": corpus["train"][:2], "valid": corpus["valid"][:1]}))
     flags = ["--model_checkpoint", tiny_gguf, "--dataset_path", "data.json", "--n_epochs", 1, "--max_history", 1]
     for lora in ([], ["--lora", 2, "--fp16", "bf16", "--pack_dialogs", "--no_token_types"]):

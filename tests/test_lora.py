@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import SAMPLE, TINY, error_line, make_checkpoint, script
+from conftest import TINY, error_line, make_checkpoint, script, templates
 from peft.tuners import lora
 from test_decoders import FAMILIES, byte_level, write_checkpoint
 
@@ -45,7 +45,7 @@ def test_an_adapter_from_training_to_merging(family, tmp_path, monkeypatch):
     pretrained = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     add_lora_(model, tokenizer, 4, base.name)
 
-    table = utils.get_dataset(tokenizer, str(SAMPLE), str(tmp_path / "cache"))
+    table = utils.get_dataset(tokenizer, str(templates()), str(tmp_path / "cache"))
     dataset = TurnDataset(table["valid"], tokenizer, 256, num_candidates=3)
     batch = collate([dataset[turn] for turn in (0, 57)], special.pad)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -138,7 +138,8 @@ def test_low_rank_layers_compute_what_pefts_own_do(tmp_path):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    dataset = TurnDataset(utils.get_dataset(tokenizer, str(SAMPLE), str(tmp_path / "cache"))["valid"], tokenizer, 256)
+    table = utils.get_dataset(tokenizer, str(templates()), str(tmp_path / "cache"))
+    dataset = TurnDataset(table["valid"], tokenizer, 256)
     batch = collate([dataset[turn] for turn in (0, 57, 3)], tokenizer.pad_token_id)
     layers = [layer for layer in model.modules() if isinstance(layer, network.LowRankLinear)]
     assert len(layers) == 14  # seven in each of two blocks

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import FAMILIES, SAMPLE, TINY, script, shared
+from conftest import FAMILIES, TINY, script, shared, templates
 from test_decoders import FAMILIES as DECODERS
 from test_decoders import sentencepiece, words_and_digits, write_checkpoint
 
@@ -48,8 +48,8 @@ def setting(family: str, data, tmp_path):
     *((family, legacy) for family in FAMILIES for legacy in (False, True)), ("llama-bytes", False),
     ("llama-sentencepiece", False)])
 def test_word_perplexity_is_that_of_one_word_at_a_time(family, legacy, tmp_path):
-    """50 turns of the sample, and one whose words are tokenised differently when more words follow."""
-    corpus = read_corpus(SAMPLE)
+    """50 turns of templates, and one whose words are tokenised differently when more words follow."""
+    corpus = read_corpus(templates())
     corpus = {"train": corpus["train"][:20], "valid": corpus["valid"][:12]}
     odd = "i can not.stop , it isn't the u.s.a .  o'neill's 3,5 ... ok?! Zürich 日本"
     corpus["valid"].append({"personality": ["odd"], "utterances": [{"history": ["hi"], "candidates": [odd]}]})

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE, make_checkpoint, shared
+from conftest import make_checkpoint, shared, templates
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -159,14 +159,14 @@ def test_dpo_learns_from_preferences_made_elsewhere(tmp_path, checkpoint):
         "prompt": messages((USER, f"do you like number {n} ?")), "chosen": messages((BOT, f"yes , i like {n} .")),
         "rejected": messages((BOT, "no ."))}) + "\n" for n in range(30)))
     args = policy.parse_args(list(map(str, [
-        "--algorithm", "dpo", "--model_checkpoint", checkpoint, "--dataset_path", SAMPLE, "--dataset_cache",
+        "--algorithm", "dpo", "--model_checkpoint", checkpoint, "--dataset_path", templates(), "--dataset_cache",
         tmp_path / "cache", "--device", "cpu", "--policy", tmp_path / "policy", "--pairs", path, "--steps", 6,
         "--batch_size", 8, "--lr", 1e-2, "--evaluation_contexts", 4])))
     run = policy.train_policy(args)
     margins = []
     for folder in (checkpoint, run):
         args = policy.parse_args(list(map(str, [
-            "--algorithm", "dpo", "--model_checkpoint", folder, "--dataset_path", SAMPLE, "--dataset_cache",
+            "--algorithm", "dpo", "--model_checkpoint", folder, "--dataset_path", templates(), "--dataset_cache",
             tmp_path / "cache", "--device", "cpu", "--policy", tmp_path / "other", "--pairs", path])))
         (tmp_path / "other").mkdir(exist_ok=True)
         trainer = policy.Trainer(args)
