@@ -8,13 +8,15 @@ The replies of all visitors are decoded together (web/batching.py); the page is 
 import errno
 import json
 import logging
+import re
 import socket
 import sys
 import time
 import uuid
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, Literal
 
 try:
@@ -28,60 +30,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field, field_validator
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from cli import InputError, command, port_number, positive_number
 from decoding import add_decoding_flags
 from tables import TokenTable
 from utils import add_common_flags, dataset_of, published_or_persona
 from web.batching import Bot, Busy, Decoding, Reply
+from web.events import check
+from web.guard import Guard, error
 from web.page import HEAD, STYLE, THEME, build_page, sentences
 
-MAX_BODY = 256 * 1024  # bytes of a request: a very long conversation
-DRAINED = 64 * MAX_BODY  # bytes of a longer one that are read, and thrown away, before it is refused
 logger = logging.getLogger("demo")
-
-
-class Guard:
-    """Refuses requests that are too long before they take memory, and keeps pages from loading anything elsewhere.
-
-    FastAPI's own limit answers while the request is still coming, which most clients take for a broken connection.
-    """
-
-    POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        if scope["path"].startswith("/gradio_api/upload"):  # nothing here takes files
-            return await error(404, "Files cannot be uploaded here.")(scope, receive, send)
-        body, size, more = [], 0, True
-        while more and size < DRAINED:
-            event = await receive()
-            if event["type"] != "http.request":
-                return
-            size += len(event.get("body", b""))
-            more = event.get("more_body", False)
-            if size <= MAX_BODY:
-                body.append(event.get("body", b""))
-        if size > MAX_BODY:
-            refusal = error(413, f"The request has more than {MAX_BODY:,} bytes; send less.", code="request_too_large")
-            return await refusal(scope, receive, send)
-        first = {"type": "http.request", "body": b"".join(body)}
-
-        async def replay():
-            nonlocal first
-            event, first = first, None
-            return event or await receive()
-
-        async def send_with_policy(event) -> None:
-            if event["type"] == "http.response.start":
-                event["headers"] = [*event["headers"], (b"content-security-policy", self.POLICY)]
-            await send(event)
-
-        await self.app(scope, replay, send_with_policy)
 
 
 # -------------------------------------------------------------------------------------------- OpenAI's interface
@@ -140,13 +101,6 @@ class ChatRequest(Decoding):
         if speaker != "user" or not said[-1].strip():
             raise InputError("messages: the last one must be the user's, and say something")
         return personality, said if said[0] else said[1:]
-
-
-def error(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
-    """An error as OpenAI's clients expect it."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status,
-                        headers={"Retry-After": "5"} if status == 503 else None)
 
 
 def openai_routes(app: FastAPI, bot: Bot) -> None:
@@ -230,10 +184,23 @@ def usage(reply: Reply) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------ the server
 
 
-def build_app(bot: Bot, table: TokenTable) -> FastAPI:
-    """Everything at one address."""
-    app = FastAPI(title="TransferTransfo", version=bot.version, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard)
+def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str]) -> FastAPI:
+    """Everything at one address.
+
+    ``hosts``: the names under which browsers may know this server, so that no other site can pass for it by a name that
+    it lets point here (DNS rebinding). ``origins``: of whose pages scripts may ask it.
+    """
+    app = FastAPI(title="TransferTransfo", version=bot.version, docs_url=None, redoc_url=None, openapi_url=None)
+    page = build_page(bot, table)
+    # The last added is asked first. Gradio leaves its own CORS out, which lets every page on this machine in, where it
+    # finds Starlette's; without origins `Guard` answers before that is reached.
+    cors = dict(allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    if not origins:
+        app.add_middleware(CORSMiddleware, **cors)
+    app.add_middleware(Guard, check=partial(check, page))
+    if origins:
+        app.add_middleware(CORSMiddleware, **cors)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
 
     @app.exception_handler(RequestValidationError)
     def not_understood(request: Request, problem: RequestValidationError) -> JSONResponse:
@@ -267,7 +234,7 @@ def build_app(bot: Bot, table: TokenTable) -> FastAPI:
                              "decoding": len(decoder.decoding), "waiting": len(decoder.waiting)}, 200 if alive else 503)
 
     openai_routes(app, bot)
-    return gr.mount_gradio_app(app, build_page(bot, table), path="/", theme=THEME, css=STYLE, head=HEAD, ssr_mode=False,
+    return gr.mount_gradio_app(app, page, path="/", theme=THEME, css=STYLE, head=HEAD, ssr_mode=False,
                                run_history=False, footer_links=["api"])
 
 
@@ -293,6 +260,17 @@ def listen(host: str, port: int) -> socket.socket:
                          "alone, 0.0.0.0 for all who can reach it") from None
 
 
+def host_names(host: str, further: list[str]) -> list[str]:
+    """What a browser may call a server that listens at ``host``: this machine, as others know it if they are let in."""
+    names = ["localhost", "127.0.0.1", "::1", host, *further]
+    if host in ("0.0.0.0", "::", ""):
+        own = socket.gethostname()
+        names.append(own)
+        with suppress(OSError):
+            names += [place[0] for *_, place in socket.getaddrinfo(own, None)]
+    return [f"[{name}]" if ":" in name else name for name in dict.fromkeys(names)]
+
+
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="Decoding flags are what the page begins with, "
                             "and what programs get that ask for nothing else.")
@@ -306,6 +284,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="replies decoded at once; a beam search counts as its beams and one (default: %(default)s)")
     add("--max_waiting", type=positive_number, default=64, metavar="N",
         help="requests that may wait for their turn; more are refused (default: %(default)s)")
+    add("--allow_host", action="append", default=[], metavar="NAME", type=_host,
+        help="another name under which browsers reach this server, such as a proxy's; *.NAME: all below it; may be "
+             "given several times (default: this machine's names and --host)")
+    add("--allow_origin", action="append", default=[], metavar="ORIGIN", type=_origin,
+        help="let the scripts of other pages ask: https://name[:port], or * for all; may be given several times "
+             "(default: none)")
     return parser.parse_args(argv)
 
 
@@ -314,11 +298,23 @@ def main() -> None:
     with listen(args.host, args.port) as listening:  # before the model is loaded, which can take long
         args.model_checkpoint = published_or_persona(args.model_checkpoint)
         bot = Bot(args)
-        app = build_app(bot, dataset_of(args, bot.tokenizer))
+        app = build_app(bot, dataset_of(args, bot.tokenizer), host_names(args.host, args.allow_host), args.allow_origin)
         host, port = listening.getsockname()[:2]
         print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends.", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run([listening])
         bot.decoder.close()
+
+
+def _host(text: str) -> str:
+    if not re.fullmatch(r"(\*\.)?[\w.-]+|[0-9a-fA-F:]+", text):
+        raise ArgumentTypeError(f"{text!r} is not a host's name; write it without scheme and port: chat.example.org")
+    return text
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise ArgumentTypeError(f"{text!r} is not an origin; write scheme, host and port: https://chat.example.org")
+    return text
 
 
 if __name__ == "__main__":

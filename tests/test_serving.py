@@ -190,7 +190,8 @@ def test_a_step_that_fails_costs_its_own_replies_only():
 def serving(bot: Bot, table):
     """The whole server on a port of its own, in this process; yields its address."""
     listening = demo.listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(demo.build_app(bot, table), log_level="error", timeout_graceful_shutdown=1))
+    app = demo.build_app(bot, table, demo.host_names("127.0.0.1", []), [])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -367,8 +368,8 @@ def test_who_leaves_ends_the_decoding(address, bot, stream):
     asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": LONG, "stream": stream}
     body = json.dumps(asked).encode()
     with socket.create_connection(address.removeprefix("http://").split(":")) as connection:
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
-                           b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                           b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         until(lambda: any(reply.args.max_length == LONG for reply in bot.decoder.decoding), "its turn")
         reply = next(reply for reply in bot.decoder.decoding if reply.args.max_length == LONG)
         until(lambda: reply.tokens, "the first token")
@@ -418,7 +419,7 @@ def test_who_closes_the_page_ends_the_decoding(address, bot, monkeypatch):
 def test_a_thousand_requests_at_once(address):
     """Far more than may wait: who comes too late is told so, the others are answered."""
     body = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 50}).encode()
-    request = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    request = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
 
     async def ask(few: asyncio.Semaphore) -> tuple[str, dict]:

@@ -1,7 +1,8 @@
 """The page: somebody's personality, the conversation, a suggestion what to say next, and what the model sees.
 
-The conversation lives in the browser, which sends it along with each message. The page loads nothing from elsewhere.
-This file knows a `Bot` and a data set's personalities; nothing of HTTP.
+The conversation lives in the browser, which sends it along with each message. The page loads nothing from elsewhere,
+and nothing that a browser sends makes it open a file or an address.
+This file knows a `Bot` and a data set's personalities, and Gradio, which has the page; nothing of HTTP.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import json
 import random
 import zlib
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from html import escape, unescape
 
 import gradio as gr
@@ -20,9 +21,10 @@ from cli import InputError
 from corpora import check_corpus
 from tables import TokenTable
 from web.batching import MAX_TEXT, Bot, Busy, Decoding, Reply
+from web.events import bounded_
 
 SHOWN = 10  # likeliest next tokens
-LINGER = 60  # s
+MOST_EVENTS, EVENT_SHARE = 200, 50  # replies to pages under way: all of them, those of one address
 MAX_SHARED = 256 * 1024  # bytes of a shared conversation, unpacked
 
 THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -221,13 +223,12 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
         # ---------------------------------------------------------------------------------------- what happens when
 
         async def turn(text, chat_now, persona_now, own_now, temperature_now, top_k_now, top_p_now, beams_now,
-                       length_now, seed_now, suggests_now, visit_now) -> AsyncIterator[dict]:
-            """Answer, then suggest. Both in one event, which ends later: Gradio loses an event that a page sends in the
-            moment in which its last one ends, and that is when people answer.
+                       length_now, seed_now, suggests_now, visit_now, request: gr.Request) -> AsyncIterator[dict]:
+            """Answer, then suggest.
 
-            A page handles the updates of each event in their order, but those of two events in any: so each tells
-            all that may have changed since the last turn, for something of that may yet arrive."""
-            nothing = {busy: gr.skip()}  # to end with, because Gradio sends an event's last update again when it ends
+            A page handles the updates of each event in their order, but those of two events in any, and one may be lost
+            that another follows at once: so each tells all that may have changed since the last turn."""
+            nothing = {busy: gr.skip()}
             if not text:
                 yield nothing
                 return
@@ -250,11 +251,10 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
             except (InputError, Busy, ValidationError, RuntimeError) as error:
                 yield now | {chat: chat_now, busy: False, lost: text, notice: complaint(error)}
                 return
+            finally:
+                events.keep_open(request.session_hash)
             if suggests_now and (hint := await suggest(own_now, said, decoding, over)):
-                yield {suggestion: gr.Button(f"Suggestion: {hint}", interactive=True)}
-            with suppress(TimeoutError):
-                await asyncio.wait_for(over.wait(), LINGER)
-            yield nothing
+                yield now | {suggestion: gr.Button(f"Suggestion: {hint}", interactive=True)}
 
         async def suggest(own_now, said, decoding, over) -> str:
             """What the user may say next; empty when that fails, which is not worth a complaint, or comes too late."""
@@ -328,7 +328,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                 raise gr.Error(reason(error), print_exception=False) from None
 
         gr.api(answer, api_name="chat", concurrency_limit=None)
-    page.queue(max_size=None, default_concurrency_limit=None)
+    events = bounded_(page, MOST_EVENTS, EVENT_SHARE)
     return page
 
 

@@ -1,0 +1,210 @@
+"""What browsers send to the page and what is kept for them: checked, and bounded.
+
+Gradio trusts its pages: it opens the files that a message names, keeps every answer that nobody fetches, and stops for
+good once it has forgotten a page that it still answers. This file is about Gradio alone; it knows no model.
+"""
+
+import asyncio
+import json
+import math
+import re
+from urllib.parse import parse_qs
+
+import gradio as gr
+from gradio.queueing import Queue
+from gradio.server_messages import ProcessCompletedMessage
+
+from web.guard import Refused
+
+PAGES = 500  # open pages that Gradio keeps something of; of another one it begins anew
+UNREAD = 256  # messages that may wait for one page to fetch them; then its events end
+KEPT = 60  # s that a page's connection stays open after a turn, and that messages wait which nobody fetches
+DEEPEST = 8  # lists and objects in each other
+NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
+TEXT, NUMBER = (str, type(None)), (int, float, type(None))
+KINDS = {gr.Textbox: TEXT, gr.Button: TEXT, gr.HTML: TEXT, gr.Checkbox: (bool, type(None)), gr.Slider: NUMBER,
+         gr.Number: NUMBER}
+
+
+class Events(Queue):
+    """Gradio's queue of the events of all pages, with bounds.
+
+    At most ``most`` events are under way, ``share`` of them of one address, and none waits here: the decoder has a
+    queue of its own. Who has not fetched `UNREAD` messages is taken for gone.
+    """
+
+    def __init__(self, page: gr.Blocks, most: int, share: int):
+        super().__init__(True, most, 1, None, page, None)
+        self.most, self.share = most, share
+        self.sleep_when_free = 0.01  # Gradio looks for events a thousand times per second, which slows the decoding
+        self.ANALYTICS_MAX_EVENTS = 0
+
+    def compute_analytics_summary(self, records: list) -> dict:
+        """Nothing: Gradio goes through its last 10,000 events at the end of each, for a page that is not shown."""
+        return {}
+
+    @property
+    def under_way(self) -> int:
+        return len(self.event_ids_to_events)
+
+    async def push(self, body, request, username):
+        address = request.client.host if request.client else ""
+        events = list(self.event_ids_to_events.values())
+        own = sum(bool(event.request.client) and event.request.client.host == address for event in events)
+        if len(events) >= self.most or own >= self.share:
+            return False, "Too many people are using this page; try again in a moment.", "queue_full"
+        pushed = await super().push(body, request, username)
+        asyncio.get_running_loop().call_later(KEPT, self._forget_unread, body.session_hash)
+        return pushed
+
+    def send_message(self, event, event_message) -> None:
+        messages = self.pending_messages_per_session.get(event.session_hash)
+        if messages is None or messages.qsize() >= UNREAD:
+            event.alive = False  # Gradio ends it before its next message
+        else:
+            super().send_message(event, event_message)
+
+    def _forget_unread(self, page: str) -> None:
+        """Drop the messages of a page that fetches none, once its events are over."""
+        messages = self.pending_messages_per_session.get(page)
+        if messages is None or messages.empty():
+            return
+        if any(event.session_hash == page for event in self.event_ids_to_events.values()):
+            asyncio.get_running_loop().call_later(KEPT, self._forget_unread, page)
+            return
+        self.pending_messages_per_session.pop(page, None)
+        self.pending_event_ids_session.pop(page, None)
+
+    def keep_open(self, page: str) -> None:
+        """Let the page's connection stay open for `KEPT` seconds though none of its events may be under way.
+
+        Gradio closes it after the last event, and loses an event that the page sends in that moment; and that is when
+        people answer. An event that only waits would do the same, and hold one of Gradio's workers.
+        """
+        if (events := self.pending_event_ids_session.get(page)) is None:
+            return
+        mark = f"open{asyncio.get_running_loop().time()}"
+        events.add(mark)
+        asyncio.get_running_loop().call_later(KEPT, self._let_close, page, mark)
+
+    def _let_close(self, page: str, mark: str) -> None:
+        events, messages = self.pending_event_ids_session.get(page), self.pending_messages_per_session.get(page)
+        if events is None or messages is None or mark not in events:
+            return
+        if len(events) > 1:  # others are under way, or it was kept open again
+            events.discard(mark)
+        else:
+            messages.put_nowait(ProcessCompletedMessage(output={}, success=True, event_id=mark))
+
+
+def bounded_(page: gr.Blocks, most: int, share: int) -> Events:
+    """Give the page a queue with bounds, and no way to a file. To be called before it is mounted."""
+    page.queue(api_open=False)  # events of the queue cannot be called around it
+    page._queue = Events(page, most, share)
+    page.state_session_capacity = PAGES
+    page.has_launched = page.is_running = True  # Gradio checks files only then, and mounting a page does not say so
+
+    async def no_file(*_):
+        raise gr.Error("Files and addresses are not taken here.", print_exception=False)
+
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = no_file
+        if isinstance(block, (gr.Slider, gr.Number)):
+            block.preprocess = lambda value: value  # out of bounds is for the decoding to say, which says it in a line
+    return page._queue
+
+
+def check(page: gr.Blocks, path: str, query: str, body: bytes | None) -> bytes | None:
+    """The body to go on with, of a request for one of Gradio's routes, rebuilt from what the page may send.
+
+    Raises `Refused` when it is anything else. ``body``: None in a GET request.
+    """
+    queue = page._queue
+    if body is None:
+        if path.endswith("/queue/data"):
+            name = parse_qs(query).get("session_hash", [""])[0]
+            if name not in queue.pending_messages_per_session:
+                raise Refused("session_hash: nothing is kept for this page; load it again", 404)
+        elif path.startswith("/gradio_api/call/"):
+            event = path.rpartition("/")[2]
+            known = event in queue.event_ids_to_events or any(
+                event in events for events in queue.pending_event_ids_session.values())
+            if not known:
+                raise Refused("There is no such event here, or its result was fetched", 404)
+        return None
+    try:
+        sent = json.loads(body, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise Refused("The body is not JSON, or too deep") from None
+    if not isinstance(sent, dict):
+        raise Refused("The body is not a JSON object")
+    clean = {}
+    for key in ("session_hash", "event_id"):
+        if (value := sent.get(key)) is not None:
+            if not isinstance(value, str) or not NAME.fullmatch(value):
+                raise Refused(f"{key}: not a name of at most 64 letters and digits")
+            clean[key] = value
+    for key in ("fn_index", "trigger_id"):
+        if (value := sent.get(key)) is not None:
+            if type(value) is not int or not 0 <= value < 100_000:
+                raise Refused(f"{key}: not a number")
+            clean[key] = value
+    if not path.startswith(("/gradio_api/cancel", "/gradio_api/reset")):
+        if path.startswith("/gradio_api/call/"):
+            event = next(fn for fn in page.fns.values() if fn.api_name == "chat")
+        else:
+            event = page.fns.get(clean.get("fn_index"))
+        if event is None or event.fn is None:
+            raise Refused("fn_index: this page has no such event", 404)
+        if event.queue == path.startswith("/gradio_api/run/"):
+            raise Refused("fn_index: this event is asked for at another address", 404)
+        data = sent.get("data")
+        if not isinstance(data, list) or len(data) != len(event.inputs):
+            raise Refused(f"data: not a list of {len(event.inputs)} values")
+        clean["data"] = [_input(block, value) for block, value in zip(event.inputs, data, strict=True)]
+    elif None in (clean.get("session_hash"), clean.get("event_id"), clean.get("fn_index")):
+        raise Refused("session_hash, event_id and fn_index are needed")
+    return json.dumps(clean, ensure_ascii=False).encode(errors="replace")  # half letters, which no answer can hold
+
+
+def _input(block: gr.components.Component, value: object) -> object:
+    """What the page may send as that block's value. Raises `Refused`."""
+    if isinstance(block, gr.State):
+        return None  # the server has it
+    if isinstance(block, gr.Chatbot):
+        return [_message(message) for message in _list(value, "a conversation")]
+    kind = next((kinds for known, kinds in KINDS.items() if isinstance(block, known)), None)
+    if kind and (not isinstance(value, kind) or isinstance(value, bool) and bool not in kind):
+        raise Refused(f"data: {block.get_block_name()} does not hold this kind of value")
+    return _plain(value)
+
+
+def _message(message: object) -> dict:
+    """A message of a conversation, its text alone."""
+    if not isinstance(message, dict) or message.get("role") not in ("user", "assistant"):
+        raise Refused("data: a conversation has messages of user and assistant")
+    content = message.get("content")
+    parts = [content] if isinstance(content, str) else _list(content, "a message's content")
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise Refused("data: only text is read here")
+    return {"role": message["role"], "content": [{"type": "text", "text": text} for text in texts]}
+
+
+def _list(value: object, what: str) -> list:
+    if not isinstance(value, list):
+        raise Refused(f"data: {what} is a list")
+    return value
+
+
+def _plain(value: object, depth: int = 0) -> object:
+    """``value`` if it is texts, numbers and lists of these, not too deep."""
+    if isinstance(value, list) and depth < DEEPEST:
+        return [_plain(one, depth + 1) for one in value]
+    if value is None or isinstance(value, (str, bool)) or isinstance(value, (int, float)) and abs(value) < math.inf:
+        return value
+    raise Refused("data: only texts, numbers and lists of them are taken here")
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(text)
