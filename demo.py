@@ -5,6 +5,7 @@
 The replies of all visitors are decoded together (web/batching.py); the page is in web/page.py; this file knows HTTP.
 """
 
+import asyncio
 import errno
 import json
 import logging
@@ -14,7 +15,7 @@ import sys
 import time
 import uuid
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, Literal
@@ -28,20 +29,23 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, field_validator
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import HTTPConnection
 
-from cli import InputError, command, port_number, positive_number
+from cli import InputError, command, port_number, positive_number, whole_number
 from decoding import add_decoding_flags
 from tables import TokenTable
 from utils import add_common_flags, dataset_of, published_or_persona
-from web.batching import Bot, Busy, Decoding, Reply
+from web.batching import MEMORY, Bot, Busy, Client, Reply
+from web.connections import Connection, Server, allow_many_files
 from web.events import check
 from web.guard import Guard, error
 from web.page import HEAD, STYLE, THEME, build_page, sentences
 
+OPTIONS = ("temperature", "top_k", "top_p", "num_beams", "seed")  # of decoding, under the names that they have here
 logger = logging.getLogger("demo")
 
 
@@ -66,14 +70,23 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(Decoding):
-    """A request of OpenAI's chat interface; ``top_k`` and ``num_beams`` are our own. Other fields are ignored."""
+class ChatRequest(BaseModel):
+    """A request of OpenAI's chat interface; ``top_k`` and ``num_beams`` are our own. Other fields are ignored.
+
+    Of the options of decoding only the kind is checked here; `Bot.options` knows their ranges.
+    """
 
     messages: list[Message]
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_completion_tokens: int | None = Field(None, ge=1)  # the newer name of max_tokens
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    num_beams: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None  # the newer name of max_tokens
+    seed: int | None = None
     n: Any = 1
     stop: Any = None
     tools: Any = None
@@ -103,6 +116,11 @@ class ChatRequest(Decoding):
         return personality, said if said[0] else said[1:]
 
 
+def client_of(request: HTTPConnection) -> Client:
+    """Who asks: an address, and there a key, if one is given."""
+    return Client.at(request.client and request.client.host, request.headers.get("authorization", ""))
+
+
 def openai_routes(app: FastAPI, bot: Bot) -> None:
     """``/v1/models`` and ``/v1/chat/completions``."""
     model = {"id": bot.name, "object": "model", "created": int(time.time()), "owned_by": "transfertransfo",
@@ -123,19 +141,21 @@ def openai_routes(app: FastAPI, bot: Bot) -> None:
     async def chat_completions(asked: ChatRequest, request: Request):
         if asked.model not in ("", bot.name):
             return no_such_model(asked.model)
-        asked.max_tokens = asked.max_completion_tokens or asked.max_tokens
-        replies = bot.reply(*asked.conversation(), asked)
+        length = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+        options = bot.options(**{name: getattr(asked, name) for name in OPTIONS}, max_length=length)
+        replies = bot.reply(*asked.conversation(), options, client_of(request))
         frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": bot.name,
                  "system_fingerprint": bot.version}
-        reply = await anext(replies)  # what can be wrong with the request is found out here
+        if (reply := await unless_gone(request, anext(replies))) is None:
+            await replies.aclose()
+            return Response()
         if asked.stream:
             with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
             events = stream(bot, reply, replies, frame | {"object": "chat.completion.chunk"}, with_usage)
             return StreamingResponse(events, media_type="text/event-stream")
         async with aclosing(replies):
-            async for reply in replies:  # noqa: B007  the last one is the whole
-                if await request.is_disconnected():  # who is gone needs no answer
-                    return Response()
+            if (reply := await unless_gone(request, last(replies, reply))) is None:
+                return Response()
         message = {"role": "assistant", "content": bot.text(reply)}
         choice = {"index": 0, "message": message, "finish_reason": reply.finish}
         return frame | {"object": "chat.completion", "choices": [choice], "usage": usage(reply)}
@@ -143,6 +163,30 @@ def openai_routes(app: FastAPI, bot: Bot) -> None:
     @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
     def anything_else(rest: str) -> JSONResponse:
         return error(404, f"/v1/{rest} is not offered here; /v1/chat/completions and /v1/models are.")
+
+
+async def unless_gone(request: Request, step: Coroutine) -> Reply | None:
+    """What ``step`` returns; None, and it is cancelled, when the client closes the connection before."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(step), asyncio.ensure_future(gone())
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+    return None if tasks[0].cancelled() else tasks[0].result()
+
+
+async def last(replies: AsyncIterator[Reply], reply: Reply) -> Reply:
+    """The last one that comes behind ``reply``."""
+    async for reply in replies:  # noqa: B007
+        pass
+    return reply
 
 
 async def stream(bot: Bot, reply: Reply, replies: AsyncIterator[Reply], frame: dict, with_usage: bool):
@@ -197,7 +241,9 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str])
     cors = dict(allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     if not origins:
         app.add_middleware(CORSMiddleware, **cors)
-    app.add_middleware(Guard, check=partial(check, page))
+    app.state.stopping = asyncio.Event()
+    app.add_middleware(Guard, check=partial(check, page), stopping=app.state.stopping,
+                       busy=lambda connection: bot.decoder.refuses(client_of(connection)))
     if origins:
         app.add_middleware(CORSMiddleware, **cors)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
@@ -216,7 +262,9 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str])
 
     @app.exception_handler(InputError)
     def not_usable(request: Request, problem: InputError) -> JSONResponse:
-        return error(400, str(problem), "invalid_value")
+        message = str(problem).replace("max_length:", "max_tokens:", 1)
+        param = message.partition(":")[0]
+        return error(400, message, "invalid_value", param if param in ("max_tokens", *OPTIONS) else None)
 
     @app.exception_handler(Busy)
     def busy(request: Request, problem: Busy) -> JSONResponse:
@@ -228,10 +276,17 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str])
 
     @app.get("/healthz")
     def health() -> JSONResponse:
-        decoder = bot.decoder
-        alive = decoder.thread.is_alive()
-        return JSONResponse({"status": "ok" if alive else "not decoding", "model": bot.name, "version": bot.version,
-                             "decoding": len(decoder.decoding), "waiting": len(decoder.waiting)}, 200 if alive else 503)
+        """What works and what does not: status 200 only when a reply can be had, or waited for."""
+        decoder, events = bot.decoder, page._queue
+        silent = time.monotonic() - decoder.stepped if decoder.decoding else 0
+        status = ("stopping" if decoder.draining else "not decoding" if not decoder.thread.is_alive() or silent > 60
+                  else "page out of order" if events.stopped else "ok")
+        return JSONResponse({
+            "status": status, "model": bot.name, "version": bot.version, "decoding": len(decoder.decoding),
+            "waiting": len(decoder.waiting), "full": bool(decoder.refuses()), "page_events": events.under_way,
+            "page_events_full": events.under_way >= events.most,
+            "memory_mib": decoder.cache.bytes >> 20, "memory_allowed_mib": decoder.memory >> 20,
+            "seconds_since_last_step": round(silent, 1)}, 200 if status == "ok" else 503)
 
     openai_routes(app, bot)
     return gr.mount_gradio_app(app, page, path="/", theme=THEME, css=STYLE, head=HEAD, ssr_mode=False,
@@ -284,6 +339,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="replies decoded at once; a beam search counts as its beams and one (default: %(default)s)")
     add("--max_waiting", type=positive_number, default=64, metavar="N",
         help="requests that may wait for their turn; more are refused (default: %(default)s)")
+    add("--memory", type=positive_number, default=MEMORY, metavar="MIB",
+        help="what the conversations may take that are being decoded; who needs more than is left waits (default: "
+             "%(default)s)")
+    add("--drain", type=whole_number, default=30, metavar="S",
+        help="seconds that replies under way may still take after SIGTERM or Ctrl-C (default: %(default)s)")
     add("--allow_host", action="append", default=[], metavar="NAME", type=_host,
         help="another name under which browsers reach this server, such as a proxy's; *.NAME: all below it; may be "
              "given several times (default: this machine's names and --host)")
@@ -293,16 +353,28 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
+    sys.setswitchinterval(0.001)  # s: the decoding thread gets its turn sooner among many requests
+    allow_many_files()
     with listen(args.host, args.port) as listening:  # before the model is loaded, which can take long
         args.model_checkpoint = published_or_persona(args.model_checkpoint)
         bot = Bot(args)
         app = build_app(bot, dataset_of(args, bot.tokenizer), host_names(args.host, args.allow_host), args.allow_origin)
         host, port = listening.getsockname()[:2]
         print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends.", flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run([listening])
-        bot.decoder.close()
+        server = serve(bot, app, args.drain)
+        server.run([listening])
+        return 128 + server.signal if server.signal else 0
+
+
+def serve(bot: Bot, app: FastAPI, drain: float) -> Server:
+    """A server of ``app`` that, told to stop, goes on for at most ``drain`` seconds with what is being decoded."""
+
+    config = uvicorn.Config(app, http=Connection, ws="none", proxy_headers=False, log_level="warning",
+                            timeout_graceful_shutdown=3)
+    return Server(config, drain, bot.decoder.drain, lambda: not bot.decoder.decoding, bot.decoder.close,
+                  app.state.stopping)
 
 
 def _host(text: str) -> str:

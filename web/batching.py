@@ -1,41 +1,42 @@
 """The replies of many conversations, decoded together: whoever asks joins the batch between two tokens.
 
 A reply does not depend on its neighbours: every request has its own decoding options and its own random generator, and
-is answered as `decoding.generate_replies` would answer it alone. From below: `Decoder` and its parts, which know token
-ids, and `Bot`, which knows texts. Nothing here knows pages or HTTP.
+is answered as `decoding.generate_replies` would answer it alone; what goes wrong with one ends that one. Nobody's
+request holds up another's for long: long contexts are computed in pieces, and each client has a share of what there is.
+From below: `Decoder` and its parts, which know token ids, and `Bot`, which knows texts. Nothing here knows pages or
+HTTP.
 """
 
 import asyncio
 import hashlib
 import logging
-import sys
 import threading
+import time
 from argparse import Namespace
-from collections import defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing, suppress
-from functools import lru_cache, partial
-from itertools import chain, groupby
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, Field
-from torch import nn
-from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, NoRepeatNGramLogitsProcessor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cli import InputError
-from decoding import Filtered, fitted_context, load_checkpoint, readable
+from decoding import Decoding, allowed_scores, choose_tokens, fitted_context, load_checkpoint, readable
 from inputs import Segment, Specials, build_reply
 from model import DoubleHeadsModel
 from utils import resolve_checkpoint
+from web.keyvalues import KeyValues, Place, Row, Work, let_attend_by_row_
 
 MAX_TEXT = 2_000  # characters of a message, and of a personality
-PREFILL = 256  # tokens of newcomers' contexts computed in one step, so that they hold up nobody for long
-BY_ROW = "_by_row"  # in the name of an attention, behind that of what computes it
+WIDEST = 16  # beams of a search
+MOST_READ = 256  # tokens of contexts computed in one step
+LEAST_READ = 8
+SHARE = 4  # a client that is not alone has this part of the batch: a fourth
+PASSED = 64  # times that a request lets others go first which need less memory
+MEMORY = 2048  # MiB of keys and values
 logger = logging.getLogger("batching")
 
 
@@ -46,35 +47,53 @@ class Busy(Exception):
         return "Too many people are talking to this model; try again in a moment."
 
 
+class Stopping(Busy):
+    """The server is about to end."""
+
+    def __str__(self) -> str:
+        return "The server is stopping; try again when it is back."
+
+
+class Client(NamedTuple):
+    """Who asks. Those at one address share what one address gets, whatever keys they give."""
+
+    address: str = ""
+    key: str = ""
+
+    @classmethod
+    def at(cls, address: str | None, key: str = "") -> "Client":
+        """``address``: of the connection. An IPv6 address counts with all of its network, which one machine has."""
+        with suppress(ValueError):
+            if isinstance(place := ip_address(address or ""), IPv6Address) and not place.ipv4_mapped:
+                address = str(ip_network((place, 64), strict=False))
+        return cls(address or "", key[:200])
+
+
+NOBODY = Client()
+
+
 # ---------------------------------------------------------------------------------------------------------- tokens
-
-
-class Row:
-    """One sequence of the batch."""
-
-    def __init__(self, slot: int, start: int, length: int, ids: list[int], types: list[int]):
-        self.slot = slot  # where its keys and values lie
-        self.start = start  # the position of its first token
-        self.length = length  # tokens computed
-        self.ids, self.types = ids, types  # what comes next, not computed yet: a context, and then token by token
 
 
 class Reply:
     """A request, from the queue to its last token.
 
     ``tokens``: the reply so far, without control tokens; beams decide only at the end. ``finish``: None until then,
-    and then "stop" (the model ended it), "length", "cancelled" or "error". ``last_step``, of finished replies but those
-    of beams: the logits that the last token was chosen from, (vocabulary,) each, as they were and as bans and filter
-    left them.
+    and then "stop" (the model ended it), "length", "cancelled", "error", "busy" (others had more right to its place in
+    the queue) or "stopping". ``last_step``, of finished replies but those of beams: the logits that the last token was
+    chosen from, (vocabulary,) each, as they were and as bans and filter left them.
     """
 
-    def __init__(self, context: Segment, args: Namespace, special: Specials, device: torch.device,
+    def __init__(self, context: Segment, args: Decoding, special: Specials, device: torch.device, client: Client,
                  notify: Callable[[], None]):
-        self.context, self.args, self.special, self.notify = context, args, special, notify
+        self.context, self.args, self.special, self.client, self.notify = context, args, special, client, notify
         self.tokens: list[int] = []
         self.finish: str | None = None
         self.last_step: tuple[torch.Tensor, torch.Tensor] | None = None
         self.cancelled = False
+        self.passed = 0  # how often others went first that had come later
+        self.computed = 0  # the step that computed it last
+        self.places: list[Place] = []
         self.rows: list[Row] = []
         self.beams = BeamSearch(args, special) if args.num_beams > 1 else None
         self.random = torch.Generator(device)
@@ -84,9 +103,24 @@ class Reply:
             self.random.seed()
 
     @property
-    def places(self) -> int:
+    def width(self) -> int:
         """Rows of the batch that it may need."""
         return self.args.num_beams + 1 if self.beams else 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a row of it may come to."""
+        return len(self.context.ids) + 1 + self.args.max_length
+
+    @property
+    def reading(self) -> bool:
+        """Whether its context is not computed yet, but for the last token."""
+        return len(self.rows) == 1 and len(self.rows[0].ids) > 1
+
+    def begin(self, places: list[Place]) -> None:
+        context, begun = self.context, build_reply([], self.special, with_eos=False)
+        self.places = places
+        self.rows = [Row(places[0], context.start, 0, context.ids + begun.ids, context.types + begun.types)]
 
     def end(self, finish: str) -> None:
         self.rows, self.finish = [], finish
@@ -100,14 +134,27 @@ class Reply:
             self.last_step = before.float().clone(), after.clone()  # first: who sees the end may ask for it
             self.end("stop" if token in self.special else "length")
 
-    def go_on_with_beams(self, scores: torch.Tensor) -> None:
+    def go_on_with_beams(self, scores: torch.Tensor, cache: KeyValues) -> None:
+        """Take a step of the search from the log-probabilities of `rows`, (rows, vocabulary).
+
+        A hypothesis goes on in the place of the one it continues; where several continue one, the others get a copy of
+        what follows the context, which lies in all places.
+        """
         parents = self.beams.step(scores)
         if not parents:
             self.tokens, finish = self.beams.result()
             return self.end(finish)
-        self.rows = [Row(self.rows[parent].slot, self.rows[parent].start, self.rows[parent].length, tokens[-1:],
-                         [self.special.speaker1])
-                     for parent, tokens in zip(parents, self.beams.hypotheses, strict=True)]
+        free = [place for place in self.places if all(place is not self.rows[parent].place for parent in parents)]
+        rows, kept = [], set()
+        for parent, tokens in zip(parents, self.beams.hypotheses, strict=True):
+            row = self.rows[parent]
+            place = row.place
+            if parent in kept:
+                place = free.pop()
+                cache.copy(row.place, place, slice(len(self.context.ids) + 1, row.length))
+            kept.add(parent)
+            rows.append(Row(place, row.start, row.length, tokens[-1:], [self.special.speaker1]))
+        self.rows = rows
 
 
 class BeamSearch:
@@ -117,7 +164,7 @@ class BeamSearch:
     is left can overtake the best.
     """
 
-    def __init__(self, args: Namespace, special: Specials):
+    def __init__(self, args: Decoding, special: Specials):
         self.args, self.special = args, special
         self.live: list[tuple[float, list[int]]] = [(0.0, [])]  # log-likelihood and tokens, the best first
         self.greedy: tuple[float, list[int]] | None = (0.0, [])
@@ -172,129 +219,93 @@ class BeamSearch:
         return max(self.best, self.best_greedy, key=lambda ended: ended[0])[1:]
 
 
-class Block(NamedTuple):
-    """Neighbours in a step's one row of tokens: sequences that have equally many of them."""
-
-    tokens: slice  # their places in that row
-    slots: slice
-    width: int  # the longest sequence, with its new tokens
-
-
-class KeyValues:
-    """Keys and values of the batch's rows, written in place, each row's from column 0.
-
-    In the place of transformers' caches, which pad all rows on the left to one length and are copied at each token.
-    """
+class Pace:
+    """How many tokens of contexts a step may compute so that it takes at most twice as long as one without."""
 
     def __init__(self):
-        self.states: dict[tuple[int, int], torch.Tensor] = {}  # layer, and 0 for keys, 1 for values
-        self.room = 0, 0  # rows, columns
+        self.tokens, self.usual = 32.0, None  # s of a step that only decodes
 
-    def make_room(self, rows: int, width: int) -> None:
-        """For so many rows of so many tokens, at least."""
-        room = max(rows, self.room[0]), max(-(-width // 64) * 64, self.room[1])
-        if room != self.room:
-            for which, states in self.states.items():
-                self.states[which] = F.pad(states, (0, 0, 0, room[1] - self.room[1], 0, 0, 0, room[0] - self.room[0]))
-            self.room = room
-
-    def copy(self, source: Row, slot: int) -> None:
-        for states in self.states.values():
-            states[slot, :, :source.length] = states[source.slot, :, :source.length]
-
-    def place(self, slots: torch.Tensor, columns: torch.Tensor, blocks: list[Block]) -> None:
-        """Where the next forward pass is to write its tokens, (tokens,) each, and how they belong together."""
-        self.slots, self.columns, self.blocks = slots, columns, blocks
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
-        """What attention calls: (1, heads, tokens, size) each → all there is, (rows, heads, columns, size)."""
-        for which, new in enumerate((keys, values)):
-            if (layer, which) not in self.states:  # on a CPU in float32, see `attend_by_row`
-                like = new.float() if new.device.type == "cpu" else new
-                self.states[layer, which] = like.new_zeros(self.room[0], new.shape[1], self.room[1], new.shape[3])
-            states = self.states[layer, which]
-            states[self.slots, :, self.columns] = new[0].transpose(0, 1).to(states.dtype)
-        self.states[layer, 0].blocks = self.blocks  # for `attend_by_row`: not all families hand it further arguments
-        return self.states[layer, 0], self.states[layer, 1]
-
-    def get_seq_length(self, *_) -> int:
-        """Some families ask, to number positions; they get ours."""
-        return 0
-
-
-def attend_by_row(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                  attention_mask: torch.Tensor, **how) -> tuple[torch.Tensor, None]:
-    """Attention, in the interface of transformers, of the new tokens of many sequences, which lie in one row.
-
-    So the linear layers, most of the work, see them as one matrix without padding. ``query`` (1, heads, tokens, size);
-    ``key`` and ``value`` as `KeyValues` returns them; ``attention_mask`` (1, 1, tokens, columns), each token's over its
-    own sequence. ``attention``: what computes each block, and the whole in a forward pass without `KeyValues`. On a CPU
-    it computes in float32, where torch's kernel takes a quarter of the time that it takes in bfloat16.
-    """
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager)
-    if not hasattr(key, "blocks"):
-        return attend(module, query, key, value, attention_mask, **how)
-    states, attended = query[0].to(key.dtype), []
-    for tokens, slots, width in key.blocks:
-        rows = slots.stop - slots.start
-        states_of_rows = states[:, tokens].unflatten(1, (rows, -1)).transpose(0, 1)
-        mask = attention_mask[0, 0, tokens, :width].unflatten(0, (rows, -1))[:, None]
-        out, _ = attend(module, states_of_rows, key[slots, :, :width], value[slots, :, :width], mask, **how)
-        attended.append(out.flatten(0, 1))
-    return torch.cat(attended)[None].to(query.dtype), None
-
-
-def let_attend_by_row_(model: DoubleHeadsModel) -> None:
-    """Make `attend_by_row` the model's attention, in place. Raises `InputError` where the family's code allows none."""
-    attention = model.config._attn_implementation
-    if attention.endswith(BY_ROW):
-        return
-    family = next(known for known in type(model).__mro__ if known.__module__.startswith("transformers."))
-    if not family._can_set_attn_implementation():
-        raise InputError(f"--model_checkpoint: transformers' '{model.config.model_type}' has an attention of its own, "
-                         "which cannot answer many conversations at once; talk to this model with interact.py")
-    AttentionInterface.register(attention + BY_ROW, partial(attend_by_row, attention))
-    AttentionMaskInterface.register(attention + BY_ROW, ALL_MASK_ATTENTION_FUNCTIONS[attention])
-    model.set_attn_implementation(attention + BY_ROW)
+    def took(self, seconds: float, read: int, decoded: int) -> None:
+        """A step has read so many tokens of contexts while so many replies got a token."""
+        if not decoded:
+            return
+        if not read:
+            self.usual = seconds if self.usual is None else 0.7 * self.usual + 0.3 * seconds
+        elif self.usual is not None:
+            if seconds > 2 * self.usual:
+                self.tokens = max(LEAST_READ, min(self.tokens, read) / 2)
+            elif read >= self.tokens - 1:
+                self.tokens = min(MOST_READ, 1.2 * self.tokens)
 
 
 class Decoder:
-    """A thread that decodes what is asked of it, at most ``max_batch`` rows at once.
+    """A thread that decodes what is asked of it, at most ``max_batch`` rows in a step.
 
-    Another ``max_waiting`` requests may wait; beyond, `submit` raises `Busy`. Whoever waits longest goes first.
+    Another ``max_waiting`` requests may wait; beyond, `submit` raises `Busy`. ``memory``: MiB of keys and values that
+    may be set aside; who needs more than is left waits.
+
+    Who has least in the batch goes first, by address, then by key, then by time. Who is not alone gets a share: a
+    `SHARE`-th of the rows of each step, and enters even a full batch with so many. The queue is shared likewise: when
+    it is full, a newcomer takes the place of the last request of whoever has most in it.
     """
 
-    def __init__(self, model: DoubleHeadsModel, special: Specials, max_batch: int = 32, max_waiting: int = 64):
+    def __init__(self, model: DoubleHeadsModel, special: Specials, max_batch: int = 32, max_waiting: int = 64,
+                 memory: int = MEMORY):
         self.model, self.special = model, special
-        self.max_batch, self.max_waiting = max_batch, max_waiting
-        self.waiting: deque[Reply] = deque()
+        self.max_batch, self.max_waiting, self.memory = max_batch, max_waiting, memory << 20
+        self.waiting: list[Reply] = []
         self.decoding: list[Reply] = []
-        self.cache = KeyValues()
         let_attend_by_row_(model)
-        self.wake, self.closed = threading.Condition(), False
+        self.cache = KeyValues.of(model)
+        self.pace, self.steps, self.stepped = Pace(), 0, time.monotonic()
+        self.wake, self.closed, self.draining = threading.Condition(), False, False
         self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self.thread.start()
 
-    @property
-    def full(self) -> bool:
-        return len(self.waiting) >= self.max_waiting
+    # --------------------------------------------------------------------------------------- asked from elsewhere
 
-    def submit(self, context: Segment, args: Namespace, notify: Callable[[], None] = lambda: None) -> Reply:
-        """Queue a request. Raises `Busy`.
+    def refuses(self, client: Client = NOBODY) -> Busy | None:
+        """Why a request of that client would be refused now; None when it would not."""
+        if self.closed or self.draining:
+            return Stopping()
+        return Busy() if len(self.waiting) >= self.max_waiting and not self._loser(client) else None
 
-        ``args``: what `decoding.add_decoding_flags` adds; a ``seed`` of 0 is none. ``notify`` is called from the
-        decoding thread each time the reply has changed.
+    def _loser(self, client: Client) -> Reply | None:
+        """The request that gives up its place in the full queue for one of ``client``'s, if any does."""
+        waiting = list(self.waiting)
+        for of in (lambda one: one.address, lambda one: one):
+            counts = Counter(of(reply.client) for reply in waiting)
+            greediest, most = counts.most_common(1)[0]
+            if most > counts[of(client)] + 1:
+                return next(reply for reply in reversed(waiting) if of(reply.client) == greediest)
+            waiting = [reply for reply in waiting if of(reply.client) == of(client)] or waiting
+        return None
+
+    def submit(self, context: Segment, args: Decoding, client: Client = NOBODY,
+               notify: Callable[[], None] = lambda: None) -> Reply:
+        """Queue a request. Raises `Busy`, and `InputError` when it needs more memory than there may be.
+
+        A ``seed`` of 0 is none. ``notify`` is called from the decoding thread each time the reply has changed.
         """
-        reply = Reply(context, args, self.special, self.model.device, notify)
+        reply = Reply(context, args, self.special, self.model.device, client, notify)
+        needed = KeyValues.bytes_for(self.cache.token_bytes, reply.longest, reply.width)
+        if needed > self.memory:
+            raise InputError(f"a reply of up to {args.max_length:,} tokens to these messages needs {needed >> 20:,} "
+                             f"MiB of memory, and --memory allows {self.memory >> 20:,}; ask for fewer tokens, or "
+                             "fewer beams")
         with self.wake:
-            if self.full or self.closed:
-                raise Busy
+            if self.closed or self.draining:
+                raise Stopping
+            if len(self.waiting) >= self.max_waiting:
+                if not (loser := self._loser(client)):
+                    raise Busy
+                self.waiting.remove(loser)
+                self._end([loser], "busy")
             self.waiting.append(reply)
             self.wake.notify()
         return reply
 
-    async def reply(self, context: Segment, args: Namespace) -> AsyncIterator[Reply]:
+    async def reply(self, context: Segment, args: Decoding, client: Client = NOBODY) -> AsyncIterator[Reply]:
         """`submit`, and the same `Reply` each time it has grown, the last time with its ``finish``.
 
         Who leaves the loop early, or closes the generator, ends the decoding. Raises `Busy`, at the first step.
@@ -305,7 +316,7 @@ class Decoder:
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(changed.set)
 
-        reply = self.submit(context, args, notify)
+        reply = self.submit(context, args, client, notify)
         try:
             finish = None
             while not finish:
@@ -316,12 +327,21 @@ class Decoder:
         finally:
             reply.cancelled = True
 
+    def drain(self) -> None:
+        """Refuse what comes from now on and what waits; go on with what is being decoded."""
+        with self.wake:
+            self.draining = True
+            waiting, self.waiting = self.waiting, []
+        self._end(waiting, "stopping")
+
     def close(self) -> None:
-        """Cancel everything and end the thread."""
+        """End everything and the thread."""
         with self.wake:
             self.closed = True
             self.wake.notify()
         self.thread.join()
+
+    # ------------------------------------------------------------------------------------------- in its own thread
 
     def _run(self) -> None:
         while True:
@@ -334,7 +354,7 @@ class Decoder:
             except Exception:  # whatever it was, those who come later are not to suffer from it
                 logger.exception("A step failed; its %d replies are given up", len(self.decoding))
                 self._end(self.decoding, "error")
-        self._end([*self.decoding, *self.waiting], "cancelled")
+        self._end([*self.decoding, *self.waiting], "stopping")
 
     def _end(self, replies: Iterable[Reply], finish: str) -> None:
         for reply in replies:
@@ -343,151 +363,181 @@ class Decoder:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """Let the finished go and newcomers in, and give every reply its next token."""
-        self._end([reply for reply in self.decoding if reply.cancelled], "cancelled")
-        self._settle()
-        self._admit()
-        if rows := self._rows():
-            self._choose(self._compute(rows))
-
-    def _rows(self) -> list[Row]:
-        """All rows of the batch, by slot."""
-        return sorted((row for reply in self.decoding for row in reply.rows), key=lambda row: row.slot)
-
-    def _settle(self) -> None:
-        """Forget finished replies and move rows so that they fill the first slots, one each, and nothing lies between.
-
-        A row in its place stays; the others have kept, in ``slot``, the one they continue, which nobody overwrites.
-        """
+        """Let the finished go and newcomers in, read on in contexts, and give replies their next token."""
+        start = time.monotonic()
+        self._end([reply for reply in self.decoding if reply.cancelled and not reply.finish], "cancelled")
+        for reply in self.decoding:
+            if reply.finish:
+                self.cache.give_back(reply.places, spoilt=reply.finish == "error")
         self.decoding = [reply for reply in self.decoding if not reply.finish]
-        rows, settled, homeless = self._rows(), set(), []
-        for row in rows:
-            if row.slot < len(rows) and row.slot not in settled:
-                settled.add(row.slot)
-            else:
-                homeless.append(row)
-        self.cache.make_room(len(rows), 0)
-        for slot, row in zip(sorted(set(range(len(rows))) - settled), homeless, strict=True):
-            self.cache.copy(row, slot)
-            row.slot = slot
+        self._admit()
+        self.cache.tidy()
+        self.steps += 1
+        decoding, reading = self._whose_turn(), self._what_to_read()
+        work = [Work(row, 1) for reply in decoding for row in reply.rows] + [
+            Work(reply.rows[0], tokens) for reply, tokens in reading]
+        if work:
+            self._choose(self._compute(work, [*decoding, *(reply for reply, _ in reading)]))
+        self.stepped = time.monotonic()
+        self.pace.took(self.stepped - start, sum(tokens for _, tokens in reading), len(decoding))
 
     def _admit(self) -> None:
-        """Take in those who have waited longest, as far as there is room."""
-        budget = PREFILL
-        while budget > 0:
+        """Take in those who wait, as far as there is room."""
+        while True:
             with self.wake:
-                self.waiting = deque(reply for reply in self.waiting if not reply.cancelled)
-                taken = sum(reply.places for reply in self.decoding)
-                if not self.waiting or taken and taken + self.waiting[0].places > self.max_batch:
+                self.waiting = [reply for reply in self.waiting if not reply.cancelled]
+                rows = Counter()
+                for reply in self.decoding:
+                    rows[reply.client.address] += reply.width
+                    rows[reply.client] += reply.width
+                order = sorted(self.waiting, key=lambda reply: (rows[reply.client.address], rows[reply.client]))
+                reply = next((reply for reply in order if self._fits(reply, rows)), None)
+                if reply is None or any(other.passed >= PASSED for other in self.waiting if other is not reply):
+                    late = next((other for other in self.waiting if other.passed >= PASSED), None)
+                    reply = late if late and self._fits(late, rows) else None
+                if reply is None:
                     return
-                reply = self.waiting.popleft()
+                for other in order[:order.index(reply)]:
+                    other.passed += 1
+                self.waiting.remove(reply)
                 self.decoding.append(reply)
-            context, begun = reply.context, build_reply([], self.special, with_eos=False)
-            ids, types = context.ids + begun.ids, context.types + begun.types
-            reply.rows = [Row(len(self._rows()), context.start, 0, ids, types)]
-            budget -= len(ids)
+            try:
+                reply.begin(self.cache.take(reply.longest, reply.width))
+            except Exception:
+                logger.exception("There is no memory for a reply")
+                self._end([reply], "error")
 
-    def _compute(self, rows: list[Row]) -> torch.Tensor:
-        """Logits (rows, vocabulary) after the last of the new tokens of each of ``rows``, all of the batch."""
-        blocks, done = [], 0
-        for new, group in groupby(rows, lambda row: len(row.ids)):
-            group = list(group)
-            blocks.append(Block(slice(done, done + new * len(group)), slice(group[0].slot, group[-1].slot + 1),
-                                max(row.length for row in group) + new))
-            done += new * len(group)
-        width = max(block.width for block in blocks)
-        self.cache.make_room(len(rows), width)
+    def _fits(self, reply: Reply, rows: Counter) -> bool:
+        """Whether there is room in the batch, in which ``rows`` counts by address and by client, and in memory."""
+        if not self.decoding:
+            return True
+        taken = sum(other.width for other in self.decoding)
+        within = rows[reply.client.address] + reply.width <= max(1, self.max_batch // SHARE)
+        return (taken + reply.width <= self.max_batch or within and taken + reply.width <= 2 * self.max_batch) \
+            and self.cache.bytes_with(reply.longest, reply.width) <= self.memory
 
-        def flat(values: Iterable[Iterable[int]]) -> torch.Tensor:
-            return torch.tensor(list(chain.from_iterable(values)), device=self.model.device)
+    def _whose_turn(self) -> list[Reply]:
+        """The replies that get a token in this step: all, or of each client a share, whoever has waited longest."""
+        ready = [reply for reply in self.decoding if reply.rows and not reply.reading]
+        several = len({reply.client.address for reply in ready}) > 1
+        shares: dict[object, list[Reply]] = defaultdict(list)
+        for reply in sorted(ready, key=lambda reply: reply.computed):
+            shares[reply.client.address if several else reply.client].append(reply)
+        most = self.max_batch if len(shares) < 2 else max(1, self.max_batch // max(SHARE, len(shares)))
+        turn = []
+        for replies in shares.values():
+            rows = 0
+            for reply in replies:
+                if rows and rows + len(reply.rows) > most:
+                    break
+                rows += len(reply.rows)
+                reply.computed = self.steps
+                turn.append(reply)
+        return turn
 
-        columns = flat(range(row.length, row.length + len(row.ids)) for row in rows)
-        self.cache.place(flat([row.slot] * len(row.ids) for row in rows), columns, blocks)
-        seen = torch.arange(width, device=columns.device)
-        body = self.model.read(
-            flat(row.ids for row in rows)[None], token_type_ids=flat(row.types for row in rows)[None],
-            position_ids=(columns + flat([row.start] * len(row.ids) for row in rows))[None],
-            attention_mask=self.model.layer_masks((seen <= columns[:, None])[None, None], columns[None], seen[None]),
-            past_key_values=self.cache, use_cache=True)
-        for row in rows:
-            row.length += len(row.ids)
-        last = flat([len(row.ids)] for row in rows).cumsum(0) - 1
-        return self.model.vocabulary_logits(body.last_hidden_state[0, last])
+    def _what_to_read(self) -> list[tuple[Reply, int]]:
+        """Replies whose contexts are read on in this step, and how many tokens of each.
 
-    def _choose(self, logits: torch.Tensor) -> None:
-        """Let each reply go on by a token, or end. ``logits``: (rows, vocabulary)."""
-        scores = logits.to(torch.float32, copy=True)
-        filters = defaultdict(list)
-        for reply in self.decoding:
-            args, rows = reply.args, [row.slot for row in reply.rows]
-            if reply.beams:
-                scores[rows] = scores[rows].log_softmax(-1)
-            elif not args.no_sample:
-                filters[args.temperature, args.top_k, args.top_p] += rows
-            said = reply.beams.hypotheses if reply.beams else [reply.tokens]
-            if len(said[0]) < min(args.min_length, args.max_length):
-                scores[torch.tensor(rows)[:, None], list(self.special)] = -torch.inf
-            if args.no_repeat_ngram_size:
-                ban = NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size)
-                scores[rows] = ban(torch.tensor(said, device=scores.device), scores[rows])
-        for options, rows in filters.items():
-            scores[rows] = Filtered(*options)(None, scores[rows])
+        A quarter is for whoever came first; the rest for clients with few contexts to read, the shortest first.
+        """
+        readers = [reply for reply in self.decoding if reply.reading]
+        alone = all(reply.reading for reply in self.decoding)
+        if not readers or not alone and self.steps % 8 == 0:  # now and then a step without, to know what that takes
+            return []
+        budget = MOST_READ if alone else int(self.pace.tokens)
+        crowd = Counter(reply.client.address for reply in readers)
+        order = sorted(readers[1:], key=lambda reply: (crowd[reply.client.address], len(reply.rows[0].ids)))
+        first = min(len(readers[0].rows[0].ids), max(1, budget // 4) if order else budget)
+        reading, budget = [(readers[0], first)], budget - first
+        for reply in order:
+            if budget <= 0:
+                break
+            tokens = min(budget, len(reply.rows[0].ids))
+            reading.append((reply, tokens))
+            budget -= tokens
+        return reading
 
-        for reply in self.decoding:
-            rows = [row.slot for row in reply.rows]
-            if reply.beams:
-                reply.go_on_with_beams(scores[rows])
-            else:
-                after = scores[rows[0]]
-                token = after.argmax() if reply.args.no_sample else \
-                    torch.multinomial(after.softmax(-1), 1, generator=reply.random)
-                reply.go_on(int(token), logits[rows[0]], after)
+    def _compute(self, work: list[Work], replies: list[Reply]) -> list[tuple[Reply, torch.Tensor]]:
+        """Do the work of ``replies``; of those that have no context left to read: the logits of their rows.
+
+        When that fails, the work of each is done by itself, so that only those end with whom it fails again.
+        """
+        try:
+            rows, logits = self.cache.compute(self.model, work)
+        except Exception as problem:
+            if len(replies) == 1:
+                logger.error("A reply could not be decoded: %s", str(problem).split("\n")[0])
+                self._end(replies, "error")
+                return []
+            own = [[one for one in work if any(one.row is row for row in reply.rows)] for reply in replies]
+            return [done for reply, part in zip(replies, own, strict=True) for done in self._compute(part, [reply])]
+        for reply in replies:  # what is read of a context is copied at once to where beams will want it
+            if reply.beams and reply.rows[0].length <= len(reply.context.ids) + 1:
+                read = sum(one.tokens for one in work if one.row is reply.rows[0])
+                for place in reply.places[1:]:
+                    self.cache.copy(reply.places[0], place, slice(reply.rows[0].length - read, reply.rows[0].length))
+        number = {id(row): place for place, row in enumerate(rows)}
+        return [(reply, logits[[number[id(row)] for row in reply.rows]]) for reply in replies
+                if id(reply.rows[0]) in number]
+
+    def _choose(self, computed: list[tuple[Reply, torch.Tensor]]) -> None:
+        """Let each reply go on by a token, or end, by the logits of its rows, (rows, vocabulary)."""
+        if not computed:
+            return
+        logits = torch.cat([rows for _, rows in computed])
+        options = [reply.args for reply, rows in computed for _ in rows]
+        said = [tokens for reply, _ in computed
+                for tokens in (reply.beams.hypotheses if reply.beams else [reply.tokens])]
+        beams = torch.tensor([bool(reply.beams) for reply, rows in computed for _ in rows], device=logits.device)
+        likely = torch.where(beams[:, None], logits.float().log_softmax(-1), logits.float()) if beams.any() else logits
+        scores = allowed_scores(likely, options, said, self.special)
+        usable = scores.amax(-1).isfinite() & ~logits.isnan().any(-1)
+        tokens = choose_tokens(scores, options, [reply.random for reply, rows in computed for _ in rows])
+        place = 0
+        for reply, rows in computed:
+            own = slice(place, place + len(rows))
+            place += len(rows)
+            try:
+                if not usable[own].all():
+                    logger.error("A reply ends in its %d. token, where the model's numbers are none, or all tokens are "
+                                 "forbidden", len(said[own.start]) + 1)
+                    reply.end("error")
+                elif reply.beams:
+                    reply.go_on_with_beams(scores[own], self.cache)
+                else:
+                    reply.go_on(tokens[own.start], logits[own.start], scores[own.start])
+            except Exception as problem:
+                logger.error("A reply could not be decoded: %s", str(problem).split("\n")[0])
+                reply.end("error")
             reply.notify()
 
 
 # ----------------------------------------------------------------------------------------------------------- texts
 
 
-class Decoding(BaseModel):
-    """What may be asked of the decoding of one reply; None: as the flags say."""
-
-    temperature: float | None = Field(None, ge=0, le=5)  # 0: always the likeliest token
-    top_k: int | None = Field(None, ge=0, le=1_000_000)
-    top_p: float | None = Field(None, ge=0, le=1)
-    num_beams: int | None = Field(None, ge=1, le=16)
-    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
-    seed: int | None = Field(None, ge=0, lt=2**63)  # 0: none
-
-    def over(self, flags: Namespace, most: int) -> Namespace:
-        """The flags of `decoding.add_decoding_flags` with these options over them; at most ``most`` tokens a reply."""
-        asked = {name: value for name, value in self if value is not None}
-        if self.temperature is not None:
-            asked["no_sample"] = self.temperature == 0
-        length = self.max_tokens if self.max_tokens is not None else flags.max_length
-        return Namespace(**{**vars(flags), **asked, "max_length": min(length, most)})
-
-
 class Bot:
     """A model that answers texts, those of many conversations together.
 
-    ``args``: the flags of `utils.add_common_flags` and `decoding.add_decoding_flags`, ``max_batch``, ``max_waiting``.
+    ``args``: the flags of `utils.add_common_flags` and `decoding.add_decoding_flags`, ``max_batch``, ``max_waiting``
+    and ``memory``. ``decoding``: the options of who asks for nothing else.
     """
 
     def __init__(self, args: Namespace):
-        self.args = args
+        self.args, self.decoding = args, Decoding.of(args)
         self.model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16,
                                                      args.max_history)
         self.special = Specials.of(self.tokenizer)
-        self.encode = lru_cache(10_000)(self.tokenizer.encode)  # the same texts come again with each message
+        self.encode = lru_cache(1_000)(self.tokenizer.encode)  # the same texts come again with each message
         self.encode_persona = lru_cache(1_000)(self.tokenizer.encode_persona)
         self.name = Path(resolve_checkpoint(args.model_checkpoint)).name
         digest = hashlib.sha256()
         for weights in self.model.state_dict().values():
             digest.update(weights.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         self.version = digest.hexdigest()[:12]
-        self.decoder = Decoder(self.model, self.special, args.max_batch, args.max_waiting)
+        self.options()  # what the flags say must be possible here
+        self.decoder = Decoder(self.model, self.special, args.max_batch, args.max_waiting, args.memory)
 
-    def context(self, personality: list[str], said: list[str], decoding: Namespace) -> Segment:
+    def context(self, personality: list[str], said: list[str], options: Decoding) -> Segment:
         """What the model reads before it answers the last of ``said``, the conversation's messages, the oldest first.
 
         Raises `InputError` when a text is too long or there is no room for a reply.
@@ -497,21 +547,38 @@ class Bot:
             if len(text) > MAX_TEXT:
                 raise InputError(f"{name} has {len(text):,} characters; write at most {MAX_TEXT:,}")
         return fitted_context(self.model, self.encode_persona(tuple(personality)), [self.encode(text) for text in said],
-                              self.special, decoding.max_length)
+                              self.special, options.max_length)
 
-    async def reply(self, personality: list[str], said: list[str], decoding: Decoding) -> AsyncIterator[Reply]:
-        """`Decoder.reply` to the last of ``said``, as somebody of that ``personality``.
+    def options(self, **asked) -> Decoding:
+        """The server's options with what is ``asked`` over them; None: unchanged. Raises `InputError`.
+
+        A reply gets at most half of the model's positions, so that the context has the other half.
+        """
+        options = self.decoding.over(**asked)
+        if options.num_beams > WIDEST:
+            raise InputError(f"num_beams: the server searches with at most {WIDEST}, not {options.num_beams:,}")
+        return options.over(max_length=min(options.max_length, self.model.max_positions // 2))
+
+    async def reply(self, personality: list[str], said: list[str], options: Decoding, client: Client = NOBODY
+                    ) -> AsyncIterator[Reply]:
+        """`Decoder.reply` to the last of ``said``, as somebody of that ``personality``, decoded by `options`.
 
         Raises `InputError` and `Busy` before the first token, and ``RuntimeError`` when decoding broke down.
         """
-        if self.decoder.full:  # before any work is done
-            raise Busy
-        args = decoding.over(self.args, self.model.max_positions // 2)
-        async with aclosing(self.decoder.reply(self.context(personality, said, args), args)) as replies:
+        if reason := self.decoder.refuses(client):  # before any work is done
+            raise reason
+        context, shown = self.context(personality, said, options), 0
+        async with aclosing(self.decoder.reply(context, options, client)) as replies:
             async for reply in replies:
-                if reply.finish in ("error", "cancelled"):
-                    raise RuntimeError("the reply could not be decoded; the server's log says why")
-                yield reply
+                if reply.finish == "busy":
+                    raise Busy
+                if reply.finish == "stopping" and not reply.tokens:
+                    raise Stopping
+                if reply.finish in ("error", "cancelled", "stopping"):
+                    raise RuntimeError("the reply broke off; the server's log says why")
+                if reply.finish or len(reply.tokens) >= shown + shown // 64:  # a text's cost grows with its length
+                    shown = len(reply.tokens)
+                    yield reply
 
     def text(self, reply: Reply) -> str:
         """The reply so far, for a person's eyes."""

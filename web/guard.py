@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 
 MAX_BODY = 256 * 1024  # bytes of a request: a very long conversation
 DRAINED = 64 * MAX_BODY  # bytes of a longer one that are read, and thrown away, before it is refused
@@ -20,6 +21,8 @@ ROUTES = {
                       r"|call/chat/[\w-]+)|/healthz|/v1(/.*)?"),
     "POST": re.compile(r"/gradio_api/(queue/join/?|run/predict/?|call/chat/?|cancel|reset/?)|/v1(/.*)?"),
 }
+ASKING = re.compile(r"/gradio_api/(queue/join/?|call/chat/?)|/v1/chat/completions")  # for a reply
+HELD, MOST_HELD = 0.5, 1000  # s that a refusal is held back; how many at once
 BELIEVED = (b"x-forwarded-host", b"x-gradio-server")  # by Gradio, though anybody can send them
 
 
@@ -42,13 +45,19 @@ class Guard:
     """Lets through the requests that something here answers, as far as they are whole and not too long.
 
     ``check``: gets path, query and body, None in a GET request, of what is asked of Gradio, and returns the body to go
-    on with; it may raise `Refused`.
+    on with; it may raise `Refused`. ``busy``: gets the connection of a request for a reply and returns why there is
+    none now, or None. ``stopping``: when it is set, answers without end are ended.
+
+    Refusing costs a fraction of what a reply costs, and who is refused waits `HELD` seconds to hear it: those who ask
+    again at once would otherwise keep the server busy with refusals.
     """
 
     POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
-    def __init__(self, app, check: Callable[[str, str, bytes | None], bytes | None]):
-        self.app, self.check = app, check
+    def __init__(self, app, check: Callable[[str, str, bytes | None], bytes | None],
+                 busy: Callable[[HTTPConnection], Exception | None], stopping: asyncio.Event):
+        self.app, self.check, self.busy, self.stopping = app, check, busy, stopping
+        self.held = 0
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -80,6 +89,12 @@ class Guard:
             if len(body) > MAX_BODY:
                 return await error(413, f"The request has more than {MAX_BODY:,} bytes; send less.",
                                    "request_too_large")(scope, receive, send)
+            if ASKING.fullmatch(path) and (reason := self.busy(HTTPConnection(scope))):
+                if self.held < MOST_HELD and not self.stopping.is_set():
+                    self.held += 1
+                    await asyncio.sleep(HELD)
+                    self.held -= 1
+                return await error(503, str(reason), "queue_full")(scope, receive, send)
         if path.startswith("/gradio_api/"):
             try:
                 body = self.check(path, scope["query_string"].decode("latin-1"), body)
@@ -90,6 +105,7 @@ class Guard:
             scope["headers"] = [(name, length if name == b"content-length" else value)
                                 for name, value in scope["headers"] if name != b"transfer-encoding"]
             receive = replayed(body, receive)
+        receive = self.until_stopped(receive)
 
         async def send_with_policy(event) -> None:
             if event["type"] == "http.response.start":
@@ -98,6 +114,21 @@ class Guard:
             await send(event)
 
         await self.app(scope, receive, send_with_policy)
+
+
+    def until_stopped(self, receive):
+        """A ``receive`` for which the client is gone once the server stops."""
+
+        async def received():
+            tasks = [asyncio.ensure_future(receive()), asyncio.ensure_future(self.stopping.wait())]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                return tasks[0].result() if tasks[0].done() else {"type": "http.disconnect"}
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        return received
 
 
 async def read(receive) -> bytes | None:

@@ -11,19 +11,19 @@ import json
 import random
 import zlib
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from html import escape, unescape
 
 import gradio as gr
-from pydantic import ValidationError
 
 from cli import InputError
 from corpora import check_corpus
 from tables import TokenTable
-from web.batching import MAX_TEXT, Bot, Busy, Decoding, Reply
+from web.batching import MAX_TEXT, WIDEST, Bot, Busy, Client, Reply
 from web.events import bounded_
 
 SHOWN = 10  # likeliest next tokens
+LINGER = 2  # s between a turn's last update and its end, for an update is lost that another follows at once
 MOST_EVENTS, EVENT_SHARE = 200, 50  # replies to pages under way: all of them, those of one address
 MAX_SHARED = 256 * 1024  # bytes of a shared conversation, unpacked
 
@@ -197,7 +197,7 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                     top_k = gr.Slider(0, max(200, flags.top_k), max(flags.top_k, 0), step=1, label="Top k",
                                       info="0: off")
                     top_p = gr.Slider(0, 1, min(max(flags.top_p, 0), 1), step=0.05, label="Top p", info="0: off")
-                    beams = gr.Slider(1, 16, min(flags.num_beams, 16), step=1, label="Beams",
+                    beams = gr.Slider(1, WIDEST, flags.num_beams, step=1, label="Beams",
                                       info="more than 1: beam search, no sampling")
                     length = gr.Slider(1, max(100, flags.max_length), flags.max_length, step=1,
                                        label="Longest reply, in tokens")
@@ -226,9 +226,9 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                        length_now, seed_now, suggests_now, visit_now, request: gr.Request) -> AsyncIterator[dict]:
             """Answer, then suggest.
 
-            A page handles the updates of each event in their order, but those of two events in any, and one may be lost
-            that another follows at once: so each tells all that may have changed since the last turn."""
-            nothing = {busy: gr.skip()}
+            A page handles the updates of each event in their order, but those of two events in any: so each tells
+            all that may have changed since the last turn, for something of that may yet arrive."""
+            nothing = {busy: gr.skip()}  # to end with, because Gradio sends an event's last update again when it ends
             if not text:
                 yield nothing
                 return
@@ -237,9 +237,10 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
             now = {chat: as_chat(said), busy: True, suggestion: NO_SUGGESTION, lost: "", notice: SILENT}
             yield now
             try:
-                decoding = Decoding(temperature=temperature_now, top_k=top_k_now, top_p=top_p_now, num_beams=beams_now,
-                                    max_tokens=length_now, seed=seed_now or 0)
-                async with aclosing(bot.reply(sentences(persona_now), said, decoding)) as replies:
+                options = bot.options(temperature=temperature_now, top_k=top_k_now, top_p=top_p_now,
+                                      num_beams=beams_now, max_length=length_now, seed=seed_now or 0)
+                client = Client.at(request.client.host)
+                async with aclosing(bot.reply(sentences(persona_now), said, options, client)) as replies:
                     async for reply in replies:
                         if over.is_set():
                             yield nothing
@@ -248,18 +249,21 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
                 said.append(bot.text(reply))
                 now |= {chat: as_chat(said), busy: False, seen: what_it_saw(bot, reply)}
                 yield now
-            except (InputError, Busy, ValidationError, RuntimeError) as error:
+            except (InputError, Busy, RuntimeError) as error:
                 yield now | {chat: chat_now, busy: False, lost: text, notice: complaint(error)}
                 return
             finally:
                 events.keep_open(request.session_hash)
-            if suggests_now and (hint := await suggest(own_now, said, decoding, over)):
-                yield now | {suggestion: gr.Button(f"Suggestion: {hint}", interactive=True)}
+            if suggests_now and (hint := await suggest(own_now, said, options, client, over)):
+                yield {suggestion: gr.Button(f"Suggestion: {hint}", interactive=True)}
+            with suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), LINGER)
+            yield nothing
 
-        async def suggest(own_now, said, decoding, over) -> str:
+        async def suggest(own_now, said, options, client, over) -> str:
             """What the user may say next; empty when that fails, which is not worth a complaint, or comes too late."""
             try:
-                async with aclosing(bot.reply(sentences(own_now), said, decoding)) as replies:
+                async with aclosing(bot.reply(sentences(own_now), said, options, client)) as replies:
                     async for reply in replies:  # noqa: B007  the last one is the whole
                         if over.is_set():
                             return ""
@@ -317,28 +321,27 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
 
         # --------------------------------------------------------------------------------------------- for programs
 
-        async def answer(message: str, history: list[str], personality: list[str], seed: int) -> AsyncIterator[str]:
+        async def answer(message: str, history: list[str], personality: list[str], seed: int, request: gr.Request
+                         ) -> AsyncIterator[str]:
             """Answer a message as somebody, decoded as the server's flags say. ``history``: the messages before it,
             yours first; ``personality``: sentences; ``seed``: 0 for none. Yields the reply so far."""
             try:
-                async with aclosing(bot.reply(personality, [*history, message], Decoding(seed=seed))) as replies:
+                for name, texts in (("message", [message]), ("history", history), ("personality", personality)):
+                    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                        raise InputError(f"{name}: not text, or not a list of texts")
+                replies = bot.reply(personality, [*history, message], bot.options(seed=seed),
+                                    Client.at(request.client.host))
+                async with aclosing(replies):
                     async for reply in replies:
                         yield bot.text(reply)
-            except (InputError, Busy, ValidationError) as error:
-                raise gr.Error(reason(error), print_exception=False) from None
+            except (InputError, Busy, RuntimeError) as error:
+                raise gr.Error(str(error), print_exception=False) from None
 
         gr.api(answer, api_name="chat", concurrency_limit=None)
     events = bounded_(page, MOST_EVENTS, EVENT_SHARE)
     return page
 
 
-def reason(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{first['loc'][0]}: {first['msg']}"
-    return str(error)
-
-
 def complaint(error: Exception) -> gr.HTML:
     """An error as the page shows it, and screen readers read it at once."""
-    return gr.HTML(f"<p role=alert>{escape(reason(error))}</p>", visible=True)
+    return gr.HTML(f"<p role=alert>{escape(str(error))}</p>", visible=True)

@@ -1,0 +1,283 @@
+"""Attention over many sequences at once: where their keys and values lie, and how each finds its own.
+
+All new tokens of a step lie in one row without padding, so that the linear layers, most of the work, see one matrix.
+Keys and values lie on shelves: a shelf has room for a few sequences of like length and is given back to the system
+when the last has left it. This file knows neither requests nor texts.
+"""
+
+import mmap
+import sys
+from collections.abc import Iterable
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from cli import InputError
+from model import DoubleHeadsModel
+
+BY_ROW = "_by_row"  # in the name of an attention, behind that of what computes it
+TOGETHER = 8  # sequences on one shelf,
+SHORT = 512  # if they have at most so many columns; longer ones have a shelf each
+STEP = 256  # columns of a longer one are a multiple of this
+
+
+class Place:
+    """Where one sequence's keys and values lie. A place keeps being the same object when its contents are moved."""
+
+    def __init__(self, shelf: "Shelf", slot: int):
+        self.shelf, self.slot = shelf, slot
+
+
+class Row:
+    """One sequence of the batch, from its context's first token on."""
+
+    def __init__(self, place: Place, start: int, length: int, ids: list[int], types: list[int]):
+        self.place = place
+        self.start = start  # the position of its first token
+        self.length = length  # tokens computed
+        self.ids, self.types = ids, types  # what comes next, not computed yet: a context, and then token by token
+
+
+class Work(NamedTuple):
+    """A row and how many of its ``ids`` a step computes."""
+
+    row: Row
+    tokens: int
+
+
+class Block(NamedTuple):
+    """Neighbours in a step's one row of tokens: sequences, side by side on a shelf, with equally many new tokens."""
+
+    tokens: slice  # their places in that row
+    shelf: "Shelf"
+    slots: slice
+    width: int  # the longest sequence, with its new tokens
+
+
+class Shelf:
+    """Room for ``slots`` sequences of ``columns`` tokens.
+
+    On a CPU this is memory of its own, which costs nothing until it is written and goes back as a whole: the heap would
+    keep it. Keys and values are float32 there, see `attend_by_row`.
+    """
+
+    def __init__(self, shapes: dict[tuple[int, int], tuple[int, int]], slots: int, columns: int, like: torch.Tensor):
+        self.columns = columns
+        self.places: list[Place | None] = [None] * slots
+        sizes = {which: (slots, heads, columns, size) for which, (heads, size) in shapes.items()}
+        numbers = {which: torch.Size(shape).numel() for which, shape in sizes.items()}
+        if like.device.type == "cpu":
+            memory = torch.frombuffer(mmap.mmap(-1, 4 * sum(numbers.values())), dtype=torch.float32)
+        else:
+            memory = like.new_zeros(sum(numbers.values()))
+        parts = memory.split(list(numbers.values()))
+        self.states = {which: part.view(shape) for (which, shape), part in zip(sizes.items(), parts, strict=True)}
+
+    @property
+    def taken(self) -> int:
+        return sum(place is not None for place in self.places)
+
+
+class KeyValues:
+    """Keys and values of all sequences, in the place of transformers' caches, which pad all rows to one length.
+
+    ``shapes``: (heads, size) by layer and 0 for keys, 1 for values; found out by `of`.
+    """
+
+    def __init__(self, shapes: dict[tuple[int, int], tuple[int, int]], like: torch.Tensor):
+        self.shapes, self.like = shapes, like
+        self.shelves: list[Shelf] = []
+        number = 4 if like.device.type == "cpu" else like.element_size()
+        self.token_bytes = number * sum(heads * size for heads, size in shapes.values())
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: DoubleHeadsModel) -> "KeyValues":
+        """Ask the model for the shape of its keys and values, with one token."""
+        shapes: dict[tuple[int, int], tuple[int, int]] = {}
+        like = []
+
+        class Asked:
+            def update(self, keys, values, layer, *_):
+                for which, new in enumerate((keys, values)):
+                    shapes[layer, which] = new.shape[1], new.shape[3]
+                like.append(keys[:0])
+                return keys, values
+
+            def get_seq_length(self, *_):
+                return 0
+
+        one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        seen = model.layer_masks(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device), one, one)
+        model.read(one, token_type_ids=one, position_ids=one, attention_mask=seen, past_key_values=Asked(),
+                   use_cache=True)
+        return cls(shapes, like[0])
+
+    # --------------------------------------------------------------------------------------------------- room
+
+    @staticmethod
+    def columns_for(tokens: int) -> int:
+        """What is set aside for a sequence that may grow to so many tokens."""
+        if tokens <= SHORT:
+            return max(64, 1 << (tokens - 1).bit_length())
+        return -(-tokens // STEP) * STEP
+
+    @classmethod
+    def bytes_for(cls, token_bytes: int, tokens: int, rows: int) -> int:
+        """What is set aside for so many sequences of up to so many tokens alone."""
+        columns = cls.columns_for(tokens)
+        return (-(-rows // TOGETHER) * TOGETHER if columns <= SHORT else rows) * columns * token_bytes
+
+    @property
+    def bytes(self) -> int:
+        """What is set aside now."""
+        return sum(len(shelf.places) * shelf.columns for shelf in self.shelves) * self.token_bytes
+
+    def bytes_with(self, tokens: int, rows: int) -> int:
+        """What would be set aside with so many more sequences."""
+        columns = self.columns_for(tokens)
+        free = sum(len(shelf.places) - shelf.taken for shelf in self.shelves if shelf.columns == columns)
+        return self.bytes + self.bytes_for(self.token_bytes, tokens, max(rows - free, 0))
+
+    def take(self, tokens: int, rows: int) -> list[Place]:
+        """Places for so many sequences that may grow to so many tokens."""
+        columns = self.columns_for(tokens)
+        places = []
+        while len(places) < rows:
+            shelf = next((shelf for shelf in self.shelves if shelf.columns == columns and None in shelf.places), None)
+            if shelf is None:
+                slots = TOGETHER if columns <= SHORT else 1
+                self.shelves.append(shelf := Shelf(self.shapes, slots, columns, self.like))
+            place = Place(shelf, shelf.places.index(None))
+            shelf.places[place.slot] = place
+            places.append(place)
+        return places
+
+    def give_back(self, places: Iterable[Place], spoilt: bool = False) -> None:
+        """Free places. ``spoilt``: they may hold what is no number, which even a masked column passes on."""
+        for place in places:
+            if spoilt:
+                for states in place.shelf.states.values():
+                    states[place.slot] = 0
+            place.shelf.places[place.slot] = None
+        self.shelves = [shelf for shelf in self.shelves if shelf.taken]
+
+    def tidy(self) -> None:
+        """Move one sequence if that is a step on the way to one shelf less; only one, so that nobody waits for it."""
+        for columns in {shelf.columns for shelf in self.shelves if shelf.columns <= SHORT}:
+            shelves = sorted((shelf for shelf in self.shelves if shelf.columns == columns), key=lambda one: one.taken)
+            if sum(shelf.taken for shelf in shelves) <= (len(shelves) - 1) * TOGETHER:
+                place = next(place for place in shelves[0].places if place)
+                goal = next(shelf for shelf in reversed(shelves) if None in shelf.places)
+                slot = goal.places.index(None)
+                for which, states in goal.states.items():
+                    states[slot] = place.shelf.states[which][place.slot]
+                self.give_back([place])
+                goal.places[slot], place.shelf, place.slot = place, goal, slot
+                return
+
+    def copy(self, source: Place, target: Place, columns: slice) -> None:
+        for which, states in target.shelf.states.items():
+            states[target.slot, :, columns] = source.shelf.states[which][source.slot, :, columns]
+
+    # ------------------------------------------------------------------------------------------ a forward pass
+
+    def compute(self, model: DoubleHeadsModel, work: list[Work]) -> tuple[list[Row], torch.Tensor]:
+        """Compute the next tokens of each row.
+
+        Returns the rows that have no further ones, in some order, and the logits after their last tokens, (rows,
+        vocabulary). Nothing is changed when this raises, but what lies in the columns that were to be written.
+        """
+        order = {id(shelf): number for number, shelf in enumerate(self.shelves)}
+        work = sorted(work, key=lambda one: (order[id(one.row.place.shelf)], one.row.place.slot))
+        self.blocks, done, previous = [], 0, None
+        for row, new in work:
+            slot, length = row.place.slot, row.length + new
+            if previous and previous[:3] == (row.place.shelf, slot - 1, new):
+                last = self.blocks.pop()
+                self.blocks.append(Block(slice(last.tokens.start, done + new), row.place.shelf,
+                                         slice(last.slots.start, slot + 1), max(last.width, length)))
+            else:
+                self.blocks.append(Block(slice(done, done + new), row.place.shelf, slice(slot, slot + 1), length))
+            previous, done = (row.place.shelf, slot, new), done + new
+        width = max(block.width for block in self.blocks)
+
+        def flat(values: Iterable[Iterable[int]]) -> torch.Tensor:
+            return torch.tensor([one for some in values for one in some], device=model.device)
+
+        self.columns = flat(range(row.length, row.length + new) for row, new in work)
+        self.slots = flat([row.place.slot] * new for row, new in work)
+        seen = torch.arange(width, device=model.device)
+        body = model.read(
+            flat(row.ids[:new] for row, new in work)[None],
+            token_type_ids=flat(row.types[:new] for row, new in work)[None],
+            position_ids=(self.columns + flat([row.start] * new for row, new in work))[None],
+            attention_mask=model.layer_masks((seen <= self.columns[:, None])[None, None], self.columns[None],
+                                             seen[None]),
+            past_key_values=self, use_cache=True)
+        last = flat([new] for _, new in work).cumsum(0) - 1
+        ready = [number for number, (row, new) in enumerate(work) if new == len(row.ids)]
+        logits = model.vocabulary_logits(body.last_hidden_state[0, last[ready]])
+        for row, new in work:
+            row.length += new
+            row.ids, row.types = row.ids[new:], row.types[new:]
+        return [work[number].row for number in ready], logits
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention calls: writes the new tokens', (1, heads, tokens, size) each, and says where the rest is."""
+        for shelf, blocks in groupby(self.blocks, lambda block: block.shelf):
+            blocks = list(blocks)
+            tokens = slice(blocks[0].tokens.start, blocks[-1].tokens.stop)
+            for which, new in enumerate((keys, values)):
+                states = shelf.states[layer, which]
+                states[self.slots[tokens], :, self.columns[tokens]] = new[0, :, tokens].transpose(0, 1).to(states.dtype)
+        # For `attend_by_row`: not all families hand it further arguments.
+        keys.blocks = [(tokens, *(shelf.states[layer, which][slots, :, :width] for which in (0, 1)))
+                       for tokens, shelf, slots, width in self.blocks]
+        return keys, values
+
+    def get_seq_length(self, *_) -> int:
+        """Some families ask, to number positions; they get ours."""
+        return 0
+
+
+def attend_by_row(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                  attention_mask: torch.Tensor, **how) -> tuple[torch.Tensor, None]:
+    """Attention, in the interface of transformers, of the new tokens of many sequences, which lie in one row.
+
+    ``query`` (1, heads, tokens, size); ``key`` as `KeyValues.update` returns it; ``attention_mask`` (1, 1, tokens,
+    columns), each token's over its own sequence. ``attention``: what computes each block, and the whole in a forward
+    pass without `KeyValues`. On a CPU it computes in float32, where torch's kernel takes a quarter of the time that it
+    takes in bfloat16.
+    """
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager)
+    if not hasattr(key, "blocks"):
+        return attend(module, query, key, value, attention_mask, **how)
+    attended = []
+    for tokens, keys, values in key.blocks:
+        states = query[0, :, tokens].to(keys.dtype).unflatten(1, (len(keys), -1)).transpose(0, 1)
+        mask = attention_mask[0, 0, tokens, :keys.shape[2]].unflatten(0, (len(keys), -1))[:, None]
+        out, _ = attend(module, states, keys, values, mask, **how)
+        attended.append(out.flatten(0, 1))
+    return torch.cat(attended)[None].to(query.dtype), None
+
+
+def let_attend_by_row_(model: DoubleHeadsModel) -> None:
+    """Make `attend_by_row` the model's attention, in place. Raises `InputError` where the family's code allows none."""
+    attention = model.config._attn_implementation
+    if attention.endswith(BY_ROW):
+        return
+    family = next(known for known in type(model).__mro__ if known.__module__.startswith("transformers."))
+    if not family._can_set_attn_implementation():
+        raise InputError(f"--model_checkpoint: transformers' '{model.config.model_type}' has an attention of its own, "
+                         "which cannot answer many conversations at once; talk to this model with interact.py")
+    AttentionInterface.register(attention + BY_ROW, partial(attend_by_row, attention))
+    AttentionMaskInterface.register(attention + BY_ROW, ALL_MASK_ATTENTION_FUNCTIONS[attention])
+    model.set_attn_implementation(attention + BY_ROW)
