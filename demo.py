@@ -6,7 +6,6 @@ The replies of all visitors are decoded together (web/batching.py); the page is 
 """
 
 import asyncio
-import errno
 import json
 import logging
 import re
@@ -40,7 +39,7 @@ from decoding import add_decoding_flags
 from tables import TokenTable
 from utils import add_common_flags, dataset_of, published_or_persona
 from web.batching import MEMORY, Bot, Busy, Client, Reply
-from web.connections import Connection, Server, allow_many_files
+from web.connections import Connection, Server, allow_many_files, listen
 from web.events import check
 from web.guard import Guard, error
 from web.page import HEAD, STYLE, THEME, build_page, sentences
@@ -291,28 +290,6 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str])
     openai_routes(app, bot)
     return gr.mount_gradio_app(app, page, path="/", theme=THEME, css=STYLE, head=HEAD, ssr_mode=False,
                                run_history=False, footer_links=["api"])
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises `InputError` when it cannot."""
-    try:
-        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(place)
-        listening.listen(1024)
-        return listening
-    except PermissionError:
-        raise InputError(f"--port {port}: only the administrator may use it; choose one above 1023") from None
-    except socket.gaierror as problem:
-        raise InputError(f"--host {host}: no such host ({problem.strerror}); 127.0.0.1 is for this machine alone, "
-                         "0.0.0.0 for all who can reach it") from None
-    except OSError as problem:
-        if problem.errno == errno.EADDRINUSE:
-            raise InputError(f"--port {port}: in use by another program; choose another one, or 0 for any free one"
-                             ) from None
-        raise InputError(f"--host {host}: cannot be listened at ({problem.strerror}); 127.0.0.1 is for this machine "
-                         "alone, 0.0.0.0 for all who can reach it") from None
 
 
 def host_names(host: str, further: list[str]) -> list[str]:

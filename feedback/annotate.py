@@ -7,7 +7,6 @@ Several people may share a file of answers: how far they agree is shown at the e
 This file also reads answers; it knows nothing of models.
 """
 
-import json
 import logging
 import random
 import sys
@@ -16,10 +15,11 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import combinations
 from pathlib import Path
 from threading import Lock
+
+from filelock import FileLock, Timeout
 
 from cli import InputError, command, port_number, printable, share, whole_number
 from feedback.metrics import asks_question
@@ -141,6 +141,15 @@ class Session:
         self.pairs, self.path, self.seed, self.questions = pairs, path, seed, questions
         self.order = sorted(pairs, key=lambda name: random.Random(f"{seed} {name}").random())
         append_lines(path, [])  # whether it can be written is better known before the work than after
+        self.file = FileLock(f"{path}.lock")
+        try:
+            self.file.acquire(timeout=0)  # each of two would ask again what the other has written
+        except Timeout:
+            raise InputError(f"--answers {path}: another feedback.annotate writes to it; one page (--web) serves many "
+                             "people, and feedback.reward reads several files") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); name a place with room that can be "
+                             "written") from None
         self.answered = {key: answer["choice"] for key, answer in read_answers([path], pairs).items()}
         self.lock = Lock()
 
@@ -251,50 +260,17 @@ def in_terminal(session: Session, annotator: str) -> None:
     print(f"\n{session.question(annotator)['progress']}; the answers are in {session.path}")
 
 
-# ------------------------------------------------------------------------------------------------------ browser
-
-PAGE = Path(__file__).with_name("annotate.html")
-
-
-def web_server(session: Session, port: int) -> ThreadingHTTPServer:
-    """A server of the page on this machine alone; ``port`` 0: any free one. Raises `InputError` when it is taken."""
-    page = PAGE.read_bytes()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/":
-                self.reply(200, page, "text/html; charset=utf-8")
-            else:
-                self.reply(404, b"", "text/plain")
-
-        def do_POST(self) -> None:
-            """An answer, or nothing, in; the next question out. 409 when the answer was not taken."""
-            # Only our own page can send this type: a stranger's page would have to ask the browser's leave first.
-            if self.path != "/" or self.headers.get("Content-Type") != "application/json":
-                return self.reply(404, b"", "text/plain")
-            try:
-                sent = json.loads(self.rfile.read(min(int(self.headers["Content-Length"]), 10_000)))
-                annotator = sent["annotator"].strip()[:100]
-                taken = "pair" not in sent or session.answer(annotator, sent["pair"], sent["key"], sent["questions"])
-            except (KeyError, TypeError, ValueError, AttributeError):
-                return self.reply(400, b"", "text/plain")
-            self.reply(200 if taken else 409, json.dumps(session.question(annotator)).encode(), "application/json")
-
-        def reply(self, status: int, body: bytes, kind: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args) -> None:
-            """Nothing: the terminal shows the address."""
-
+def in_browser(session: Session, port: int) -> None:
+    """Ask on a page of this machine until Ctrl-C."""
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", error)
-        raise InputError(f"--port {port}: cannot be used ({reason}); give another, or 0 for any") from None
+        from feedback.browser import web_server
+    except ModuleNotFoundError as missing:  # the terminal does without
+        raise InputError(f"--web: {missing.name} is missing; pip install -r requirements-web.txt") from None
+    server, listening = web_server(session, port)
+    with listening:
+        print(f"Open http://127.0.0.1:{listening.getsockname()[1]}/ ; Ctrl-C ends it.", flush=True)
+        server.run([listening])
+    print()
 
 
 # ------------------------------------------------------------------------------------------- simulated annotators
@@ -341,12 +317,7 @@ def annotate(args: Namespace) -> None:
     if args.simulate:
         simulate(session, args.annotator or args.simulate, args.simulate, args.noise)
     elif args.web:
-        with web_server(session, args.port) as server:
-            print(f"Open http://127.0.0.1:{server.server_address[1]}/ ; Ctrl-C ends it.", flush=True)
-            try:
-                server.serve_forever()
-            except KeyboardInterrupt:
-                print()
+        in_browser(session, args.port)
     elif not args.annotator:
         raise InputError("--annotator: who is answering? Give a name; only the page (--web) asks for it itself")
     else:

@@ -9,11 +9,8 @@ them; the exit status is 1 if one has succeeded.
 
 import argparse
 import asyncio
-import contextlib
-import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -244,7 +241,7 @@ async def attack(server: Server, name: str) -> list[Attempt]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("attacks", nargs="*", default=list(ATTACKS), help=f"some of {', '.join(ATTACKS)} (default: all)")
+    parser.add_argument("attacks", nargs="*", default=list(ATTACKS), help=f"of {', '.join(ATTACKS)} (default: all)")
     args = parser.parse_args()
     succeeded = 0
     with tempfile.TemporaryDirectory() as work:

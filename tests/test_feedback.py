@@ -23,7 +23,7 @@ from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from cli import InputError
 from dialogs import Dialog, Turn, entries
-from feedback import annotate, collect, metrics, policy, reward
+from feedback import annotate, browser, collect, metrics, policy, reward
 from feedback.pairs import held_out, read_pairs
 from inputs import Specials, TurnDataset, build_context, collate
 from interact import fitted_context, generate_replies, readable
@@ -352,12 +352,12 @@ def test_single_keys_and_each_answer_on_the_disk_before_the_next_question(world,
 def served(pairs, tmp_path):
     """A page about the pairs: its session and address."""
     session = annotate.Session(pairs, tmp_path / "answers.jsonl", seed=0, questions=False)
-    with annotate.web_server(session, 0) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield session, f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-        thread.join()
+    server, listening = browser.web_server(session, 0)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    yield session, f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
 
 
 def test_the_page_asks_saves_and_refuses(served, tmp_path):
@@ -377,7 +377,7 @@ def test_the_page_asks_saves_and_refuses(served, tmp_path):
     assert post(**sent | {"pair": following.json()["pair"], "key": "z"}).status_code == 409
     assert post(**sent | {"annotator": " ", "pair": following.json()["pair"]}).status_code == 409
     assert post(**sent | {"pair": ["?"]}).status_code == 400
-    assert requests.post(address, data=json.dumps(sent), timeout=120).status_code == 404  # a stranger's form
+    assert requests.post(address, data=json.dumps(sent), timeout=120).status_code == 415  # a stranger's form
     broken = requests.post(address, data="{", headers={"Content-Type": "application/json"}, timeout=120)
     assert broken.status_code == 400
     assert post(annotator="ben").json()["progress"].startswith("0 of")

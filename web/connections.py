@@ -4,12 +4,16 @@ Uvicorn does the rest. This file knows neither routes nor models.
 """
 
 import asyncio
+import errno
 import resource
+import socket
 import time
 from collections.abc import Callable
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from cli import InputError
 
 HEAD_TIME = 10  # s, in which a request's head must have come
 HEAD_SIZE = 64 * 1024  # bytes of it
@@ -118,3 +122,25 @@ def allow_many_files() -> None:
     """As many open files, and so connections, as this process may have."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises `InputError` when it cannot."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(place)
+        listening.listen(1024)
+        return listening
+    except PermissionError:
+        raise InputError(f"--port {port}: only the administrator may use it; choose one above 1023") from None
+    except socket.gaierror as problem:
+        raise InputError(f"--host {host}: no such host ({problem.strerror}); 127.0.0.1 is for this machine alone, "
+                         "0.0.0.0 for all who can reach it") from None
+    except OSError as problem:
+        if problem.errno == errno.EADDRINUSE:
+            raise InputError(f"--port {port}: in use by another program; choose another one, or 0 for any free one"
+                             ) from None
+        raise InputError(f"--host {host}: cannot be listened at ({problem.strerror}); 127.0.0.1 is for this machine "
+                         "alone, 0.0.0.0 for all who can reach it") from None
