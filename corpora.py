@@ -30,6 +30,7 @@ MOST_GROWTH = 100  # unpacked over gzipped; text comes to 4, dialogs that repeat
 LARGEST_ENTRY = 16 << 20  # letters of one dialog
 LONGEST_SENTENCE = 100_000  # letters
 MOST_SPLITS = 100
+LONGEST_LINE = 1 << 24  # bytes
 PIECE = 4 << 20  # bytes read at once
 
 
@@ -110,6 +111,28 @@ def read_pieces(path: str | Path, largest: int = LARGEST_FILE) -> Iterator[str]:
                 yield text
             done += len(piece)
         _decoded(decoder, b"", done, path)  # refuses a letter that was not whole
+
+
+def lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """A text file's lines, numbered from 1, whichever of LF, CR LF and CR ends them.
+
+    Raises `InputError` naming the first that is not UTF-8, or too long.
+    """
+    with open_data(path) as file:
+        number, by_cr = 0, False
+        for line in iter(lambda: file.readline(LONGEST_LINE + 1), b""):
+            if len(line) > LONGEST_LINE:
+                raise InputError(f"{path}: line {number + 1} is longer than {LONGEST_LINE >> 20} MiB; a dialog is "
+                                 "shorter: break the line, or name another file")
+            try:
+                text = line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: line {number + 1} is not UTF-8 at byte {error.start}; "
+                                 "save the file as UTF-8") from None
+            by_cr = "\r" in text if not number else by_cr
+            for one in text.split("\r") if by_cr else [text]:
+                number += 1
+                yield number, one
 
 
 def _decoded(decoder: codecs.IncrementalDecoder, piece: bytes, done: int, name: str | Path) -> str:

@@ -38,6 +38,7 @@ class Dialog(NamedTuple):
     turns: list[Turn]
     personas: dict[object, list[str]] = {}  # speaker → sentences
     bot: object = None  # whose turns are to be learnt; None: everybody's
+    notes: tuple[str, ...] = ()  # what a person wants to know of it, "with a system message"; they are counted
 
 
 # ------------------------------------------------------------------------------------------- dialogs into entries

@@ -83,7 +83,7 @@ def describe(path: str) -> None:
 
 
 def convert(source: Path, out: Path, target: str, distractors: str, train_frac: float | None, seed: int,
-            keep_repeated: bool = False) -> None:
+            keep_repeated: bool = False, layout: str = "", columns: str = "") -> None:
     """Write ``out``, JSON in the data format, of a file or folder of dialogs in another.
 
     ``target``: whose turns to keep. A source with splits keeps them, unless ``train_frac`` asks to divide its training
@@ -92,7 +92,7 @@ def convert(source: Path, out: Path, target: str, distractors: str, train_frac: 
     """
     if out.exists() and source.exists() and out.samefile(source):
         raise InputError(f"{out}: would be written over what it is made of; give the converted file another name")
-    splits = put_together([read_any(source)], source, target, train_frac, seed, keep_repeated)
+    splits = put_together([read_any(source, layout, columns)], source, target, train_frac, seed, keep_repeated)
     splits = {split: list(entries) for split, entries in splits.items()}
     if missing := {"train", "valid"} - splits.keys():
         raise InputError(f"{source}: has no {' or '.join(sorted(missing))} split; add it beside the others, or let "
@@ -143,7 +143,8 @@ def main() -> None:
     add("--seed", type=whole_number, default=0, help="of what is left to chance (default: %(default)s)")
     args = parser.parse_args()
     if args.convert:
-        convert(*args.convert, args.target, args.distractors, args.train_frac, args.seed, args.keep_repeated)
+        convert(*args.convert, args.target, args.distractors, args.train_frac, args.seed, args.keep_repeated,
+                args.format, args.columns)
         describe(args.convert[1])
     elif args.file:
         describe(args.file)

@@ -1,286 +1,221 @@
-"""Dialogs of elsewhere as entries of the data format: published corpora in their release layouts, people's own files.
+"""Any file of dialogs: which layout it is in, told by looking, and its dialogs as entries of the data format.
 
-A reader of a file yields its dialogs as `Dialog`; `entries` makes of each what a bot learns from, an entry a side. This
-file knows nothing about tokens, or where a release is kept or fetched.
+The readers themselves are in releases.py (published corpora), texts.py, records.py and rows.py (people's own files).
 """
 
+import logging
 import re
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from cli import InputError, fraction
-from corpora import Json, open_data, read_corpus, read_pieces
-from dialogs import (
-    HISTORY,
-    TARGETS,
-    Dialog,
-    Turn,
-    check_length,
-    clean,
-    divided,
-    entries,
-    one_side,
-    without_silence,
-)
+from corpora import LONGEST_LINE, check_entry, lines, read_corpus
+from dialogs import HISTORY, TARGETS, Dialog, Turn, clean, divided, entries, merged, one_side, without_silence
 from distractors import HOW
+from records import SPLIT_NAMES, is_entry, is_record, peek, read_records, records
+from releases import (
+    RELEASES,
+    find_release,
+    known_release,
+    read_blended_skill_talk,
+    read_dailydialog,
+    read_empathetic_dialogues,
+    read_multi_session_chat,
+    read_parlai,
+    read_release,
+    read_synthetic_persona_chat,
+    read_topical_chat,
+)
+from rows import is_table, read_table
+from texts import (
+    looks_otherwise,
+    read_delimited,
+    read_labelled,
+    read_numbered,
+    read_parlai_fields,
+    read_plain,
+    sample_lines,
+    sample_of,
+    text_layout,
+)
 
-__all__ = ["HISTORY", "TARGETS", "Dialog", "Turn", "divided", "entries", "one_side", "read_any"]
-
-LONGEST_LINE = 1 << 24  # bytes
-
-
-# ------------------------------------------------------------------------------------------------ readers of files
-
-
-def lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """A text file's lines, numbered from 1. Raises `InputError` naming the first that is not UTF-8, or too long."""
-    with open_data(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
-            if len(line) > LONGEST_LINE:
-                raise InputError(f"{path}: line {number} is longer than {LONGEST_LINE >> 20} MiB; a dialog is shorter: "
-                                 "break the line, or name another file")
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}: line {number} is not UTF-8 at byte {error.start}; "
-                                 "save the file as UTF-8") from None
-
-
-def read_parlai(path: str | Path) -> Iterator[Dialog]:
-    """ParlAI's text: a line a turn, ``1 what the other says<tab>reply<tab>reward<tab>candidate|candidate``.
-
-    Reward and candidates may be missing. Lines are numbered; a dialog begins where the number does not rise. Lines
-    ``1 your persona: i have two dogs.`` are the bot's persona, its full stops set apart as in the published JSON.
-    """
-    turns, persona, place, last = [], [], "", 0
-    for number, line in lines(path):
-        if not line.strip():
-            continue
-        numbered = re.fullmatch(r"([0-9]{1,9}) (.*)", line)
-        if not numbered:
-            raise InputError(f"{path}: line {number} does not begin with its number in the dialog; write \"1 text\", "
-                             "\"2 text\", … as ParlAI does")
-        count, text = int(numbered[1]), numbered[2]
-        if count <= last:
-            yield Dialog(place, turns, {"bot": persona}, "bot")
-            turns, persona = [], []
-        if not last or count <= last:
-            place = f"line {number}"
-        last = count
-        if text.startswith("your persona: "):
-            persona.append(re.sub(r"(?<=[^\s.])\.$", " .", clean(text.removeprefix("your persona: "))))
-        elif not text.startswith("partner's persona: "):
-            turns += _parlai_turn(text)
-            check_length(turns, path, place)
-    if last:
-        yield Dialog(place, turns, {"bot": persona}, "bot")
-
-
-def _parlai_turn(text: str) -> Iterator[Turn]:
-    """What a line says: the other person's words and the bot's, if it has any."""
-    said, reply, _, candidates = (text.split("\t") + ["", "", ""])[:4]
-    yield Turn("other", said.replace("\\n", " "))
-    gold = clean(reply.split("|")[0].replace("\\n", " "))
-    others = (clean(candidate) for candidate in candidates.split("|"))
-    yield Turn("bot", gold, tuple(candidate for candidate in others if candidate not in ("", gold)))
-
-
-def read_dailydialog(path: str | Path) -> Iterator[Dialog]:
-    """DailyDialog's text: a line a dialog, ``__eou__`` after each utterance; two people take turns."""
-    for number, line in lines(path):
-        if not line.strip():
-            continue
-        if "__eou__" not in line:
-            raise InputError(f"{path}: line {number} has no __eou__ after an utterance; name the release's "
-                             "dialogues_….txt, not its topic, act or emotion files")
-        yield Dialog(f"line {number}", [Turn(index % 2, text) for index, text in enumerate(line.split("__eou__"))])
-
-
-def read_empathetic_dialogues(path: str | Path) -> Iterator[Dialog]:
-    """EmpatheticDialogues' CSV: a line an utterance, lines of one ``conv_id`` a dialog.
-
-    Fields are never quoted: commas within them are written ``_comma_``. A ninth field of candidates is not read.
-    """
-    header = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance"
-
-    def rows() -> Iterator[tuple[int, list[str]]]:
-        for number, line in lines(path):
-            if number == 1 and not line.startswith(header):
-                raise InputError(f"{path}: line 1 is not the release's header, {header},…; name its train.csv, "
-                                 "valid.csv or test.csv")
-            fields = line.split(",")
-            if line.strip() and len(fields) not in (8, 9):
-                raise InputError(f"{path}: line {number} has {len(fields)} fields, not 8; write commas within a "
-                                 "field as _comma_, as the release does")
-            if number > 1 and line.strip():
-                yield number, fields
-
-    for _, dialog in groupby(rows(), key=lambda row: row[1][0]):
-        (number, fields), *rest = dialog
-        yield Dialog(f"line {number}", [Turn(row[4], row[5]) for row in (fields, *(row for _, row in rest))])
-
-
-def read_blended_skill_talk(path: str | Path) -> Iterator[Dialog]:
-    """BlendedSkillTalk's JSON: ``personas`` of two people, an utterance of each to begin with, and their ``dialog``."""
-    text = Json(read_pieces(path), path)
-    if text.next_letter() != "[":
-        raise InputError(f"{path}: is not a list of dialogs; name the release's train.json, valid.json or test.json")
-    for number, dialog in enumerate(text.elements()):
-        try:
-            turns = [(0, dialog["free_turker_utterance"]), (1, dialog["guided_turker_utterance"]), *dialog["dialog"]]
-            yield _checked(f"dialog {number}", dialog["personas"], [text for _, text in turns],
-                           [speaker for speaker, _ in turns])
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"has no {error}" if isinstance(error, KeyError) else f"is not as in the release ({error})"
-            raise InputError(f"{path}: dialog {number}, counted from 0, {what}; fetch the release again") from None
+__all__ = ["HISTORY", "LONGEST_LINE", "TARGETS", "Dialog", "Turn", "clean", "divided", "entries", "lines", "merged",
+           "one_side", "read_any", "without_silence"]
+JSON = re.compile(r'\{\s*($|["\'}])|\[\s*($|[{\["\]]|-?[0-9.]+\s*[,\]]|true|false|null)')  # how its first line begins
+MARKUP = re.compile(r"<(\?xml|!doctype|html|body|head|div)", re.IGNORECASE)
+logger = logging.getLogger("readers")
 
 
 def read_jsonl(path: str | Path) -> Iterator[Dialog]:
-    """A dialog a line, ``{"personas": [["i …"], ["i …"]], "turns": ["hi !", …]}``.
-
-    ``personas``, of who opens the dialog and who answers, may be missing; the two take turns, unless ``speakers``, as
-    long as ``turns``, says who speaks: 0, whose is the first persona, or 1.
-    """
-    for number, line in lines(path):
-        if not line.strip():
-            continue
-        dialog = Json(iter([line]), f"{path}: line {number}").only_value()
-        try:
-            if not isinstance(dialog, dict) or "turns" not in dialog:
-                raise ValueError("no \"turns\"")
-            yield _checked(f"line {number}", dialog.get("personas", []), dialog["turns"], dialog.get("speakers"))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path}: line {number} is not a dialog ({error}); write "
-                             '{"personas": [["i …"], ["i …"]], "turns": ["…", "…"]}') from None
+    """The dialogs of JSON lines, or any other JSON, in the shape of the first of them."""
+    return (dialog for _, _, dialog in read_records(path))
 
 
-def _checked(place: str, personas: object, texts: object, speakers: object) -> Dialog:
-    """A dialog of JSON's lists. Raises ``ValueError`` saying what is wrong."""
+class Format(NamedTuple):
+    """A layout of files."""
 
-    def check(value: object, name: str) -> list[str]:
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise ValueError(f"{name} is not a list of texts")
-        return value
-
-    texts = check(texts, "turns")
-    if not isinstance(personas, list) or len(personas) > 2:
-        raise ValueError("personas is not a list of two lists")
-    if speakers is None:
-        speakers = [index % 2 for index in range(len(texts))]
-    if not isinstance(speakers, list) or len(speakers) != len(texts) or not all(who in (0, 1) for who in speakers):
-        raise ValueError("speakers is not a list of 0 and 1, one a turn")
-    known = {number: check(persona, f"personas[{number}]") for number, persona in enumerate(personas)}
-    return Dialog(place, [Turn(*turn) for turn in zip(speakers, texts, strict=True)], known)
+    name: str  # for people
+    read: Callable[[Path], Iterator[Dialog]]
 
 
-def read_plain(path: str | Path) -> Iterator[Dialog]:
-    """Plain text: a line an utterance, two people in turns, an empty line between dialogs."""
-    place, said = "", []
-    for number, line in lines(path):
-        if line.strip():
-            place = place if said else f"line {number}"
-            said.append(Turn(len(said) % 2, line))
-            check_length(said, path, place)
-        elif said:
-            yield Dialog(place, said)
-            said = []
-    if said:
-        yield Dialog(place, said)
-
-
-# ------------------------------------------------------------------------------------------------ releases, any file
-
-
-class Release(NamedTuple):
-    """A published corpus: where it is published, and what its files are called and read by."""
-
-    address: str
-    folders: tuple[str, ...]  # names its folder goes by
-    files: dict[str, str]  # split → file; "": one file of all splits, in our own format
-    read: Callable[[Path], Iterator[Dialog]] | None = None
-
-
-PARLAI = "http://parl.ai/downloads/"
-RELEASES = {
-    "dailydialog": [Release(
-        "http://yanran.li/files/ijcnlp_dailydialog.zip", ("dailydialog", "ijcnlp_dailydialog"),
-        {"train": "dialogues_train.txt", "valid": "dialogues_validation.txt", "test": "dialogues_test.txt"},
-        read_dailydialog)],
-    "empathetic_dialogues": [Release(
-        "https://dl.fbaipublicfiles.com/parlai/empatheticdialogues/empatheticdialogues.tar.gz",
-        ("empathetic_dialogues", "empatheticdialogues"),
-        {split: f"{split}.csv" for split in ("train", "valid", "test")}, read_empathetic_dialogues)],
-    "personachat": [Release(
-        "https://s3.amazonaws.com/datasets.huggingface.co/personachat/personachat_self_original.json",
-        ("personachat",), {"": "personachat_self_original.json"}), *(Release(
-            f"{PARLAI}convai2/convai2_fix_723.tgz", ("personachat", "ConvAI2"),
-            {split: f"{split}_self_original{suffix}.txt" for split in ("train", "valid")}, read_parlai)
-            for suffix in ("", "_no_cands"))],
-    "blended_skill_talk": [Release(
-        f"{PARLAI}blended_skill_talk/blended_skill_talk.tar.gz", ("blended_skill_talk",),
-        {split: f"{split}.json" for split in ("train", "valid", "test")}, read_blended_skill_talk)],
+FORMATS = {
+    "json": Format("JSON", read_jsonl),
+    "plain": Format("plain text", read_plain),
+    "numbered": Format("numbered lines", read_numbered),
+    "labelled": Format("lines with speakers' names", read_labelled),
+    "delimited": Format("a dialog per line", read_delimited),
+    "table": Format("a table", read_table),
+    "parlai": Format("ParlAI's numbered text", read_parlai),
+    "parlai_fields": Format("ParlAI's text with fields", read_parlai_fields),
+    "dailydialog": Format("DailyDialog", read_dailydialog),
+    "empathetic_dialogues": Format("EmpatheticDialogues", read_empathetic_dialogues),
+    "blended_skill_talk": Format("BlendedSkillTalk", read_blended_skill_talk),
+    "synthetic_persona_chat": Format("Synthetic-Persona-Chat", read_synthetic_persona_chat),
+    "topical_chat": Format("Topical-Chat", read_topical_chat),
+    "multi_session_chat": Format("Multi-Session Chat", read_multi_session_chat),
 }
+NAMES_OF_FORMATS = {  # what people call them besides
+    "openai": "json", "messages": "json", "sharegpt": "json", "nanochat": "json", "alpaca": "json", "jsonl": "json",
+    "parquet": "json", "csv": "table", "tsv": "table", "text": "plain", "txt": "plain", "tabs": "delimited",
+    "dialogpt": "delimited", "labels": "labelled", "speakers": "labelled"}
 
 
-def find_release(name: str, folder: Path) -> tuple[Release, dict[str, Path]] | None:
-    """Which layout of corpus ``name`` lies in ``folder`` or below, and its files by split; None: none does."""
-    for release in RELEASES[name]:
-        found = {split: next(iter(sorted(folder.rglob(file))), None) for split, file in release.files.items()}
-        if any(found.values()):
-            return release, {split: path for split, path in found.items() if path}
-    return None
-
-
-def read_release(release: Release, files: dict[str, Path]) -> dict[str, Iterable[dict]]:
-    """The splits that `find_release` found, each to be read once."""
-    if not release.read:
-        return {split: without_silence(corpus) for split, corpus in read_corpus(files[""]).items()}
-    return {split: entries(release.read(path), path) for split, path in files.items()}
-
-
-def read_any(path: Path) -> dict[str | None, Iterable[dict]]:
+def read_any(path: Path, layout: str = "", columns: str = "") -> dict[str | None, Iterable[dict]]:
     """The splits, each to be read once, of a file or folder in any layout that this project reads.
 
     A folder is a published corpus, or holds ``train`` and ``valid`` in one of the layouts of files. A file that has no
-    splits comes as one, whose name is None. Raises `InputError` when it is none of these.
+    splits comes as one, whose name is None. ``layout``: of `FORMATS`, where it is not to be told by looking;
+    ``columns``: of tables, as for `rows.read_table`. What was found is said in the log when it has been read. Raises
+    `InputError` when it is none of these.
     """
-    if path.is_dir():
-        own = {file.name.split(".")[0]: file for file in sorted(path.iterdir())
-               if file.name.split(".")[0] in ("train", "valid", "test")}
+    if not path.is_dir():
+        return _read_file(path, layout, columns)
+    if not layout and (found := known_release(path)):
+        return read_release(*found)
+    own: dict[str, list[Path]] = {}
+    for file in sorted(path.iterdir()):
+        named = re.match(r"([a-z]+)(?:-\d+-of-\d+)?(?:\.|$)", file.name)
+        if file.is_file() and named and named[1] in SPLIT_NAMES:
+            own.setdefault(SPLIT_NAMES[named[1]], []).append(file)
+    if not own:
         for name in RELEASES:
             if found := find_release(name, path):
                 return read_release(*found)
-        if not own:
-            raise InputError(f"{path}: holds no corpus that is known ({', '.join(RELEASES)}) nor a train and a valid "
-                             "file; name the file itself")
-        return {split: entries(_reader(file)(file), file) for split, file in own.items()}
-    reader = _reader(path)
-    return read_corpus(path) if reader is read_corpus else {None: entries(reader(path), path)}
+        raise InputError(f"{path}: holds no corpus that is known ({', '.join(RELEASES)}) nor a train and a valid "
+                         "file; name the file itself")
+    for split, files in own.items():
+        if len(files) > 1 and not all("-of-" in file.name for file in files):
+            raise InputError(f"{path}: holds {files[0].name} and {files[1].name}, both for {split}; keep one")
+    return {split: chain.from_iterable(chain.from_iterable(_read_file(file, layout, columns).values())
+                                       for file in files) for split, files in own.items()}
 
 
-def _reader(path: Path) -> Callable:
-    """The reader of a file, told by how it begins."""
-    with open_data(path) as file:
-        start = file.read(1 << 16)
-    first = start.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")[0]
+def _read_file(path: Path, layout: str, columns: str) -> dict[str | None, Iterable[dict]]:
+    layout = layout or layout_of(path)
+    if layout == "corpus":
+        return read_corpus(path)
+    if layout == "entries":
+        return {None: _entries_as_they_are(path)}
+    if layout == "json" and peek(path)[0]:  # a file of splits is taken apart in memory
+        splits: dict[str | None, list] = {}
+        name = ""
+        for split, shape, dialog in read_records(path):
+            name = name or shape
+            splits.setdefault(split, []).append(dialog)
+        return {split: entries(_counted(dialogs, f"{path}, {split}", name), path) for split, dialogs in splits.items()}
+    if layout == "json":
+        found = read_records(path)
+        first = next(found, None)
+        dialogs = (dialog for _, _, dialog in chain([first] if first else [], found))
+        return {None: entries(_counted(dialogs, path, first[1] if first else "JSON"), path)}
+    read = FORMATS[layout].read(path, columns) if layout == "table" else FORMATS[layout].read(path)
+    return {None: entries(_counted(read, path, FORMATS[layout].name), path)}
+
+
+def _counted(dialogs: Iterable[Dialog], path: str | Path, name: str) -> Iterator[Dialog]:
+    """The dialogs; at their end it is said how many there were, in which layout, and what was notable."""
+    count, notes = 0, Counter()
+    for dialog in dialogs:
+        count += 1
+        notes.update(dialog.notes)
+        yield dialog
+    noted = "".join(f", {number:,} {note}" for note, number in notes.items())
+    logger.info("%s: %s, %s dialog%s%s", path, name, f"{count:,}", "s" * (count != 1), noted)
+
+
+def _entries_as_they_are(path: Path) -> Iterator[dict]:
+    """Entries of the data format as a list or as JSON lines."""
+    for number, (_, _, entry) in enumerate(records(path)):
+        check_entry(entry, f"entry {number}", path)
+        yield entry
+
+
+def layout_of(path: Path) -> str:
+    """The layout of a file, told by how it begins: of `FORMATS`, or "corpus", the data format, or "entries" of it.
+
+    Raises `InputError` naming what it looks like where it is none of them.
+    """
+    start = sample_of(path)
+    if start[:4] == b"PAR1":
+        return "json"
     if start[:2] == b"PK" or start[257:262] == b"ustar":
         raise InputError(f"{path}: is an archive; unpack it and name the folder")
-    if first[:1] == b"{":
-        return read_jsonl if b'"turns"' in first and b'"utterances"' not in first else read_corpus
-    if first[:1] == b"[":
-        return read_blended_skill_talk
-    if first.startswith(b"conv_id,"):
-        return read_empathetic_dialogues
-    if b"__eou__" in first:
-        return read_dailydialog
-    return read_parlai if re.match(rb"1 (your persona: |partner's persona: |.*\t)", first) else read_plain
+    for magic, what in ((b"%PDF", "a PDF"), (b"SQLite format", "a SQLite database"), (b"\x80", "a pickle"),
+                        (b"ARROW1", "an Arrow file"), (b"\xd0\xcf\x11\xe0", "an Office document")):
+        if start.startswith(magic):
+            raise InputError(f"{path}: is {what}; save its dialogs as text or JSON lines")
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start and b"\n" in start.replace(b"\r", b"\n"):
+        raise InputError(f"{path}: is not UTF-8 but another encoding, as UTF-16, or no text; save the file as UTF-8")
+    found = sample_lines(path)
+    first = next((line for line in found if line.strip()), "").lstrip()
+    if JSON.match(first):
+        return _json_layout(path, first)
+    if MARKUP.match(first):
+        raise InputError(f"{path}: is XML or HTML; save its dialogs as text or JSON lines")
+    if first.startswith("conv_id,utterance_idx,context,prompt"):
+        return "empathetic_dialogues"
+    if "user 1 personas" in first.casefold() and "best generated conversation" in first.casefold():
+        return "synthetic_persona_chat"
+    if is_table(found, path.name):
+        return "table"
+    layout = text_layout(found)
+    if layout == "plain" and (what := looks_otherwise(found)):
+        raise InputError(f"{path}: looks like {what}, not like dialogs in plain text; convert it to one of the layouts "
+                         "that python example_entry.py --help names, or say which it is with --format")
+    return layout
+
+
+def _json_layout(path: Path, first: str) -> str:
+    """The layout of a file that begins with a bracket."""
+    split, record = peek(path)
+    if isinstance(record, dict):
+        if "free_turker_utterance" in record:
+            return "blended_skill_talk"
+        if "previous_dialogs" in record and "dialog" in record:
+            return "multi_session_chat"
+        if is_entry(record):
+            return "corpus" if split else "entries"
+        named = next(iter(record.values()), None)
+        if isinstance(named, dict) and isinstance(named.get("content"), list) and "config" in named:
+            return "topical_chat"
+        if not is_record(record) and (record.keys() <= SPLIT_NAMES.keys() or all(
+                isinstance(value, list) for value in record.values())) and '"turns"' not in first:
+            return "corpus"
+    return "corpus" if split and not is_record(record) or record is None and first[:1] == "{" else "json"
 
 
 def add_reading_flags(parser: ArgumentParser) -> None:
     """What becomes of dialogs on their way to a data set, for training, evaluation and conversion."""
+    parser.add_argument("--format", type=format_name, default="", metavar="NAME",
+                        help="which layout the data file is in, where it is not to be told by looking: "
+                             f"{', '.join(FORMATS)}")
+    parser.add_argument("--columns", default="", metavar="NAMES",
+                        help="of a table: the columns of a row's utterances, question,answer, or what they are for: "
+                             "prompt=…,reply=…,persona=…,dialog=… or text=…,speaker=…,dialog=…, by name or number")
     parser.add_argument("--target", default="both", choices=TARGETS,
                         help="whose turns are learnt: both people's, or only of who speaks second or first (default: "
                              "%(default)s)")
@@ -295,3 +230,12 @@ def add_reading_flags(parser: ArgumentParser) -> None:
                              "they are left out of training and counted)")
 
 
+
+
+def format_name(text: str) -> str:
+    """A name of `FORMATS`, for argparse."""
+    name = text.strip().casefold().replace("-", "_")
+    name = NAMES_OF_FORMATS.get(name, name)
+    if name and name not in FORMATS:
+        raise ArgumentTypeError(f"no layout is called {text[:40]!r}; known are {', '.join(FORMATS)}")
+    return name

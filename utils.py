@@ -36,7 +36,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from cli import InputError, positive_number, require_memory, short, whole_number
 from corpora import MOST_GROWTH, read_corpus
 from dialogs import put_together
-from readers import RELEASES, Release, add_reading_flags, find_release, read_any, read_release
+from readers import add_reading_flags, read_any
+from releases import RELEASES, Release, corpora_known, corpus_name, find_release, read_release
 from tables import TokenTable, build_table, open_table
 
 PERSONACHAT_URL = RELEASES["personachat"][0].address
@@ -279,7 +280,7 @@ def _unpack(archive: Path) -> Path:
     return folder
 
 
-def find_corpus(name: str, data_dir: str) -> tuple[Release, dict[str, Path]]:
+def find_corpus(name: str, data_dir: str) -> tuple[Release, dict[str, list[Path]]]:
     """A published corpus, as `find_release` finds it: under ``data_dir``, its archive there, or else downloaded.
 
     Raises `InputError` when it is nowhere.
@@ -293,15 +294,19 @@ def find_corpus(name: str, data_dir: str) -> tuple[Release, dict[str, Path]]:
     for archive in filter(Path.is_file, archives):
         if found := find_release(name, _unpack(archive)):
             return found
-    logger.info("%s is not in %s: fetching %s", name, places[0], known[0].address)
+    address, files = known[0].address, {split: names.split() for split, names in known[0].files.items()}
+    logger.info("%s is not in %s: fetching %s", name, places[0], address)
     try:
-        file = download(known[0].address)
+        if "{}" in address:
+            return known[0], {split: [download(address.format(file)) for file in of_split]
+                              for split, of_split in files.items()}
+        file = download(address)
     except InputError as error:
         reason = str(error).partition(";")[0]
         raise InputError(f"--dataset {name}: is not in {places[0]}, and {reason}; put the release's files or its "
                          "archive there, or name the folder above it with --data_dir") from None
     if "" in known[0].files:
-        return known[0], {"": file}
+        return known[0], {"": [file]}
     if found := find_release(name, _unpack(file)):
         return found
     raise InputError(f"{file}: has none of {', '.join(known[0].files.values())}; put the release into {places[0]}")
@@ -565,13 +570,13 @@ def _check_config(config: transformers.PretrainedConfig, checkpoint: str) -> Non
 
 def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str = "", data_dir: str = "data",
                 target: str = "both", distractors: str = "none", train_frac: float | None = None,
-                keep_repeated: bool = False) -> TokenTable:
+                keep_repeated: bool = False, layout: str = "", columns: str = "") -> TokenTable:
     """The tokenised data set of a path, an address, or ``""`` for PERSONA-CHAT; read from the cache if it is there.
 
     ``dataset``: instead of a path, names of `RELEASES` with commas between, the mix of which is looked for under
     ``data_dir`` (`find_corpus`). ``target``: whose turns, of `TARGETS`; ``distractors``: how they are drawn, of `HOW`,
     for turns that bring none; ``train_frac``: divide training and validation dialogs anew, that share for training;
-    ``keep_repeated``: train on dialogs that a later split repeats, too.
+    ``keep_repeated``: train on dialogs that a later split repeats, too; ``layout`` and ``columns`` as for `read_any`.
 
     The cache file's name starts with ``dataset_cache`` and ends in a key made of the data's hash and these choices, the
     tokenizer's fingerprint and the format's version, so a stale or foreign file is never taken for ours. One process
@@ -580,11 +585,11 @@ def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str =
     """
     if dataset:
         corpora = [find_corpus(name, data_dir) for name in dataset.split(",")]
-        files = [path for _, found in corpora for path in found.values()]
+        files = [path for _, found in corpora for paths in found.values() for path in paths]
     else:
         dataset_path = dataset_path or PERSONACHAT_URL
         files = [download(dataset_path) if dataset_path.startswith(("http://", "https://")) else Path(dataset_path)]
-    how = [dataset, target, distractors, str(train_frac), str(keep_repeated)]
+    how = [dataset, target, distractors, str(train_frac), str(keep_repeated), layout, columns]
     key = hashlib.sha256("\n".join([TokenTable.FORMAT, *map(_hash, files), _fingerprint(tokenizer), *how]).encode())
     key = key.hexdigest()
     cache = Path(f"{dataset_cache}_{type(tokenizer).__name__}_{key[:16]}.safetensors")
@@ -597,7 +602,7 @@ def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str =
                 _say_unknown(table, tokenizer)
                 return table
             logger.info("Tokenising %s", ", ".join(map(str, files)))
-            parts = [read_release(*found) for found in corpora] if dataset else [read_any(files[0])]
+            parts = [read_release(*found) for found in corpora] if dataset else [read_any(files[0], layout, columns)]
             splits = put_together(parts, dataset or dataset_path, target, train_frac, keep_repeated=keep_repeated)
             build_table(tokenizer, splits, distractors, cache, key)
         logger.info("Token table written to %s", cache)
@@ -626,7 +631,7 @@ def _say_unknown(table: TokenTable, tokenizer) -> None:
 def dataset_of(args: Namespace, tokenizer) -> TokenTable:
     """The data set that the flags of `add_common_flags` name."""
     return get_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.dataset, args.data_dir, args.target,
-                       args.distractors, args.train_frac, args.keep_repeated)
+                       args.distractors, args.train_frac, args.keep_repeated, args.format, args.columns)
 
 
 def _hash_of(path: Path) -> str:
@@ -677,8 +682,9 @@ def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
     parser.add_argument("--dataset_path", default="", metavar="FILE",
                         help="the data: a file that example_entry.py checks or converts, or a .json file's address "
                              "(default: the published PERSONA-CHAT)")
-    parser.add_argument("--dataset", type=_corpus_names, default="", metavar="NAME,NAME",
-                        help=f"published corpora instead, mixed: {', '.join(RELEASES)}")
+    parser.add_argument("--dataset", type=_corpus_names, nargs="?", const="list", default="", metavar="NAME,NAME",
+                        help=f"published corpora instead, mixed: {', '.join(RELEASES)}; without a name: list them with "
+                             "size and licence")
     parser.add_argument("--data_dir", default="data", metavar="FOLDER",
                         help="where their releases are, unpacked or not, or else are downloaded to a cache from where "
                              "they are published (default: %(default)s)")
@@ -721,11 +727,14 @@ def _positions(text: str) -> int:
 
 
 def _corpus_names(text: str) -> str:
-    """Names of published corpora with commas between, for argparse."""
-    names = [name.strip() for name in text.split(",")] if text else []
-    if unknown := [name for name in names if name not in RELEASES]:
+    """Names of published corpora with commas between, for argparse; "list" prints what there is, and ends."""
+    if text == "list":
+        print(corpora_known())
+        raise SystemExit(0)
+    names = [(name, corpus_name(name)) for name in text.split(",")] if text else []
+    if unknown := [name.strip() for name, known in names if not known]:
         raise ArgumentTypeError(f"no corpus is called {unknown[0]!r}; known are {', '.join(RELEASES)}")
-    return ",".join(dict.fromkeys(names))
+    return ",".join(dict.fromkeys(known for _, known in names))
 
 
 def _device(text: str) -> str:

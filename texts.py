@@ -1,0 +1,304 @@
+"""People's own text files: an utterance or a dialog a line, numbered, with speakers' names, or with ParlAI's fields.
+
+A reader yields a file's dialogs as `Dialog`; `text_layout` tells by looking which reader a file is for.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from cli import InputError
+from corpora import lines, open_data
+from dialogs import Dialog, Turn, check_length, clean
+
+SAMPLE = 1 << 16  # bytes looked at
+MOSTLY = 0.6  # of the lines: then the file is in that layout
+SEPARATORS = ("__eou__", "</t>", "<|endoftext|>", "</s>", "[SEP]", "<sep>", "|||", " EOS ", "\t")
+RULE = re.compile(r"\s*([-=*_#~])\1{2,}\s*")  # a line drawn between dialogs
+NUMBERED = re.compile(r"\s*[\[(]?([0-9]{1,9})(?:[.):\]](?![0-9])\s*|[\t ]\s*)(.*)")
+DAY, HOUR = r"\d{1,4}[/.-]\d{1,2}[/.-]\d{1,4}", r"\d{1,2}:\d{2}(?::\d{2})?(?:\s?[AaPp]\.?[Mm]\.?)?"
+TIME = rf"(?:[\[(]?{DAY},?\s{{1,3}}{HOUR}[\])]?\s{{0,3}}(?:-\s{{0,3}})?|[\[(]{HOUR}[\])]\s{{0,3}})?"
+NAME = r"[^\W\d_][\w.'’-]{0,30}(?: [\w.'’-]{1,30}){0,3}"
+LABELLED = re.compile(rf"[\s\u200e]{{0,8}}{TIME}(?:<({NAME})>\s*|"
+                      rf"[\s#>*_\[(]{{0,8}}({NAME})\s{{0,3}}[\])*_]{{0,3}}\s{{0,3}}[:：](?!//)[*_]{{0,3}}\s*)(.*)")
+OF_SYSTEM = {"system", "developer", "persona", "personality", "your persona"}
+DASH = re.compile(r"\s*[-–—]\s+(.*)")
+
+
+def sample_of(path: str | Path) -> bytes:
+    """How a file begins."""
+    with open_data(path) as file:
+        return file.read(SAMPLE)
+
+
+def sample_lines(path: str | Path) -> list[str]:
+    """The whole lines among them, whatever their encoding."""
+    start = sample_of(path)
+    found = start.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return found[:-1] if len(start) == SAMPLE and len(found) > 1 else found
+
+
+def share_of(found: Iterable[str], fits: Callable[[str], object]) -> float:
+    """The share of the lines with something on them that fit."""
+    written = [line for line in found if line.strip()]
+    return sum(map(bool, map(fits, written))) / max(1, len(written))
+
+
+# ------------------------------------------------------------------------------------------------ an utterance a line
+
+
+def blocks(path: str | Path, at_empty_lines: bool = True) -> Iterator[list[tuple[int, str]]]:
+    """Lines up to an empty one, or one that is drawn, each with its number."""
+    block: list[tuple[int, str]] = []
+    for number, line in lines(path):
+        if line.strip() and not RULE.fullmatch(line):
+            block.append((number, line))
+            check_length(block, path, f"line {block[0][0]}")
+        elif block and (at_empty_lines or line.strip()):
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def read_plain(path: str | Path) -> Iterator[Dialog]:
+    """Plain text: a line an utterance, two people in turns, an empty line between dialogs.
+
+    Where each line begins with a dash, as in novels, the dash is no word. Raises `InputError` where an empty line
+    stands between all utterances.
+    """
+    looked = sample_lines(path)
+    dashes = share_of(looked, DASH.fullmatch) == 1
+    groups = re.split(r"\n\s*\n", "\n".join(looked).strip())
+    if len(groups) > 3 and all("\n" not in group for group in groups):
+        raise InputError(f"{path}: has an empty line between all lines, so that nobody would answer anybody; leave it "
+                         "out within a dialog")
+    for block in blocks(path):
+        said = [DASH.sub(r"\1", line) if dashes else line for _, line in block]
+        yield Dialog(f"line {block[0][0]}", [Turn(index % 2, line) for index, line in enumerate(said)])
+
+
+def read_numbered(path: str | Path) -> Iterator[Dialog]:
+    """Lines ``1 hello``, ``2. hi``, …; a dialog begins where the number does not rise, or behind an empty line."""
+    for block in blocks(path):
+        said, last = [], -1
+        for number, line in block:
+            if found := NUMBERED.fullmatch(line):
+                if int(found[1]) <= last:
+                    yield _in_turns(said)
+                    said = []
+                last = int(found[1])
+                said.append((number, found[2]))
+            elif said:  # an utterance of several lines
+                said[-1] = said[-1][0], f"{said[-1][1]} {line}"
+            else:
+                said.append((number, line))
+        yield _in_turns(said)
+
+
+def _in_turns(said: list[tuple[int, str]]) -> Dialog:
+    """A dialog of utterances with the numbers of their lines; by the speakers' names, if all begin with one."""
+    place = f"line {said[0][0]}"
+    texts = [text for _, text in said]
+    if share_of(texts, LABELLED.fullmatch) == 1 and len({_label(text)[0] for text in texts}) == 2:
+        return labelled_dialog(place, texts)
+    return Dialog(place, [Turn(index % 2, text) for index, text in enumerate(texts)])
+
+
+def read_labelled(path: str | Path) -> Iterator[Dialog]:
+    """Lines ``Anna: hello``; what has no name goes on; an empty line between dialogs.
+
+    Dates and times before the name, as messengers write them, are left out. Where empty lines stand between all
+    utterances, only a drawn line, ``---``, begins another dialog.
+    """
+    groups = [group.split("\n") for group in re.split(r"\n\s*\n", "\n".join(sample_lines(path)).strip())]
+    alone = sum(len({_label(line)[0] for line in group if LABELLED.fullmatch(line)}) < 2 for group in groups)
+    for block in blocks(path, at_empty_lines=len(groups) < 3 or alone < 0.8 * len(groups)):
+        yield labelled_dialog(f"line {block[0][0]}", [line for _, line in block])
+
+
+def _label(line: str) -> tuple[str, str] | None:
+    """Name, in lower case, and words of a line that begins with a name."""
+    found = LABELLED.fullmatch(line)
+    return found and ((found[1] or found[2]).casefold(), found[3])
+
+
+def labelled_dialog(place: str, said: Iterable[str]) -> Dialog:
+    """A dialog of lines of which most begin with the speaker's name. What a system says is who the other one is."""
+    said = list(said)
+    labels = Counter(label for label, _ in filter(None, map(_label, said)) if label not in OF_SYSTEM)
+    often = {label for label, count in labels.items() if count > 1}
+    names = often if len(labels) > 2 and len(often) == 2 else labels.keys()  # a colon is not always behind a name
+    turns: list[Turn] = []
+    persona: list[str] = []
+    others: list[str] = []
+    goes_on: list | None = None
+    for line in said:
+        label, text = _label(line) or ("", line)
+        if label in OF_SYSTEM or label == "partner's persona":
+            goes_on = others if label == "partner's persona" else persona
+            goes_on.append(clean(text))
+        elif label in names:
+            goes_on = None
+            turns.append(Turn(label, text))
+        elif goes_on:
+            goes_on.append(clean(line))
+        elif turns:
+            turns[-1] = turns[-1]._replace(text=f"{turns[-1].text} {line}")
+    personas = {}
+    if persona and (who := who_answers(turns)):
+        personas[who] = [sentence for sentence in persona if sentence]
+    if others and turns:
+        personas[turns[0].speaker] = [sentence for sentence in others if sentence]
+    return Dialog(place, turns, personas)
+
+
+ASSISTANTS = {"assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "bing", "bard", "claude", "gemini"}
+
+
+def who_answers(turns: list[Turn]) -> object:
+    """Whose persona it is that is nobody's by name: the assistant's, or else that of who speaks second."""
+    speakers = list(dict.fromkeys(turn.speaker for turn in turns if turn.text.strip()))
+    named = [who for who in speakers if str(who) in ASSISTANTS]
+    return named[0] if len(named) == 1 else next(iter(speakers[1:2]), None)
+
+
+# --------------------------------------------------------------------------------------------------- a dialog a line
+
+
+def read_delimited(path: str | Path) -> Iterator[Dialog]:
+    """A dialog a line, its utterances divided by tabs, ``</t>``, `` EOS `` or the like; two people take turns.
+
+    Weights that DialoGPT's data has before each utterance, ``0.0`` or ``1.0``, and the number of the dialog before all
+    of them, are left out.
+    """
+    looked = [line for line in sample_lines(path) if line.strip()]
+    separator = separator_of(looked) or "\t"
+    weighted = separator == " EOS " and share_of(looked, re.compile(r"[01]\.[0-9]+ ").match) == 1
+    divided = [line.split(separator) for line in looked]
+    firsts = [fields[0].strip() for fields in divided]
+    counted = len(firsts) > 1 and all(map(str.isdecimal, firsts)) and all(
+        int(after) == int(before) + 1 for before, after in zip(firsts, firsts[1:], strict=False))
+    for number, line in lines(path):
+        said = line.replace("\t", separator).split(separator)[counted:]
+        if weighted:
+            said = [re.sub(r"^\s*[01]\.[0-9]+ ", "", text) for text in said]
+        while said and not said[-1].strip():
+            del said[-1]
+        if said and all(map(str.strip, said)):
+            yield _in_turns([(number, text) for text in said])
+        elif said:
+            yield Dialog(f"line {number}", [Turn(index % 2, text) for index, text in enumerate(said)])
+
+
+def separator_of(found: list[str]) -> str | None:
+    """What divides the utterances of most of the lines; None where nothing does."""
+    stripped = [line.strip() for line in found]
+    return next((one for one in SEPARATORS if share_of(stripped, lambda line, one=one: one in line) >= MOSTLY), None)
+
+
+# ------------------------------------------------------------------------------------------------- ParlAI's fields
+
+
+FIELD = re.compile(r"(?:^|\t)(text|labels|eval_labels|label_candidates|candidates|episode_done|reward|id|[a-z_]+):")
+
+
+def read_parlai_fields(path: str | Path) -> Iterator[Dialog]:
+    """ParlAI's text: a line a turn, ``text:what the other says<tab>labels:reply<tab>episode_done:True``.
+
+    An episode ends there, or at an empty line. ``label_candidates`` have | between them. In the text, lines of ``your
+    persona: …`` are the bot's persona.
+    """
+    turns: list[Turn] = []
+    personas: dict[object, list[str]] = {"bot": [], "other": []}
+    place = ""
+
+    def ended() -> Dialog:
+        return Dialog(place, turns, personas, "bot")
+
+    goes_on = False
+    for number, line in lines(path):
+        if not line.strip():
+            if turns and not goes_on:
+                yield ended()
+                turns, personas = [], {"bot": [], "other": []}
+            continue
+        found = list(FIELD.finditer(line))
+        if not found or found[0].start() or not {"text", "labels", "eval_labels"} & {one[1] for one in found}:
+            raise InputError(f"{path}: line {number} has no text:… or labels:… as ParlAI's have; write "
+                             "text:what is said<tab>labels:the reply")
+        ends = [one.start() for one in found[1:]] + [len(line)]
+        fields = {one[1]: line[one.end():end] for one, end in zip(found, ends, strict=True)}
+        place = place if turns else f"line {number}"
+        said = []
+        for one in _unescaped(fields.get("text", "")).split("\n"):
+            if one.startswith(("your persona:", "partner's persona:")):
+                whose, _, sentence = one.partition(":")
+                personas["bot" if whose == "your persona" else "other"].append(clean(sentence))
+            else:
+                said.append(one)
+        reply = _listed(fields.get("labels") or fields.get("eval_labels") or "")
+        gold = clean(reply[0]) if reply else ""
+        others = map(clean, _listed(fields.get("label_candidates") or fields.get("candidates") or ""))
+        turns += [Turn("other", " ".join(said)),
+                  Turn("bot", gold, tuple(other for other in others if other not in ("", gold)))]
+        check_length(turns, path, place)
+        done = fields.get("episode_done", "").strip().casefold()
+        goes_on = done == "false"
+        if done == "true":
+            yield ended()
+            turns, personas = [], {"bot": [], "other": []}
+    if turns:
+        yield ended()
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", " ").replace("__PIPE__", "|")
+
+
+def _listed(text: str) -> list[str]:
+    return [_unescaped(one) for one in text.split("|")] if text else []
+
+
+# ------------------------------------------------------------------------------------------------------- by looking
+
+
+def text_layout(found: list[str]) -> str:
+    """The name of the layout that the lines of a text file are in, of those of `readers.FORMATS`."""
+    written = [line for line in found if line.strip() and not RULE.fullmatch(line)]
+    first = written[0] if written else ""
+    if share_of(written, lambda line: re.match(r"(text|labels|eval_labels):", line) or "\tlabels:" in line) >= MOSTLY:
+        return "parlai_fields"
+    if re.match(r"1 (your persona: |partner's persona: |.*\t)", first):
+        return "parlai"
+    if "__eou__" in first:
+        return "dailydialog"
+    separator = separator_of(written)
+    if separator not in (None, "\t"):
+        return "delimited"
+    numbers = [int(number[1]) if (number := NUMBERED.fullmatch(line)) else None for line in written]
+    steps = [one is not None and (one in (0, 1) or before is not None and one == before + 1)
+             for before, one in zip([None, *numbers], numbers, strict=False)]
+    if len(written) > 1 and numbers[0] in (0, 1) and sum(steps) >= 0.9 * len(written) and max(
+            line.count("\t") for line in written) < 2:
+        return "numbered"
+    if separator:
+        return "delimited"
+    if share_of(written, LABELLED.fullmatch) >= MOSTLY and len(written) > 1:
+        return "labelled"
+    return "plain"
+
+
+OTHERWISE = [  # what most lines of a plain text never look like, and what does
+    (r"\s*[{\[<]", "JSON or markup that is cut at line breaks"), (r".*\d:\d\d[:.,]\d+ --> ", "subtitles"),
+    (r".* \+\+\+\$\+\+\+ ", "the Cornell Movie-Dialogs Corpus"), (r"\s*- - |.*[\w ]:\s*$", "YAML"),
+    (r".*[;|].*[;|]", "a table"), (r".*\t", "a table or dialogs divided by tabs"),
+]
+
+
+def looks_otherwise(found: list[str]) -> str | None:
+    """What it is that most of a supposedly plain text's lines look like, in words."""
+    if sum(" --> " in line for line in found) > max(1, len(found) / 10):
+        return "subtitles"
+    return next((what for pattern, what in OTHERWISE if share_of(found, re.compile(pattern).match) > 0.5), None)
