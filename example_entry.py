@@ -20,6 +20,7 @@ from corpora import read_corpus, require_split
 from dialogs import DialogNumbers, put_together
 from distractors import draw_distractors
 from readers import add_reading_flags, read_any
+from releases import RELEASES
 
 # A dialog of two people, A and the bot, written from the bot's side. Each of the bot's turns is one element of
 # "utterances": the dialog up to that turn, and what could be said next.
@@ -132,9 +133,10 @@ def add_distractors(entries: list[dict], how: str, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog='--convert reads JSON lines of {"personas": [[…], […]], "turns": […]}; plain text, an utterance a line '
-        "and an empty line between dialogs; ParlAI's text; and the releases of PERSONA-CHAT, DailyDialog, "
-        "EmpatheticDialogues and BlendedSkillTalk")
+        epilog="--convert reads plain text, an utterance per line and an empty line between dialogs, also numbered or with "
+        "speakers' names; a dialog per line; JSON and JSON lines of messages (OpenAI, ShareGPT, nanochat), of prompts and "
+        "replies (Alpaca), or of {\"personas\": [[…], […]], \"turns\": […]}; CSV and TSV; ParlAI's text; Parquet; and the "
+        f"releases of {', '.join(RELEASES)}")
     add = parser.add_argument
     add("file", nargs="?", help="a .json or .json.gz data file to check")
     add("--convert", nargs=2, metavar=("IN", "OUT.json"), type=Path,

@@ -19,8 +19,8 @@ from releases import RELEASES
 
 # Words that no layout has for its own; two people take turns, and each says something.
 WORDS = st.lists(st.sampled_from([
-    "well", "the boat", "isn't", "café", "3 o'clock", "\"so\"", "a , b", "(laughs)", "100 %", "你好", "<3", "a/b", "x; y",
-    "end.", "ok !"]), min_size=1, max_size=4).map(" ".join)
+    "well", "the boat", "isn't", "café", "3 o'clock", "\"so\"", "a , b", "(laughs)", "100 %", "你好", "<3", "a/b",
+    "x; y", "end.", "ok !"]), min_size=1, max_size=4).map(" ".join)
 SAID = st.lists(WORDS.filter(lambda text: text[0].isalpha()), min_size=2, max_size=6)
 DIALOGS = st.lists(SAID, min_size=2, max_size=5)
 PERSONAS = st.lists(st.sampled_from(["i own a boat .", "i'm 30 .", "my cat : she sleeps ."]), max_size=3, unique=True)
@@ -196,7 +196,8 @@ CHAT = [{"role": "user", "content": "weather ?"}, {"role": "assistant", "content
      [(["p"], ["a"], "b")]),
     ("pretty.json", "\n".join(json.dumps({"messages": CHAT}, indent=2) for _ in range(2)),
      [([], ["weather ?"], "20 .")] * 2),
-    ("semicolons.csv", "id;Antwort;Frage\n1;ich ;wer ?\n2;\"a;\nb\";c\n", [([], ["c"], "a; b"), ([], ["wer ?"], "ich")]),
+    ("semicolons.csv", "id;Antwort;Frage\n1;ich ;wer ?\n2;\"a;\nb\";c\n",
+     [([], ["c"], "a; b"), ([], ["wer ?"], "ich")]),
     ("chinese.csv", "\ufeff问题,答案\r\n你好,\"好,\"\r\n", [([], ["你好"], "好,")]),
     ("double.txt", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d\n---\nHuman: e\n\nAssistant: f\n",
      [([], ["a"], "b"), ([], ["a", "b"], "c"), ([], ["a", "b", "c"], "d"), ([], ["e"], "f")]),
