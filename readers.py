@@ -16,7 +16,7 @@ from cli import InputError, fraction
 from corpora import LONGEST_LINE, check_entry, lines, read_corpus
 from dialogs import HISTORY, TARGETS, Dialog, Turn, clean, divided, entries, merged, one_side, without_silence
 from distractors import HOW
-from records import SPLIT_NAMES, is_entry, is_record, peek, read_records, records
+from records import SPLIT_NAMES, is_entry, is_lines, is_record, peek, read_records, records
 from releases import (
     RELEASES,
     find_release,
@@ -205,7 +205,9 @@ def _json_layout(path: Path, first: str) -> str:
         if not is_record(record) and (record.keys() <= SPLIT_NAMES.keys() or all(
                 isinstance(value, list) for value in record.values())) and '"turns"' not in first:
             return "corpus"
-    return "corpus" if split and not is_record(record) or record is None and first[:1] == "{" else "json"
+    if record is None:  # it cannot be read, and whoever tries says why
+        return "json" if first[:1] == "[" or is_lines(path) else "corpus"
+    return "corpus" if split and not is_record(record) else "json"
 
 
 def add_reading_flags(parser: ArgumentParser) -> None:

@@ -343,7 +343,7 @@ def records(path: str | Path) -> Iterator[tuple[str | None, str, object]]:
         for number, record in enumerate(parquet_rows(path)):
             yield None, f"dialog {number}", record
         return
-    if _is_lines(path):
+    if is_lines(path):
         for number, line in lines(path):
             if line.strip():
                 yield None, f"line {number}", Json(iter([line]), f"{path}: line {number}").only_value()
@@ -410,7 +410,7 @@ def _unwrapped(value: object) -> Iterator[tuple[str | None, object]]:
         yield None, value
 
 
-def _is_lines(path: str | Path) -> bool:
+def is_lines(path: str | Path) -> bool:
     """Whether each line of the file is a value of its own."""
     with open_data(path) as file:
         first = b"\n"
@@ -428,7 +428,7 @@ def _is_lines(path: str | Path) -> bool:
 def peek(path: str | Path) -> tuple[str | None, object]:
     """The first record of a JSON file and its split, without the rest; (None, None) where that cannot be read."""
     try:
-        if not _is_lines(path):
+        if not is_lines(path):
             text = Json(read_pieces(path), path)
             if text.next_letter() == "{":
                 for key in text.members():
