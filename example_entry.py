@@ -135,8 +135,8 @@ def main() -> None:
         description=__doc__.splitlines()[0],
         epilog="--convert reads plain text, an utterance per line and an empty line between dialogs, also numbered or "
         "with speakers' names; a dialog per line; JSON and JSON lines of messages (OpenAI, ShareGPT, nanochat), of "
-        "prompts and replies (Alpaca), or of {\"personas\": [[…], […]], \"turns\": […]}; CSV and TSV; ParlAI's text; Parquet; "
-        f"and the releases of {', '.join(RELEASES)}")
+        "prompts and replies (Alpaca), or of {\"personas\": [[…], […]], \"turns\": […]}; CSV and TSV; ParlAI's "
+        f"text; Parquet; and the releases of {', '.join(RELEASES)}")
     add = parser.add_argument
     add("file", nargs="?", help="a .json or .json.gz data file to check")
     add("--convert", nargs=2, metavar=("IN", "OUT.json"), type=Path,
