@@ -47,7 +47,7 @@ from model import DoubleHeadsModel, autocast, half_dtype
 from report import figure, gold_rank, write_report
 from tables import Split, TokenTable, tokenize
 from utils import add_common_flags, dataset_of
-from words import UNSPACED, letters_apart, normalized
+from words import UNSPACED, bare, letters_apart, normalized
 
 try:
     from parlai.core.agents import Agent
@@ -273,9 +273,14 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, decoding: 
 
 
 def f1_score(reply: str, gold: str) -> float:
-    """Harmonic mean of precision and recall of the reply's bag of words against the gold reply's."""
+    """Harmonic mean of precision and recall of the reply's bag of words against the gold reply's.
+
+    1 as well where the two differ in spaces alone: to GPT-1's tokenizer "cannot" and "can not" are one.
+    """
     reply_words, gold_words = normalized(reply), normalized(gold)
     common = sum((Counter(reply_words) & Counter(gold_words)).values())
+    if gold_words and bare(reply) == bare(gold):
+        return 1.0
     return 2 * common / (len(reply_words) + len(gold_words)) if common else 0.0
 
 

@@ -16,10 +16,11 @@ import warnings
 import zipfile
 import zlib
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, distribution, version
+from itertools import pairwise
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
@@ -404,19 +405,24 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
 
     _PLAIN = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
     _SET_APART = re.compile(r'(-+|~+|!+|"+|;+|\?+|\++|,+|\)+|\(+|\\+|/+|\*+|\[+|\]+|}+|{+|\|+|_+)')
+    _ENDINGS = frozenset(["n't", "'m", "'s", "'d", "'ll", "'re", "'ve"])
+    _PUNCTUATION = re.compile(r"[.,?!]+")
     _ENDLESS_WORD = re.compile(r"(\S{200})(?=\S)")  # spaCy takes minutes over twenty thousand exclamation marks
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         import ftfy  # the two take a second to import, and only this family needs them
         from spacy.lang.en import English
+        from spacy.symbols import ORTH
 
         self._fix_text, self._split_words = ftfy.fix_text, English().tokenizer
+        self._split_pairs = _pairs_of_one_word(
+            [token[ORTH].lower() for token in tokens] for tokens in self._split_words.rules.values())
         # Words reach the BPE ready, one space between them; a line break is a word of its own.
         self._tokenizer.normalizer = None
         self._tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-        # decode(clean_up_tokenization_spaces=True) joins "do n't" again. The library thinks that this harms every BPE;
-        # here it undoes what `prepare` did.
+        # So that decode(clean_up_tokenization_spaces=True) joins "do n't" again. The library thinks that this harms
+        # every BPE; here it undoes what `prepare` did.
         self.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
 
     def prepare(self, text: str) -> str:
@@ -427,11 +433,45 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
         text = self._ENDLESS_WORD.sub(r"\1 ", text)
         return " ".join(word.text.strip(" ").lower() for word in self._split_words(text))
 
+    def clean_up_tokenization(self, text: str) -> str:
+        """Words as `prepare` set them apart → text for a person: "i 'd" → "i'd", "gon na" → "gonna".
+
+        What was split is joined. Two spellings that `prepare` makes one get the one that is more frequent in
+        PERSONA-CHAT: "cannot", though "can not" is written too. No more than the last word can change when the text
+        goes on, which is what printing a reply word by word needs.
+        """
+        out, last, opened = "", "", False
+        for word in text.split(" "):
+            closes = word == "'" and (opened or last.endswith("s"))
+            left = not last or closes or word in self._ENDINGS or self._PUNCTUATION.fullmatch(word)
+            if left or (last, word) in self._split_pairs or opened is None:
+                out += word
+            else:
+                out += f" {word}"
+            if word == "'":
+                opened = False if closes else None  # None: this quotation mark belongs to the next word
+            elif opened is None:
+                opened = True
+            last = word
+        return out
 
     def first_piece(self, word: str, after_space: bool) -> int | None:
         # As the ConvAI2 code of 2019: of the word as a whole, which here is not split into "i" and "'m".
         pieces = self._tokenizer.model.tokenize(word.lower())
         return pieces[0].id if pieces and pieces[0].id != self.unk_token_id else None
+
+
+PRONOUNS = frozenset("i you he she it we they that there".split())
+
+
+def _pairs_of_one_word(splits: Iterable[list[str]]) -> frozenset[tuple[str, str]]:
+    """Neighbours that spaCy makes of one word, ("gon", "na"), from its exceptions, each a list of pieces.
+
+    Without an apostrophe, "im" and "i m" become the same two pieces. PERSONA-CHAT writes pronouns apart, "i m", and
+    all else together, "whats", "dont".
+    """
+    return frozenset(pair for pieces in splits if "".join(pieces).replace("'", "").isalnum()
+                     for pair in pairwise(pieces) if pieces[0] not in PRONOUNS or pair[1] == "re")
 
 
 TOKENIZERS = {"openai-gpt": OpenAIGPTTokenizer, "gpt2": GPT2Tokenizer}
