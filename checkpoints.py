@@ -1,8 +1,8 @@
 """How a run that ends before its time goes on: its checkpoints, and the signals that ask it to stop.
 
 A checkpoint is one safetensors file, ``RUN/checkpoints/step-120.safetensors``: tensors, and a JSON header for the rest,
-so that reading one runs no code. It describes the run after a whole optimizer step, whenever it is written. Knows
-engines, state dicts, files and signals; nothing of text or of the network.
+so that reading one runs no code, with a hash of both. It describes the run after a whole optimizer step, whenever it is
+written. Knows engines, state dicts, files and signals; nothing of text or of the network.
 """
 
 import json
@@ -28,12 +28,10 @@ from torch.utils.data import DataLoader
 
 import devices
 from cli import InputError
+from files import ARGUMENTS, each_once, read_header, step_files, write_checkpoint, write_text
 from model import save_model
-from tables import write_tensors
-from utils import make_logdir
+from utils import make_logdir, save_tokenizer
 
-FORMAT = "transfertransfo checkpoint 1"
-ARGUMENTS = "training_args.json"
 # What a resumed run may do otherwise than it began: run elsewhere, find its files elsewhere, write more or fewer.
 MAY_CHANGE = {"resume", "device", "local_rank", "num_workers", "shard", "compile", "dataset_path", "dataset_cache",
               "data_dir", "model_checkpoint", "valid_batch_size", "eval_before_start", "checkpoint_every",
@@ -70,7 +68,7 @@ class Checkpoints:
         self.mark(step=0, iteration=0)
         with self._alone(), self._signals_noted():
             if self.args.resume:
-                header = self.restore(find(self.args.resume)[1])
+                header = self.restore(Path(self.args.resume))
                 trainer.load_state_dict({"iteration": header["iteration"], "epoch_length": len(loader),
                                          "max_epochs": self.args.n_epochs})
                 trainer.state.step = header["step"]
@@ -155,16 +153,16 @@ class Checkpoints:
         that refuses costs the checkpoint, not the run.
         """
         header = self.place | self.facts | {
-            "format": FORMAT, "nll": nll, "scaler": self.scaler.state_dict(),
+            "config": self.model.config.to_diff_dict(), "nll": nll, "scaler": self.scaler.state_dict(),
             "streams": devices.collect(_to_json(self.streams))}
         path = self.folder / f"step-{header['step']}.safetensors"
 
         def write(tensors: dict[str, torch.Tensor]) -> None:
             self.folder.mkdir(exist_ok=True)
-            write_tensors(tensors, path, {"state": json.dumps(header)})
+            write_checkpoint(tensors, path, header)
             self._remove_old()
 
-        self._write(path.relative_to(self.run_folder), self._tensors(), write)
+        self._write(path.relative_to(self.run_folder), state_of(self.model, self.optimizer), write)
 
     def save_model(self) -> None:
         """Write the weights as they are now as the run folder's model, or keep the old one where the disk refuses."""
@@ -216,14 +214,6 @@ class Checkpoints:
             if path != best:
                 path.unlink(missing_ok=True)
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in _state(self.model).items():
-            yield f"model.{name}", tensor
-        for name, weight in self.model.named_parameters():
-            for field, tensor in self.optimizer.state.get(weight, {}).items():
-                yield f"optimizer.{field}.{name}", tensor
-
-    @torch.no_grad()
     def restore(self, path: Path) -> dict:
         """Put everything back as a checkpoint has it, and return its header. Raises `InputError` if it does not fit."""
         header = read_header(path)
@@ -232,16 +222,7 @@ class Checkpoints:
                 raise InputError(f"{path}: this run cannot go on: its {name} was {header.get(name)} and is {now} now; "
                                  "give it what it began with")
         try:
-            with safe_open(path, framework="pt") as file:
-                for name, tensor in _state(self.model).items():
-                    tensor.copy_(devices.placed(file.get_tensor(f"model.{name}"), tensor))
-                weights = dict(self.model.named_parameters())
-                for key in file.keys():
-                    if key.startswith("optimizer."):
-                        _, field, name = key.split(".", 2)
-                        value, weight = file.get_tensor(key), weights[name]
-                        value = devices.placed(value, weight) if value.ndim else value.to(weight.device)
-                        self.optimizer.state[weight][field] = value
+            put_back(path, self.model, self.optimizer)
             self.scaler.load_state_dict(header["scaler"])
             self.schedule.load_state_dict(header["schedule"])
             _restore_streams(header["streams"], header["step"], self.args.device)
@@ -252,32 +233,48 @@ class Checkpoints:
         return header
 
 
-def read_header(path: Path) -> dict:
-    """What a checkpoint says of itself. Raises `InputError` when it is damaged, unreadable or not one of ours."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("state", "{}"))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); resume from another checkpoint") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise InputError(f"{path}: is not a checkpoint of this program's; resume from another one")
-    return header
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint holds, by name: ``model.WEIGHT``, and ``optimizer.FIELD.WEIGHT``, what is kept of each weight.
+
+    Lasting buffers are there as well, and tensors that are one under several names once.
+    """
+    for name, tensor in each_once(model).items():
+        yield f"model.{name}", tensor
+    for name, weight in model.named_parameters():
+        for field, tensor in optimizer.state.get(weight, {}).items():
+            yield f"optimizer.{field}.{name}", tensor
 
 
-def step_files(run: Path) -> list[Path]:
-    """The checkpoints of a run, the earliest step first."""
-    files = [path for path in (run / "checkpoints").glob("step-*.safetensors") if path.stem[5:].isdecimal()]
-    return sorted(files, key=lambda path: int(path.stem[5:]))
+@torch.no_grad()
+def put_back(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Set a model and its optimizer, in place, to what `state_of` said when the checkpoint was written.
+
+    Raises ``SafetensorError``, ``OSError``, ``RuntimeError``, ``LookupError`` or ``ValueError`` where it does not fit.
+    """
+    with safe_open(path, framework="pt") as file:
+        for name, tensor in each_once(model).items():
+            tensor.copy_(devices.placed(file.get_tensor(f"model.{name}"), tensor))
+        weights = dict(model.named_parameters())
+        for key in file.keys():
+            if key.startswith("optimizer."):
+                _, field, name = key.split(".", 2)
+                value, weight = file.get_tensor(key), weights[name]
+                if value.ndim:
+                    value = devices.placed(value, weight)
+                elif optimizer.defaults.get("fused"):  # which counts steps beside the weights, others on the CPU
+                    value = value.to(weight.device)
+                optimizer.state[weight][field] = value
 
 
 def find(resume: str) -> tuple[Path, Path]:
     """The run folder and the checkpoint that ``--resume`` means: a run, whose last one is taken, or a checkpoint.
 
-    A damaged last one is passed over with a warning. Raises `InputError` when there is none.
+    A damaged last one is passed over with a warning. Raises `InputError` when there is none, or a named one is damaged.
     """
     path = Path(resume)
     if path.suffix == ".safetensors":
-        return path.parent.parent if len(path.parts) > 2 else path.absolute().parents[1], path
+        read_header(path, whole=True)
+        return _run_of(path), path
     try:
         if not (path / ARGUMENTS).is_file():
             raise InputError(f"--resume {path}: is not a run folder, it has no {ARGUMENTS}; give a folder under runs/")
@@ -286,7 +283,7 @@ def find(resume: str) -> tuple[Path, Path]:
         raise InputError(f"--resume {path}: cannot be read ({error.strerror}); give a folder you may read") from None
     for file in reversed(files):
         try:
-            read_header(file)
+            read_header(file, whole=True)
             return path, file
         except InputError as error:
             logger.warning("%s; trying the one before", error)
@@ -294,15 +291,19 @@ def find(resume: str) -> tuple[Path, Path]:
                      "--checkpoint_every steps, and on SIGTERM or Ctrl-C; train anew")
 
 
+def _run_of(checkpoint: Path) -> Path:
+    return checkpoint.parent.parent if len(checkpoint.parts) > 2 else checkpoint.absolute().parents[1]
+
+
 def begin(args: Namespace, tokenizer) -> Path:
     """The run folder, in all processes: that of ``--resume``, or a new one with tokenizer and arguments in it."""
     if args.resume:
-        return find(args.resume)[0]
+        return _run_of(Path(args.resume))
     run = Path(idist.broadcast(make_logdir(args.model_checkpoint) if devices.is_first() else None, safe_mode=True))
     if devices.is_first():
         try:
-            tokenizer.save_pretrained(run)
-            (run / ARGUMENTS).write_text(json.dumps(vars(args), indent=2) + "\n")
+            save_tokenizer(tokenizer, run)
+            write_text(run / ARGUMENTS, json.dumps(vars(args), indent=2) + "\n")
         except OSError as error:
             raise InputError(f"{run}: cannot be written ({error.strerror or error}); make room, or start where "
                              "there is some") from None
@@ -400,13 +401,3 @@ def _on_gpu(device: str) -> bool:
 
 def _bytes(text: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
-def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's weights and lasting buffers, those that are one under several names once."""
-    state, seen = {}, set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            state[name] = tensor
-            seen.add(id(tensor))
-    return state

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners import lora
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -33,10 +34,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, cached_file
 
-from cli import InputError, command
+from cli import InputError, command, short
+from files import ARGUMENTS, each_once, replacing, unfinished, write_tensors, write_text
 from inputs import IGNORED, NO_CANDIDATE, places_before
 from layers import ATTENTION, LowRankLinear, additive, candidate_mask
-from tables import write_tensors
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     NAMED,
@@ -44,10 +45,12 @@ from utils import (
     adapter_base,
     from_file,
     get_tokenizer,
+    is_checkpoint_file,
     is_gguf,
     quiet_transformers,
     read_config,
     resolve_checkpoint,
+    save_tokenizer,
 )
 
 logger = logging.getLogger(__name__)
@@ -327,12 +330,16 @@ def load_model(model_checkpoint: str, rank: int = 0) -> DoubleHeadsModel:
     """The double-heads model of a checkpoint, in evaluation mode and float32, on the CPU.
 
     ``model_checkpoint`` is what `utils.resolve_checkpoint` takes: a hub name, a run folder of ours or of 2019, a folder
-    without weights, which starts at random with a warning, or that of a PEFT adapter, which is merged into the model
-    that it names; an adapter of rank ``rank`` stays apart, to be trained on. Weights are read as tensors only; no
-    pickled code runs. Raises `InputError` when there is none, it
-    cannot be read, or it cannot read packed rows.
+    without weights, which starts at random with a warning, a checkpoint file of a training, or the folder of a PEFT
+    adapter, which is merged into the model that it names; an adapter of rank ``rank`` stays apart, to be trained on.
+    Weights are read as tensors only; no pickled code runs. Raises `InputError` when there is none, it cannot be read, or
+    it cannot read packed rows.
     """
     checkpoint = resolve_checkpoint(model_checkpoint)
+    if is_checkpoint_file(checkpoint):
+        return _of_training(checkpoint)
+    if left := unfinished(Path(checkpoint)):
+        logger.warning("%s: this is the model of the last whole epoch, and the run is %s", checkpoint, left)
     if base := adapter_base(checkpoint):
         return _adapted(checkpoint, base, rank)
     config = read_config(checkpoint)
@@ -550,10 +557,7 @@ def _adapted(checkpoint: str, base: str, rank: int) -> DoubleHeadsModel:
     config = read_config(checkpoint)
     if config.vocab_size > model.get_input_embeddings().weight.shape[0]:  # room for control tokens
         model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-    how_it_was_trained = {"history_start", "max_history", "max_len", "no_persona", "no_token_types",
-                          "speaker_ids"}
-    for name in how_it_was_trained & vars(config).keys():
-        setattr(model.config, name, getattr(config, name))
+    _as_trained_(model, config)
     try:
         with quiet_transformers():
             adapted = PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
@@ -568,6 +572,47 @@ def _adapted(checkpoint: str, base: str, rank: int) -> DoubleHeadsModel:
     return model.eval()
 
 
+def _as_trained_(model: DoubleHeadsModel, config) -> None:
+    """Let a base model read turns as the configuration of what adapts it says."""
+    how_it_was_trained = {"history_start", "max_history", "max_len", "no_persona", "no_token_types", "speaker_ids"}
+    for name in how_it_was_trained & vars(config).keys():
+        setattr(model.config, name, getattr(config, name))
+
+
+@torch.no_grad()
+def _of_training(checkpoint: str) -> DoubleHeadsModel:
+    """The model of a training's checkpoint file, as it was then; its adapter, if it has one, is merged into it."""
+    config, path = read_config(checkpoint), Path(checkpoint)
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key[len("model."):]: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}
+        if adapted := any(".lora_A." in name for name in state):
+            began = json.loads((path.absolute().parents[1] / ARGUMENTS).read_text("utf-8"))
+            base, rank, tokenizer = began["model_checkpoint"], began["lora"], get_tokenizer(checkpoint)
+            model = load_model(base, rank)
+            add_special_tokens_(model, tokenizer)
+            _as_trained_(model, config)
+            add_lora_(model, tokenizer, rank, base)
+        else:
+            model_class = MODELS.get(config.model_type) or decoder_class(type(config))
+            model = model_class(model_class.config_class.from_dict(config.to_dict() | {"dtype": "float32"}))
+        weights = each_once(model)
+        if weights.keys() != state.keys():
+            raise ValueError("it has other weights than its configuration says")
+        for name, weight in weights.items():
+            weight.copy_(state[name])
+    except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"--model_checkpoint {checkpoint}: its model cannot be made ({short(str(error))}); go on with "
+                         f"train.py --resume {path.parents[1]} instead") from None
+    if adapted:
+        with TemporaryDirectory() as folder:
+            save_model(model, folder)
+            return load_model(folder)
+    model.generation_config = GenerationConfig()
+    _check_row(model.eval(), checkpoint)
+    return model
+
+
 def save_model(model: DoubleHeadsModel, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write ``model.safetensors`` and ``config.json`` as plain transformers reads them, each complete or not at all.
 
@@ -580,7 +625,9 @@ def save_model(model: DoubleHeadsModel, folder: str | Path, state: dict[str, tor
         adapter = get_peft_model_state_dict(model, state, save_embedding_layers=False)
         adapter = {f"base_model.model.{name}": tensor.contiguous().cpu().float() for name, tensor in adapter.items()}
         write_tensors(adapter, folder / "adapter_model.safetensors", {"format": "pt"})
-        adapters["default"].save_pretrained(folder)
+        with TemporaryDirectory(dir=folder) as made, replacing(folder / "adapter_config.json") as unfinished:
+            adapters["default"].save_pretrained(made)
+            os.replace(Path(made, "adapter_config.json"), unfinished)
         _write_config(model, folder)
         return
     names = {ours: theirs for theirs, ours in model.renamed.items()}
@@ -597,8 +644,7 @@ def save_model(model: DoubleHeadsModel, folder: str | Path, state: dict[str, tor
 
 def _write_config(model: DoubleHeadsModel, folder: Path) -> None:
     config = model.config.to_diff_dict() | {"architectures": [model.architecture]}
-    (folder / "config.json.unfinished").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(folder / "config.json.unfinished", folder / "config.json")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
@@ -615,7 +661,7 @@ def main() -> None:
     add_special_tokens_(model, tokenizer)
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(args.folder)
+        save_tokenizer(tokenizer, args.folder)
         if args.adapter:
             for name in ("adapter_config.json", "config.json"):
                 shutil.copy(Path(run, name), args.folder / name)

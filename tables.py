@@ -1,9 +1,8 @@
-"""Tensors in files, whole or not at all, and the token table: a tokenised data set as such a file.
+"""The token table: a tokenised data set as one file.
 
-Knows entries, a tokenizer to call, and files; nothing of where data or tokenizers come from.
+Knows entries and a tokenizer to call; nothing of where data or tokenizers come from.
 """
 
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -17,43 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from cli import short
 from dialogs import DialogNumbers
 from distractors import COUNT, draw_distractors
+from files import digest, write_tensors
 
 logger = logging.getLogger(__name__)
-
-
-# ------------------------------------------------------------------------------------------------------- files
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file to the disk, complete or not at all. Raises ``OSError`` when it cannot be written."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # what the umask gives; the library itself lets nobody else read
-        save_file(tensors, unfinished, metadata=metadata)
-        unfinished.chmod(mode)
-        sync(unfinished)  # a crash of the machine must not leave the new name on empty blocks
-        os.replace(unfinished, path)
-        sync(path.parent)
-    except SafetensorError as error:  # how the library reports a failed write
-        raise OSError(short(str(error))) from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Return when a file's contents, or a folder's names, have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------- token table
@@ -78,18 +48,9 @@ class TokenTable(Mapping):
             self._arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}
         self._splits = {name: Split(self, name) for name in json.loads(self.metadata.get("splits", "[]"))}
 
-    @staticmethod
-    def digest(arrays: Mapping[str, np.ndarray]) -> str:
-        """A hash of everything in a table, by which bytes that changed on the disk are noticed."""
-        digest = hashlib.sha256()
-        for name in sorted(arrays):
-            digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-            digest.update(arrays[name])
-        return digest.hexdigest()
-
     def is_whole(self) -> bool:
         """Whether the arrays are those that were written."""
-        return self.metadata.get("digest") == self.digest(self._arrays)
+        return self.metadata.get("digest") == _digest(self._arrays)
 
     def __getitem__(self, split: str) -> "Split":
         return self._splits[split]
@@ -115,6 +76,10 @@ class TokenTable(Mapping):
     def _ragged(self, values: str, offsets: str, row: int) -> np.ndarray:
         bounds = self._arrays[offsets]
         return self._arrays[values][bounds[row]:bounds[row + 1]]
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    return digest((name, torch.from_numpy(arrays[name])) for name in sorted(arrays))
 
 
 class Split(Sequence):
@@ -229,7 +194,7 @@ def build_table(tokenizer, splits: Mapping[str, Iterable[dict]], distractors: st
         _add_distractors(arrays, split, strings, tokens, of_turn, distractors)
     arrays |= tokens.arrays("tokens", "token_offsets") | texts.arrays("text", "text_offsets")
     tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    write_tensors(tensors, cache, {"key": key, "splits": json.dumps(list(splits)), "digest": TokenTable.digest(arrays)})
+    write_tensors(tensors, cache, {"key": key, "splits": json.dumps(list(splits)), "digest": _digest(arrays)})
 
 
 def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[str], tokens: _Ragged,

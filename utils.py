@@ -19,6 +19,7 @@ from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +38,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from cli import InputError, positive_number, require_memory, short, whole_number
 from corpora import MOST_GROWTH, read_corpus
 from dialogs import put_together
+from files import ARGUMENTS, disk_error, read_header, unfinished
 from readers import add_reading_flags, read_any
 from releases import RELEASES, Release, corpora_known, corpus_name, find_release, read_release
 from tables import TokenTable, build_table, open_table
@@ -154,6 +156,11 @@ def find_smollm2() -> str:
 NAMED = {"smollm2": find_smollm2, "persona": lambda: str(PERSONA)}
 
 
+def is_checkpoint_file(checkpoint: str) -> bool:
+    """Whether a resolved checkpoint is a single file that a training has left."""
+    return checkpoint.endswith(".safetensors") and os.path.isfile(checkpoint)
+
+
 def is_gguf(checkpoint: str) -> bool:
     """Whether a resolved checkpoint is a single GGUF file."""
     return checkpoint.lower().endswith(".gguf") and os.path.isfile(checkpoint)
@@ -209,11 +216,11 @@ def _answers(url: str, within: float) -> bool:
 
 
 def resolve_checkpoint(model_checkpoint: str) -> str:
-    """A folder or GGUF file on this machine, or a hub name, for what the user calls a checkpoint.
+    """A folder or file on this machine, or a hub name, for what the user calls a checkpoint.
 
-    ``model_checkpoint``: a folder, a GGUF file, a ``.tar.gz`` of a folder or its address, a name of `NAMED` or of the
-    hub, or ``""``, the published fine-tuned model. Raises `InputError` when it names a folder or address that is not
-    there.
+    ``model_checkpoint``: a folder, a GGUF file, a checkpoint file of a training, a ``.tar.gz`` of a folder or its
+    address, a name of `NAMED` or of the hub, or ``""``, the published fine-tuned model. Raises `InputError` when it
+    names a folder, file or address that is not there or not whole, or a run that was stopped before it had a model.
     """
     if not model_checkpoint:
         return download_pretrained_model()
@@ -226,7 +233,13 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
     path = Path(model_checkpoint)
     if path.name.endswith((".tar.gz", ".tgz")) and os.path.isfile(path):
         return _folder_of_archive(path)
+    if is_checkpoint_file(model_checkpoint):
+        _check_whole(path.absolute())
+        return str(path)
     if os.path.isdir(path):
+        if os.path.isfile(path / ARGUMENTS) and not os.path.isfile(path / "config.json"):
+            left = unfinished(path) or "stopped before its first checkpoint; train anew"
+            raise InputError(f"{path}: has no model yet, this run is {left}")
         if not os.path.isfile(path / "config.json") and not adapter_base(str(path)):
             raise InputError(f"{path}: has no config.json; --model_checkpoint takes a run folder, or a folder with a "
                              "model's config.json and tokenizer files")
@@ -246,6 +259,11 @@ def _folder_of_archive(archive: Path) -> str:
     if not configs:
         raise InputError(f"{archive}: holds no config.json; --model_checkpoint takes an archive of a run folder")
     return str(configs[0].parent)
+
+
+@cache
+def _check_whole(checkpoint: Path) -> None:
+    read_header(checkpoint, whole=True)
 
 
 def adapter_base(checkpoint: str) -> str | None:
@@ -491,6 +509,16 @@ class _OfOtherFamily(_Prepared):
         return [ids[len(before):] for ids in behind_a_space]
 
 
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write a tokenizer's files into a folder. Raises ``OSError`` when it cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # what the tokenizers library raises, whatever happens
+        raise disk_error(error, folder) from None
+
+
 def _prepared(tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedTokenizerBase:
     """Another family's tokenizer made one of ours, in place."""
     family = type(tokenizer)
@@ -508,6 +536,8 @@ def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase
     """
     checkpoint = resolve_checkpoint(model_checkpoint)
     family = read_config(checkpoint).model_type
+    if is_checkpoint_file(checkpoint):
+        checkpoint = str(Path(checkpoint).absolute().parents[1])  # the run's folder
     try:
         if family in TOKENIZERS:
             tokenizer = TOKENIZERS[family].from_pretrained(checkpoint, split_special_tokens=True)
@@ -555,6 +585,8 @@ def quiet_transformers():
 
 def read_config(checkpoint: str) -> transformers.PretrainedConfig:
     """The configuration of a resolved checkpoint. Raises `InputError` when there is none or its family is unknown."""
+    if is_checkpoint_file(checkpoint):
+        return _config_of_training(checkpoint)
     family = None
     try:
         if not Path(checkpoint, "config.json").is_file() and (base := adapter_base(checkpoint)):
@@ -585,6 +617,18 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
     if config.model_type not in {*TOKENIZERS, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}:
         raise InputError(f"--model_checkpoint {checkpoint}: is a '{config.model_type}' model, no decoder that "
                          "transformers knows; known are gpt2, openai-gpt, llama, qwen3, gpt_neox, opt and others")
+    _check_config(config, checkpoint)
+    return config
+
+
+def _config_of_training(checkpoint: str) -> transformers.PretrainedConfig:
+    """The configuration that a training's checkpoint file keeps. Raises `InputError` for one that keeps none."""
+    try:
+        settings = dict(read_header(Path(checkpoint))["config"])
+        config = transformers.CONFIG_MAPPING[settings.pop("model_type")](**settings)
+    except (LookupError, TypeError, ValueError):
+        raise InputError(f"--model_checkpoint {checkpoint}: does not say which model it is of, as checkpoints of "
+                         "earlier versions do not; go on with train.py --resume, and take a later one") from None
     _check_config(config, checkpoint)
     return config
 

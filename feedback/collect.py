@@ -6,9 +6,7 @@ Stopped and started again with the same flags, it goes on. A line of the file is
 make it again: see `collect`.
 """
 
-import hashlib
 import logging
-import os
 import shlex
 from argparse import ArgumentParser, Namespace
 from collections import Counter
@@ -24,6 +22,7 @@ from cli import InputError, command, positive_number
 from corpora import require_split
 from decoding import OPTIONS, Decoding, add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
 from feedback.pairs import append_lines, beginnings, is_pair, pair_name, read_lines, whole_dialog
+from files import digest, replacing
 from inputs import TurnDataset
 from model import DoubleHeadsModel, half_dtype
 from utils import add_common_flags, dataset_of
@@ -33,11 +32,7 @@ logger = logging.getLogger("feedback.collect")
 
 def model_hash(model: DoubleHeadsModel) -> str:
     """A name for a model's weights: the same for the same weights, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return digest(sorted(model.state_dict().items()))[:16]
 
 
 def decoders(args: Namespace) -> list[Decoding]:
@@ -137,10 +132,8 @@ def _kept(path: Path, made: dict, batches: list[list[int]], seed: int) -> list[d
     records = [record for _, record in lines]
     last = max((record["seed"] for record in records), default=0)
     records = [record for record in records if record["seed"] < last]
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.unlink(missing_ok=True)
-    append_lines(unfinished, records)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        append_lines(unfinished, records)
     return records
 
 

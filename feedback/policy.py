@@ -57,12 +57,12 @@ from feedback.objectives import (
 from feedback.pairs import append_lines, dialog_of, held_out, read_lines, unseen_turns, whole_dialog
 from feedback.preferences import read_preferences
 from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint
-from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
+from feedback.snapshot import check_arguments, check_ours, check_same, restore_snapshot, save_snapshot
 from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, max_reply, pack_turn
 from model import DoubleHeadsModel, save_model
 from tables import Split, tokenize
 from train import BAR
-from utils import add_common_flags, dataset_of
+from utils import add_common_flags, dataset_of, save_tokenizer
 
 EVALUATIONS = "evaluations.jsonl"
 NEVER = -1e9  # log-probability of what cannot be done; finite, so that 0 · NEVER is 0
@@ -248,7 +248,7 @@ class Trainer:
     """The policy, its reference, and the three ways to make a step."""
 
     def __init__(self, args: Namespace):
-        self.args = args
+        self.args, self.noted = args, {}
         model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
                                                 max_history=args.max_history)
         self.special = Specials.of(self.tokenizer)
@@ -295,7 +295,7 @@ class Trainer:
         args, ours = self.args, model_hash(self.reference.model)
         longest = max_reply(self.reference.model.max_positions, self.reference.model.history_start)
         pairs, better, without = read_preferences(args.pairs, args.answers)
-        check_same(Path(args.policy), fingerprint(better))
+        self.noted = check_same(Path(args.policy), fingerprint(better))
         self.seen = self.seen + [dialog_of(pair) for pair in pairs.values()]
         apart = held_out(pairs.values(), args.held_out, args.held_out_seed)
         turns, left_out = [], Counter(without)
@@ -455,8 +455,9 @@ class Trainer:
 def train_policy(args: Namespace) -> Path:
     """The whole training; returns the run folder."""
     run = Path(args.policy)
-    check_arguments(run, args, may_change={"policy", "device", "save_every", "dataset_cache"})
+    noted = check_arguments(run, args, may_change={"policy", "device", "save_every", "dataset_cache"})
     if (run / "model.safetensors").exists():  # which is the last that is written
+        check_ours(run)
         logger.info("%s is finished", run)
         return run
     trainer = Trainer(args)
@@ -481,13 +482,14 @@ def train_policy(args: Namespace) -> Path:
         if step % args.evaluate_every == 0 or step == args.steps:
             evaluate(step)
         if step % args.save_every == 0 or step == args.steps:
-            save_snapshot(run, trainer.network, trainer.optimizer, {"step": step, "price": trainer.kl.price})
+            save_snapshot(run, trainer.network, trainer.optimizer,
+                          noted | trainer.noted | {"step": step, "price": trainer.kl.price})
 
     if not done:
         evaluate(0)
     if done < args.steps:
         engine.run(range(done, args.steps), max_epochs=1)
-    trainer.tokenizer.save_pretrained(run)
+    save_tokenizer(trainer.tokenizer, run)
     save_model(trainer.network.model, run)
     logger.info("The run is in %s", run)
     return run

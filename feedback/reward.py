@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -32,13 +31,14 @@ from cli import InputError, command, learning_rate, positive_number, positive_re
 from decoding import load_checkpoint
 from feedback.pairs import dialog_of, held_out
 from feedback.preferences import read_preferences
-from feedback.snapshot import check_arguments, check_same, restore_snapshot, save_snapshot
+from feedback.snapshot import check_arguments, check_ours, check_same, restore_snapshot, save_snapshot
+from files import write_text
 from inputs import LengthBatches, Row, Specials, collate, pack_turn
 from model import HALF, DoubleHeadsModel, autocast, save_model
 from report import bars, calibration, calibration_error, calibration_table, html
 from tables import tokenize
 from train import BAR, create_trainer
-from utils import add_device_flag
+from utils import add_device_flag, save_tokenizer
 
 SCALE = "reward.json"
 DIALOGS = "dialogs.json"  # which dialogs its pairs are from, by `beginnings`
@@ -140,7 +140,7 @@ def write_page(figures: dict, path: Path) -> None:
     left_out = "".join(f"<dt>pairs left out: {escape(reason)}</dt><dd>{count:,}</dd>"
                        for reason, count in figures["left_out"].items())
     counts = [([f"{one['from']:.1f} to {one['to']:.1f}"], one["turns"]) for one in figures["calibration"]]
-    path.write_text(html("Reward model", [
+    write_text(path, html("Reward model", [
         "<h1>Reward model</h1>"
         f"<p>Prefers what people prefer in <b>{figures['accuracy']:.3f}</b> of {figures['held_out_pairs']:,} pairs of "
         f"dialogs that it has not seen (95 % interval {low:.3f} to {high:.3f}); chance is 0.5.</p>"
@@ -149,7 +149,7 @@ def write_page(figures: dict, path: Path) -> None:
         f"σ(difference of scores). Expected calibration error: {figures['calibration_error']:.3f}.</p>"
         + calibration_table(figures["calibration"], "pairs", "was better"),
         "<h2>How sure it is</h2>" + bars(["given"], counts),
-    ]), "utf-8")
+    ]))
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -168,11 +168,12 @@ def training_batches(lengths: np.ndarray, args: Namespace) -> list[list[int]]:
 def train_reward(args: Namespace) -> dict:
     """The whole of it; returns what is in reward.json. Raises `InputError` where there is too little to learn from."""
     run = Path(args.reward)
-    check_arguments(run, args, may_change={"reward", "device", "save_every"})
+    noted = check_arguments(run, args, may_change={"reward", "device", "save_every"})
     manual_seed(args.seed)
     pairs, better, left_out = read_preferences(args.pairs, args.answers)
-    check_same(run, fingerprint(better))
+    noted |= check_same(run, fingerprint(better))
     if (run / SCALE).exists():
+        check_ours(run)
         figures = json.loads((run / SCALE).read_text("utf-8"))
         logger.info("%s is finished", run)
         _tell(figures, run)
@@ -205,25 +206,24 @@ def train_reward(args: Namespace) -> dict:
 
     @trainer.on(Events.ITERATION_COMPLETED(every=args.save_every))
     def save(engine: Engine) -> None:
-        save_snapshot(run, model, optimizer, {"step": done + engine.state.iteration})
+        save_snapshot(run, model, optimizer, noted | {"step": done + engine.state.iteration})
 
     RunningAverage(output_transform=lambda out: out["mc_loss"]).attach(trainer, "mc_loss")
     ProgressBar(persist=True, bar_format=BAR).attach(trainer, metric_names=["mc_loss"])
     loader = DataLoader(rows, batch_sampler=steps[done:], collate_fn=partial(collate, pad=tokenizer.pad_token_id))
     if done < len(steps):
         trainer.run(loader)
-        save_snapshot(run, model, optimizer, {"step": len(steps)})
+        save_snapshot(run, model, optimizer, noted | {"step": len(steps)})
 
     figures = {"training_pairs": len(kept), "left_out": left_out,
                "utterances": max(len(pair["history"]) for pair, _ in kept)}
     figures |= measure_held_out(model, tokenizer, tests, args)
-    tokenizer.save_pretrained(run)
+    save_tokenizer(tokenizer, run)
     save_model(model, run)
     write_page(figures, run / "reward.html")
     seen = dict.fromkeys(tuple(dialog_of(pair)) for pair, _ in better)
-    (run / DIALOGS).write_text(json.dumps(list(seen)) + "\n", "utf-8")
-    (run / "reward.unfinished").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
-    os.replace(run / "reward.unfinished", run / SCALE)
+    write_text(run / DIALOGS, json.dumps(list(seen)) + "\n")
+    write_text(run / SCALE, json.dumps(figures, indent=1) + "\n")  # which says that the rest is whole
     _tell(figures, run)
     return figures
 

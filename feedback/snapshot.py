@@ -1,97 +1,90 @@
-"""One file that a training stopped before its end goes on from: weights, optimizer and place.
+"""One file that a training stopped before its end goes on from: weights, optimizer, place, and how it was started.
 
-Trainings here seed every step with its number, so that a place is just that number.
+Trainings here seed every step with its number, so that a place is just that number. What a training was started with is
+noted in its snapshots and nowhere else: until the first one there is nothing that other arguments could spoil.
 """
 
 import json
-import os
+import logging
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
+from checkpoints import put_back, state_of
 from cli import InputError
-from tables import write_tensors
+from files import read_header, write_checkpoint, write_text
 
-FILE, ARGUMENTS = "unfinished.safetensors", "feedback_args.json"
+FILE = "unfinished.safetensors"
+logger = logging.getLogger("feedback.snapshot")
 
 
-def check_arguments(run: Path, args: Namespace, may_change: set[str]) -> None:
-    """Note in a run folder what it was started with; later, that it is started again with the same.
+def check_arguments(run: Path, args: Namespace, may_change: set[str]) -> dict:
+    """What `save_snapshot` is to note of the arguments; all of them count but those that ``may_change``.
 
-    Raises `InputError` naming the flag that differs, or when the folder cannot be written.
+    Raises `InputError` naming the flag in which the folder's snapshot differs, or when the folder cannot be written.
     """
-    wanted = {name: value for name, value in vars(args).items() if name not in may_change}
-    path = run / ARGUMENTS
+    wanted = json.loads(json.dumps({name: value for name, value in vars(args).items() if name not in may_change}))
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            unfinished = path.with_name(path.name + ".unfinished")
-            unfinished.write_text(json.dumps(wanted, indent=2) + "\n", "utf-8")
-            os.replace(unfinished, path)
-        began = json.loads(path.read_text("utf-8"))
+        write_text(run / "writable", "it is\n")  # which is better known before the work than after
+        (run / "writable").unlink()
     except OSError as error:
-        raise InputError(f"{run}: cannot be written ({error.strerror}); name a folder that can") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); mend it, or delete the folder and start anew") from None
-    for name, value in json.loads(json.dumps(wanted)).items():
+        raise InputError(f"{run}: cannot be written ({error.strerror}); name a folder with room that can") from None
+    began = _noted(run).get("arguments", wanted)
+    for name, value in wanted.items():
         if began.get(name) != value:
             raise InputError(f"--{name} {value}: {run} was begun with {began.get(name)!r}; give the same to go on, or "
                              "name another folder")
+    return {"arguments": wanted}
 
 
-def check_same(run: Path, preferences: str) -> None:
-    """Note in a run folder which preferences it learns from (their fingerprint); later, that they are still the same.
+def check_same(run: Path, preferences: str) -> dict:
+    """What `save_snapshot` is to note of the preferences that are learnt from, given their fingerprint.
 
-    Raises `InputError` when they are not: people have gone on answering.
+    Raises `InputError` when the folder's snapshot has learnt from others: people have gone on answering.
     """
-    path = run / "preferences"
-    if not path.exists():
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(preferences, "utf-8")
-        os.replace(unfinished, path)
-    if path.read_text("utf-8") != preferences:
+    if _noted(run).get("preferences", preferences) != preferences:
         raise InputError(f"{run}: was begun with other answers than there are now; name another folder for these")
+    return {"preferences": preferences}
 
 
-def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights, those that are one under two names once, and what the optimizer keeps of each."""
-    for name, weight in network.named_parameters():
-        yield f"model.{name}", weight.detach()
-        for field, value in optimizer.state.get(weight, {}).items():
-            yield f"optimizer.{field}.{name}", value
+def check_ours(run: Path) -> None:
+    """Raise `InputError` when a model in the folder, which looks finished, is no training's that left a snapshot."""
+    if not _noted(run):
+        raise InputError(f"{run}: holds a model that was made otherwise; name another folder")
+
+
+def _noted(run: Path) -> dict:
+    """The header of the folder's snapshot; empty where there is none to go on from."""
+    try:
+        return read_header(run / FILE) if (run / FILE).exists() else {}
+    except InputError:
+        return {}  # `restore_snapshot` says so
 
 
 def save_snapshot(run: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Write weights, optimizer and ``state``, which JSON can hold, complete or not at all."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in _tensors(network, optimizer)}
-    write_tensors(tensors, run / FILE, {"state": json.dumps(state)})
+    write_checkpoint({name: tensor.detach().cpu() for name, tensor in state_of(network, optimizer)}, run / FILE, state)
 
 
-@torch.no_grad()
 def restore_snapshot(run: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
-    """Put weights and optimizer back, in place, and return the ``state``; None where there is no snapshot.
+    """Put weights and optimizer back, in place, and return the ``state``.
 
-    Raises `InputError` when it is damaged or of another model.
+    None where there is no snapshot, or a damaged one, which is passed over with a warning. Raises `InputError` when it
+    is another model's.
     """
     if not (run / FILE).exists():
         return None
     try:
-        with safe_open(run / FILE, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            for name, weight in network.named_parameters():
-                weight.copy_(file.get_tensor(f"model.{name}"))
-            weights = dict(network.named_parameters())
-            for key in file.keys():
-                kind, _, rest = key.partition(".")
-                if kind == "optimizer":
-                    field, name = rest.split(".", 1)
-                    value = file.get_tensor(key)
-                    beside = value.ndim or optimizer.defaults.get("fused")  # where the count of steps is kept
-                    optimizer.state[weights[name]][field] = value.to(weights[name].device) if beside else value
+        state = read_header(run / FILE, whole=True)
+    except InputError as error:
+        logger.warning("%s; the training begins anew", str(error).partition(";")[0])
+        return None
+    try:
+        put_back(run / FILE, network, optimizer)
     except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{run / FILE}: no snapshot of this training ({str(error).splitlines()[0][:160]}); delete it "
                          "to start anew") from None

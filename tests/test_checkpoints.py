@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import random
 import re
 import resource
 import shutil
@@ -20,13 +21,14 @@ import pytest
 import torch
 import warm
 from conftest import ROOT, TINY, error_line, make_checkpoint, script, templates
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_commands import scalars
 from test_distributed import PATIENCE, until
 
 import train
 from checkpoints import Checkpoints, find, read_header, step_files
 from cli import InputError
+from model import load_model
 from schedule import AdamW, Decay
 from utils import get_dataset, get_tokenizer, make_logdir
 
@@ -338,3 +340,80 @@ def test_memory_that_runs_out_says_what_to_lower(small_corpus, tmp_path, monkeyp
     assert re.search("out of memory on a batch of 57 turns, .*--train_batch_size 29 --gradient_accumulation_steps 6",
                      str(training.value))
     assert re.search("out of memory on a batch of 17 turns, .*--valid_batch_size 8", str(validating.value))
+
+
+# --------------------------------------------------------------------------------------------- damage, kills, slips
+
+
+def test_no_flipped_byte_is_resumed(undisturbed, tmp_path):
+    """Wherever in the file it is: in the weights, the optimizer's moments, the header or the hash itself."""
+    whole = step_files(undisturbed)[1].read_bytes()
+    header, path = 8 + int.from_bytes(whole[:8], "little"), tmp_path / "runs" / "checkpoints" / "step-2.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(whole)
+    read_header(path, whole=True)
+    rng = random.Random(0)
+    for place in [*rng.sample(range(header), 150), *rng.sample(range(header, len(whole)), 50), len(whole) - 1]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1:])
+        with pytest.raises(InputError, match="take another"):
+            read_header(path, whole=True)
+
+
+def test_a_checkpoint_with_a_changed_weight_is_passed_over(undisturbed, tmp_path):
+    run = resumed_from(step_files(undisturbed)[3], tmp_path)
+    last = step_files(run)[-1]
+    with open(last, "r+b") as file:
+        file.seek(-7, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-7, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 4]))
+    assert f"{last.name}: is damaged" in error_line("train.py", "--resume", last, cwd=tmp_path)
+    assert f"{last}: is damaged" in error_line("interact.py", "--model_checkpoint", last, cwd=tmp_path)
+    script("train.py", "--resume", run, "--keep_checkpoints", 99, cwd=tmp_path)
+    assert f"{last.name}: is damaged, it is not what was written" in script.stderr
+    assert "Going on after step 3" in script.stderr
+    assert_equal_to_the_last_bit(run, undisturbed)
+
+
+def test_a_checkpoint_from_before_there_were_hashes_still_resumes(undisturbed, tmp_path):
+    run = resumed_from(step_files(undisturbed)[3], tmp_path)
+    last = step_files(run)[-1]
+    header = read_header(last)
+    del header["config"]
+    save_file(load_file(last), last, {"state": json.dumps(header | {"format": "transfertransfo checkpoint 1"})})
+    assert "does not say which model it is of" in error_line("interact.py", "--model_checkpoint", last, cwd=tmp_path)
+    script("train.py", "--resume", run, "--keep_checkpoints", 99, cwd=tmp_path)
+    assert "Going on after step 4" in script.stderr
+    assert_equal_tensors(run / "model.safetensors", undisturbed / "model.safetensors")
+
+
+def test_an_unfinished_run_is_called_so_and_its_last_checkpoint_can_be_used(undisturbed, small_corpus, tmp_path):
+    """Killed in the first epoch, it has no model; in the second, the first one's. Of a finished one nothing is said."""
+    run = resumed_from(step_files(undisturbed)[1], tmp_path)
+    last = step_files(run)[-1]
+    (run / "config.json").unlink()
+    data = ["--dataset_path", small_corpus, "--device", "cpu"]
+    for name, more in [("interact.py", []), ("convai_evaluation.py", []), ("demo.py", ["--port", "0"])]:
+        line = error_line(name, "--model_checkpoint", run, *data, *more, cwd=tmp_path)
+        assert "has no model yet, this run is unfinished, after 6 of 16 batches; go on with train.py --resume" in line
+        assert f"--resume {run}, or" in line and str(last) in line
+    first_epoch = load_model(str(last))
+    said = script("interact.py", "--model_checkpoint", last, *data, "--no_sample", stdin="hello !\n", cwd=tmp_path)
+    assert said.startswith("Personality:") and "unfinished" not in script.stderr
+
+    (run / "config.json").write_bytes((undisturbed / "config.json").read_bytes())
+    (run / "model.safetensors").write_bytes((undisturbed / "model.safetensors").read_bytes())
+    script("convai_evaluation.py", "--model_checkpoint", run, *data, cwd=tmp_path)
+    assert script.stderr.count("the run is unfinished, after 6 of 16 batches; go on with train.py --resume") == 1
+    script("convai_evaluation.py", "--model_checkpoint", undisturbed, *data, cwd=tmp_path)
+    assert "unfinished" not in script.stderr
+
+    stored = load_file(last)
+    assert all(torch.equal(tensor, stored[f"model.{name}"]) for name, tensor in first_epoch.state_dict().items()
+               if f"model.{name}" in stored)
+    for name, tensor in load_model(str(step_files(undisturbed)[-1])).state_dict().items():
+        assert torch.equal(tensor, load_model(str(undisturbed)).state_dict()[name]), name
+    shutil.rmtree(run / "checkpoints")
+    (run / "config.json").unlink()
+    line = error_line("interact.py", "--model_checkpoint", run, *data, cwd=tmp_path)
+    assert "this run is stopped before its first checkpoint; train anew" in line

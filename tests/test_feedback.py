@@ -25,6 +25,7 @@ from cli import InputError
 from dialogs import Dialog, Turn, entries
 from feedback import annotate, browser, collect, metrics, policy, reward
 from feedback.pairs import held_out, read_pairs
+from feedback.snapshot import FILE
 from inputs import Specials, TurnDataset, build_context, collate
 from interact import fitted_context, generate_replies, readable
 from model import add_special_tokens_, load_model, save_model
@@ -581,6 +582,45 @@ def test_a_killed_reward_training_goes_on_to_the_same_weights(world, judged, tmp
     assert reward.train_reward(arguments) == json.loads((tmp_path / "reward" / "reward.json").read_text())
     for name in ("model.safetensors", "reward.json"):
         assert (tmp_path / "reward" / name).read_bytes() == (judged / "reward" / name).read_bytes()
+
+
+def test_a_damaged_snapshot_is_passed_over(world, judged, tmp_path, monkeypatch, caplog):
+    arguments = reward_flags(world, judged, reward=str(tmp_path / "reward"), save_every=2, n_epochs=1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, reward, 2)
+        reward.train_reward(arguments)
+    snapshot = tmp_path / "reward" / FILE
+    whole = snapshot.read_bytes()
+    snapshot.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    reward.train_reward(arguments)
+    assert "is damaged, it is not what was written; the training begins anew" in caplog.text
+    reward.train_reward(Namespace(**vars(arguments) | {"reward": str(tmp_path / "other")}))
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("reward", "other")]
+    assert models[0] == models[1]
+
+
+def test_no_slip_is_final(world, judged, tmp_path):
+    """A command that fails for a mistyped name leaves nothing behind that refuses the corrected one."""
+    missing = str(tmp_path / "missing.jsonl")
+    right = {"reward": str(tmp_path / "reward"), "n_epochs": 1}
+    for wrong in ({"model_checkpoint": missing}, {"pairs": missing}, {"answers": [missing]}, {"held_out": 1.0}):
+        with pytest.raises(InputError):
+            reward.train_reward(reward_flags(world, judged, **right | wrong))
+    assert reward.train_reward(reward_flags(world, judged, **right))["training_pairs"]
+
+    for algorithm, slips in (("rloo", ("--model_checkpoint", "--dataset_path", "--reward_model")),
+                             ("dpo", ("--model_checkpoint", "--pairs", "--answers", "--max_length"))):
+        right = ["--algorithm", algorithm, "--steps", 1, "--evaluation_contexts", 2]
+        for flag in slips:
+            wrong = 10_000 if flag == "--max_length" else missing
+            with pytest.raises(InputError):
+                policy.train_policy(policy_flags(world, tmp_path / algorithm, judged, *right, flag, wrong))
+        assert (policy.train_policy(policy_flags(world, tmp_path / algorithm, judged, *right)) / FILE).exists()
+
+
+def test_a_folder_with_a_model_that_was_made_otherwise_is_not_called_finished(world, judged):
+    with pytest.raises(InputError, match="run: holds a model that was made otherwise; name another folder"):
+        policy.train_policy(policy_flags(world, world / "run", judged))
 
 
 def test_a_reward_model_of_coin_flips_is_warned_of(world, pairs, tmp_path, caplog):

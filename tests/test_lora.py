@@ -16,6 +16,7 @@ from test_decoders import FAMILIES, byte_level, write_checkpoint
 import model as network
 import utils
 from cli import InputError
+from files import step_files
 from inputs import Specials, TurnDataset, collate
 from model import add_lora_, add_special_tokens_, load_model, save_model
 
@@ -103,6 +104,10 @@ def test_train_resume_evaluate_and_refusals(trained, small_corpus, tmp_path, mon
     run = next((tmp_path / "runs").iterdir())
     script("train.py", "--dataset_path", small_corpus, "--n_epochs", 0, "--model_checkpoint", run, cwd=tmp_path)
     assert [line for line in script.stderr.splitlines() if "train: Validation: " in line] == [last]
+
+    checkpoint = load_model(str(step_files(run)[-1])).state_dict()
+    for name, tensor in load_model(str(run)).state_dict().items():
+        torch.testing.assert_close(tensor, checkpoint[name], atol=1e-6, rtol=1e-5, msg=name)
 
     resumed = shutil.copytree(run, tmp_path / "resumed")  # as if killed after five steps
     for late in [resumed / "adapter_model.safetensors", *resumed.glob("checkpoints/*")]:
