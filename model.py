@@ -332,8 +332,8 @@ def load_model(model_checkpoint: str, rank: int = 0) -> DoubleHeadsModel:
     ``model_checkpoint`` is what `utils.resolve_checkpoint` takes: a hub name, a run folder of ours or of 2019, a folder
     without weights, which starts at random with a warning, a checkpoint file of a training, or the folder of a PEFT
     adapter, which is merged into the model that it names; an adapter of rank ``rank`` stays apart, to be trained on.
-    Weights are read as tensors only; no pickled code runs. Raises `InputError` when there is none, it cannot be read, or
-    it cannot read packed rows.
+    Weights are read as tensors only; no pickled code runs. Raises `InputError` when there is none, it cannot be read,
+    or it cannot read packed rows.
     """
     checkpoint = resolve_checkpoint(model_checkpoint)
     if is_checkpoint_file(checkpoint):
