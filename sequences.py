@@ -140,13 +140,12 @@ class Sequences:
 
         What it returns tells `attend` where to look.
         """
-        new = [tensor.float() if tensor.device.type == "cpu" else tensor for tensor in (keys, values)]
         states, rows, width = self.of_replies, len(self.lengths) * self.copies, self.longest
         if self.parts:
             states, rows, width = self.of_contexts, len(self.lengths), self.width
         if layer not in states:
-            states[layer] = tuple(one.new_zeros(rows, one.shape[1], width, one.shape[3]) for one in new)
-        for tensor, one in zip(states[layer], new, strict=True):
+            states[layer] = tuple(one.new_zeros(rows, one.shape[1], width, one.shape[3]) for one in (keys, values))
+        for tensor, one in zip(states[layer], (keys, values), strict=True):
             for part in self.parts:
                 tensor[part.slot, :, part.shared:part.length] = one[0, :, part.tokens]
                 if part.shared:
@@ -168,13 +167,13 @@ class Sequences:
         """
         keys, values = self.of_contexts[layer]
         if self.parts:
-            out = [attention(query[:, :, part.tokens].to(keys.dtype), keys[part.slot, None, :, :part.length],
+            out = [attention(query[:, :, part.tokens], keys[part.slot, None, :, :part.length],
                              values[part.slot, None, :, :part.length], mask[..., part.tokens, :part.length])
                    for part in self.parts]
             return torch.cat(out, 1)
         contexts, heads, size = len(self.lengths), keys.shape[1], keys.shape[3]
         said_keys, said_values = (tensor[:, :, :self.steps + 1] for tensor in self.of_replies[layer])
-        query = query[0].transpose(0, 1).to(keys.dtype) * scaling  # (rows, query heads, size)
+        query = query[0].transpose(0, 1) * scaling  # (rows, query heads, size)
         query = query.reshape(len(query), heads, -1, size)  # query heads by the key head that they share
 
         def by_context(rows: torch.Tensor) -> torch.Tensor:
@@ -187,7 +186,7 @@ class Sequences:
         scores = torch.cat([by_row(by_context(query) @ keys.transpose(2, 3)), query @ said_keys.transpose(2, 3)], -1)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        weights = (scores + mask).softmax(-1)
+        weights = (scores + mask).softmax(-1).to(values.dtype)  # the sum and the softmax in float32
         out = by_row(by_context(weights[..., :self.width]) @ values) + weights[..., self.width:] @ said_values
         return out.flatten(1, 2)[None]
 
@@ -210,11 +209,7 @@ def attend(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Te
         return usual(module, query, key, value, attention_mask, **options)
 
     def of_context(query, key, value, mask) -> torch.Tensor:
-        if attention == "sdpa":
-            groups = query.shape[1] != key.shape[1]
-            return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=groups
-                                                  ).transpose(1, 2)
-        return usual(module, query, key, value, mask, **options)[0]
+        return usual(module, query, key, value, mask.to(query.dtype), **options)[0]
 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return sequences.attend(key.layer, query, attention_mask, of_context, scale, softcap).to(query.dtype), None
