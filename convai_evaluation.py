@@ -264,11 +264,12 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, decoding: 
             batch_size: int) -> Iterator[tuple[int, dict]]:
     """For each turn its number and the generated ``reply``; seeded by ``decoding.seed``, 0 as any other."""
     torch.manual_seed(decoding.seed)
-    for turns in LengthBatches(dataset.lengths()[0], batch_size):
+    for start in range(0, len(dataset), batch_size):  # neighbours are turns of one dialog and share their beginning
+        turns = range(start, min(start + batch_size, len(dataset)))
         contexts = [fitted_context(model, *dataset.context(turn), dataset.special, decoding.max_length)
                     for turn in turns]
         batch = generate_replies(model, contexts, dataset.special, decoding)
-        for turn, reply in zip(turns.tolist(), batch, strict=True):
+        for turn, reply in zip(turns, batch, strict=True):
             yield turn, {"reply": readable(tokenizer, reply)}
 
 

@@ -134,16 +134,18 @@ def top_filtering(logits: torch.Tensor, top_k: float = 0.0, top_p: float = 0.9, 
         logits = logits.masked_fill(logits < smallest_kept, filter_value)
     if top_p > 0.0:
         probabilities = F.softmax(logits, dim=-1)
-        largest = _descending(probabilities)
+        # Tokens below this probability have less than 1 - top_p together, so the set is complete without them.
+        least = 0.99 * (1 - top_p) / logits.shape[-1]
+        largest = _descending(probabilities)[..., :int((probabilities >= least).sum(-1).max())]
         # One less than the number kept: the token that crosses top_p stays, so the set is never empty.
-        size = (largest.cumsum(-1) <= top_p).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
-        smallest_kept = largest.gather(-1, size)
-        ties = probabilities == smallest_kept
-        room = size + 1 - (probabilities > smallest_kept).sum(-1, keepdim=True)
-        if bool((ties.sum(-1, keepdim=True) > room).any()):
-            ties &= ties.cumsum(-1) <= room
-        logits = logits.masked_fill(~ties & (probabilities <= smallest_kept), filter_value)
-    return logits.masked_fill(logits < threshold, filter_value)
+        size = (largest.cumsum(-1) <= top_p).sum(-1, keepdim=True).clamp(max=max(largest.shape[-1] - 1, 0))
+        smallest_kept = largest.gather(-1, size) if largest.shape[-1] else probabilities.new_tensor(0.0)
+        kept = probabilities >= smallest_kept
+        if bool((kept.sum(-1, keepdim=True) > size + 1).any()):
+            ties = probabilities == smallest_kept
+            kept &= ~ties | (ties.cumsum(-1) <= size + 1 - (probabilities > smallest_kept).sum(-1, keepdim=True))
+        logits = logits.masked_fill(~kept, filter_value)
+    return logits.masked_fill(logits < threshold, filter_value) if threshold > -math.inf else logits
 
 
 def _descending(rows: torch.Tensor) -> torch.Tensor:
@@ -199,21 +201,13 @@ def choose_tokens(scores: torch.Tensor, options: Sequence[Decoding],
             tokens.append(likeliest[row])
         else:
             generator = generators[row] if generators else None
-            tokens.append(int(torch.multinomial(scores[row].softmax(-1), 1, generator=generator)))
+            allowed = (scores[row] > -math.inf).nonzero()[:, 0]  # mostly few: a random number is drawn for each
+            drawn = torch.multinomial(scores[row, allowed].softmax(-1), 1, generator=generator)
+            tokens.append(int(allowed[drawn]))
     return tokens
 
 
 # ------------------------------------------------------------------------------------------------ whole replies
-
-
-class Filtered:
-    """`top_filtering` at a temperature, as a step of transformers' ``generate``."""
-
-    def __init__(self, temperature: float, top_k: int, top_p: float):
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-
-    def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
-        return top_filtering(scores.float() / self.temperature, self.top_k, self.top_p)
 
 
 @torch.inference_mode()
