@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from cli import InputError
-from decoding import Decoding, allowed_scores, choose_tokens, fitted_context, load_checkpoint, readable
+from decoding import BeamSearch, Decoding, allowed_scores, choose_tokens, fitted_context, load_checkpoint, readable
 from inputs import Segment, Specials, build_reply
 from model import DoubleHeadsModel
 from utils import resolve_checkpoint
@@ -123,7 +123,7 @@ class Reply:
         self.rows = [Row(places[0], context.start, 0, context.ids + begun.ids, context.types + begun.types)]
 
     def end(self, finish: str) -> None:
-        self.rows, self.finish = [], finish
+        self.rows, self.finish = [], self.finish or finish  # a reply that has its end keeps it when all is closed
 
     def go_on(self, token: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Take the next token, which may be the end, chosen from the logits ``after`` the filter."""
@@ -140,9 +140,10 @@ class Reply:
         A hypothesis goes on in the place of the one it continues; where several continue one, the others get a copy of
         what follows the context, which lies in all places.
         """
-        parents = self.beams.step(scores)
+        best, tokens = scores.topk(self.beams.candidates(scores.shape[1]))
+        parents = self.beams.step(best.tolist(), tokens.tolist())
         if not parents:
-            self.tokens, finish = self.beams.result()
+            _, self.tokens, finish = self.beams.results()[0]
             return self.end(finish)
         free = [place for place in self.places if all(place is not self.rows[parent].place for parent in parents)]
         rows, kept = [], set()
@@ -155,68 +156,6 @@ class Reply:
             kept.add(parent)
             rows.append(Row(place, row.start, row.length, tokens[-1:], [self.special.speaker1]))
         self.rows = rows
-
-
-class BeamSearch:
-    """The beam search of `decoding.generate_replies`, a step at a time, and beside it the greedy reply.
-
-    Hypotheses compete by log-likelihood over length to the power of ``length_penalty``. The search ends when none that
-    is left can overtake the best.
-    """
-
-    def __init__(self, args: Decoding, special: Specials):
-        self.args, self.special = args, special
-        self.live: list[tuple[float, list[int]]] = [(0.0, [])]  # log-likelihood and tokens, the best first
-        self.greedy: tuple[float, list[int]] | None = (0.0, [])
-        self.best, self.best_greedy = (-torch.inf, [], ""), (-torch.inf, [], "")  # score, tokens, finish
-
-    @property
-    def hypotheses(self) -> list[list[int]]:
-        """Tokens of each row to compute: the beams, then the greedy reply. At first they are all one."""
-        return [tokens for _, tokens in self.live] + ([self.greedy[1]] if self.greedy and self.greedy[1] else [])
-
-    def step(self, scores: torch.Tensor) -> list[int]:
-        """Choose from the log-probabilities of `hypotheses`, (rows, vocabulary); banned tokens have -inf.
-
-        Returns the row that each of the new `hypotheses` continues; none when the search is over.
-        """
-        width, length = self.args.num_beams, len(self.hypotheses[0]) + 1
-        parents = []
-        if self.live:
-            sums = scores[:len(self.live)] + torch.tensor([score for score, _ in self.live]).to(scores)[:, None]
-            most = min(width * (1 + len(self.special)), sums.numel())  # so many, because some end
-            candidates = zip(*(part.tolist() for part in sums.flatten().topk(most)), strict=True)
-            before, self.live = self.live, []
-            for rank, (score, place) in enumerate(candidates):
-                parent, token = divmod(place, scores.shape[1])
-                tokens = [*before[parent][1], token]
-                if score == -torch.inf:
-                    break
-                if token in self.special or length == self.args.max_length:
-                    if rank < width:
-                        self.best = max(self.best, self._ended(score, tokens), key=lambda ended: ended[0])
-                elif len(self.live) < width:
-                    self.live.append((score, tokens))
-                    parents.append(parent)
-            longest = self.args.max_length if self.args.length_penalty > 0 else length
-            if self.live and self.best[0] >= self.live[0][0] / longest ** self.args.length_penalty:
-                self.live, parents = [], []
-        if self.greedy:
-            likeliest = int(scores[-1].argmax())
-            score, tokens = self.greedy[0] + scores[-1, likeliest].item(), [*self.greedy[1], likeliest]
-            if likeliest in self.special or length == self.args.max_length:
-                self.greedy, self.best_greedy = None, self._ended(score, tokens)
-            else:
-                self.greedy = (score, tokens)
-                parents.append(len(scores) - 1)
-        return parents
-
-    def _ended(self, score: float, tokens: list[int]) -> tuple[float, list[int], str]:
-        score /= len(tokens) ** self.args.length_penalty
-        return (score, tokens[:-1], "stop") if tokens[-1] in self.special else (score, tokens, "length")
-
-    def result(self) -> tuple[list[int], str]:
-        return max(self.best, self.best_greedy, key=lambda ended: ended[0])[1:]
 
 
 class Pace:
