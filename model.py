@@ -140,8 +140,8 @@ class DoubleHeadsModel:
             attention_mask = self.layer_masks(candidate_mask(segment_ids, visible), position_ids, position_ids)
             use_cache = False
         body = self.read(
-            input_ids, token_type_ids=None if self.no_token_types else token_type_ids, position_ids=position_ids,
-            attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache, **kwargs,
+            input_ids, token_type_ids=token_type_ids, position_ids=position_ids, attention_mask=attention_mask,
+            past_key_values=past_key_values, use_cache=use_cache, **kwargs,
         )
         states = body.last_hidden_state
         if not packed:
@@ -206,7 +206,7 @@ class GPT2DoubleHeads(DoubleHeadsModel, GPT2DoubleHeadsModel):
         self._fuse_activations()
 
     def read(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
-        return self.transformer(input_ids, token_type_ids=token_type_ids, **inputs)
+        return self.transformer(input_ids, token_type_ids=None if self.no_token_types else token_type_ids, **inputs)
 
     def _fuse_activations(self) -> None:
         """The tanh GELU of both families as one kernel: the same function."""
@@ -294,7 +294,7 @@ class AnyDecoder(DoubleHeadsModel):
 
     def read(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
         embedded = self.get_input_embeddings()(input_ids)
-        if token_type_ids is not None:
+        if token_type_ids is not None and not self.no_token_types:
             embedded = embedded + self.token_types((token_type_ids == self.config.speaker_ids[1]).long())
         return self.base_model(inputs_embeds=embedded, **inputs)
 
@@ -347,7 +347,8 @@ def load_model(model_checkpoint: str, rank: int = 0) -> DoubleHeadsModel:
     try:
         if config.model_type in MODELS:
             with quiet_transformers():
-                config = model_class.config_class.from_pretrained(checkpoint, num_labels=1, attn_implementation="sdpa")
+                config = model_class.config_class.from_pretrained(**from_file(checkpoint), num_labels=1,
+                                                                  attn_implementation="sdpa")
         vars(config).pop("n_special", None)  # with which early 2019 counted the control tokens, once or twice
         if rows := _vocabulary_rows(checkpoint):
             config.vocab_size = rows
