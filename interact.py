@@ -29,6 +29,7 @@ from decoding import (  # noqa: F401  some for 2019 code, which imports them fro
 )
 from inputs import Specials
 from model import DoubleHeadsModel
+from records import who_somebody_is
 from utils import add_common_flags, dataset_of, published_or_persona
 
 LARGEST_PERSONALITY = 1 << 20  # bytes of a file; no model has positions for a tenth of it
@@ -93,15 +94,18 @@ def choose_personality(args: Namespace, model: DoubleHeadsModel, tokenizer) -> l
         table = dataset_of(args, tokenizer)
         split, dialog = random.choice([(split, dialog) for split in table.values() for dialog in range(len(split))])
         return split.texts("persona", dialog)
-    text = args.personality
+    text, name = args.personality, "--personality"
     one_word = text and not any(map(str.isspace, text))
     if one_word and ("/" in text or Path(text).suffix) or os.path.isfile(text):  # no sentence: a file's name
         try:
-            text = "".join(read_pieces(text, largest=LARGEST_PERSONALITY))
+            name, text = f"--personality {text}", "".join(read_pieces(text, largest=LARGEST_PERSONALITY))
         except InputError as error:
-            raise InputError(f"--personality {str(error).partition(';')[0]}; name a file with a sentence a line, or "
-                             "write the sentences themselves") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+            cure = "save the file as UTF-8" if "UTF-8" in str(error) else \
+                "name a file with a sentence a line, or write the sentences themselves"
+            raise InputError(f"--personality {str(error).partition(';')[0]}; {cure}") from None
+        if "\0" in text:
+            raise InputError(f"{name}: has zero bytes, as UTF-16 has; save the file as UTF-8")
+    return who_somebody_is(text, name)
 
 
 def main() -> None:
@@ -110,8 +114,9 @@ def main() -> None:
     add_decoding_flags(parser)
     add_family_flag(parser)
     parser.add_argument("--personality", metavar="TEXT_OR_FILE",
-                        help="who the bot is, a sentence a line; \"\" for nobody (default: somebody of the data set; "
-                             "nobody for a model trained without personas)")
+                        help="who the bot is: a sentence a line, or JSON, a list of sentences or an entry; \"\" for "
+                             "nobody (default: somebody of the data that the run was trained on; nobody for a model "
+                             "trained without personas)")
     parser.add_argument("--end_command", default="Abort!", help="what ends the chat (default: %(default)s)")
     args = parser.parse_args()
     if args.seed:

@@ -558,7 +558,10 @@ def _adapted(checkpoint: str, base: str, rank: int) -> DoubleHeadsModel:
     config = read_config(checkpoint)
     if config.vocab_size > model.get_input_embeddings().weight.shape[0]:  # room for control tokens
         model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-    _as_trained_(model, config)
+    how_it_was_trained = {"history_start", "max_history", "max_len", "no_persona", "no_token_types",
+                          "speaker_ids", "trained_on"}
+    for name in how_it_was_trained & vars(config).keys():
+        setattr(model.config, name, getattr(config, name))
     try:
         with quiet_transformers():
             adapted = PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
@@ -575,7 +578,8 @@ def _adapted(checkpoint: str, base: str, rank: int) -> DoubleHeadsModel:
 
 def _as_trained_(model: DoubleHeadsModel, config) -> None:
     """Let a base model read turns as the configuration of what adapts it says."""
-    how_it_was_trained = {"history_start", "max_history", "max_len", "no_persona", "no_token_types", "speaker_ids"}
+    how_it_was_trained = {"history_start", "max_history", "max_len", "no_persona", "no_token_types", "speaker_ids",
+                          "trained_on"}
     for name in how_it_was_trained & vars(config).keys():
         setattr(model.config, name, getattr(config, name))
 

@@ -187,6 +187,30 @@ def personas_of(value: object, depth: int = 0) -> list[list[str]]:
     raise ValueError("the persona is no list of sentences, nor two of them")
 
 
+def who_somebody_is(text: str, name: str) -> list[str]:
+    """The sentences of a persona: a line each; or JSON, a list of them, an entry, or an object that has one.
+
+    Of the two personas of a dialog it is that of who answers. Raises `InputError` for other JSON; ``name``: of the
+    text, for messages.
+    """
+    if not re.match(r'\s*(\[\s*["\[]|\[\s*\]|\{\s*["}])', text):
+        return sentences(text)
+    value = Json(iter([text]), name).only_value()
+    if isinstance(value, dict):
+        named = next((value[key] for key in (*PERSONAS, *SYSTEM_KEYS) if key in value), None)
+        if named is None and is_chat(value):
+            found = read_chat("", value).personas
+            named = next(iter(found.values()), [])
+        if named is None:
+            raise InputError(f"{name}: is {looks(value)}, without a persona; write {{\"personality\": [\"i …\", …]}} "
+                             "or a sentence a line")
+        value = named
+    try:
+        return personas_of(value)[-1]
+    except ValueError:
+        raise InputError(f"{name}: is no list of sentences; write [\"i …\", …] or a sentence a line") from None
+
+
 # ------------------------------------------------------------------------------------------------------ other shapes
 
 

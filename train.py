@@ -28,7 +28,7 @@ from inputs import DialogDataset, TurnDataset, build_input_from_segments, get_lo
 from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, add_lora_, add_special_tokens_, load_model
 from schedule import AdamW, Decay, add_schedule_flags
 from tables import TokenTable
-from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, add_common_flags, dataset_of, get_tokenizer
+from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, add_common_flags, data_flags, dataset_of, get_tokenizer
 
 __all__ = ["ATTR_TO_SPECIAL_TOKEN", "SPECIAL_TOKENS", "add_special_tokens_", "build_input_from_segments", "training"]
 
@@ -42,7 +42,7 @@ def training(args: Namespace) -> Path | None:
     with devices.first_of_each_machine():  # downloads and tokenises
         tokenizer = get_tokenizer(args.model_checkpoint)
         model = load_model(args.model_checkpoint, args.lora)
-        table = dataset_of(args, tokenizer)
+        table = dataset_of(args, tokenizer, of_run=False)
     add_special_tokens_(model, tokenizer)
     model.config.no_token_types = args.no_token_types or model.no_token_types
     if args.lora:
@@ -100,7 +100,7 @@ def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel,
     A batch has ``--train_batch_size`` turns for each process that the run began with, whoever computes them now.
     """
     # What evaluation and chat find in the run's config:
-    model.config.max_history = args.max_history
+    model.config.update({"max_history": args.max_history, "trained_on": data_flags(args)})
     if args.max_len:
         model.config.max_len = args.max_len
     longest = max(map(longest_persona, table.values()))

@@ -35,11 +35,11 @@ from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from cli import InputError, positive_number, require_memory, short, whole_number
+from cli import InputError, fraction, positive_number, require_memory, short, whole_number
 from corpora import MOST_GROWTH, read_corpus
-from dialogs import put_together
+from dialogs import TARGETS, put_together
 from files import ARGUMENTS, disk_error, read_header, unfinished
-from readers import add_reading_flags, read_any
+from readers import add_reading_flags, format_name, read_any
 from releases import RELEASES, Release, corpora_known, corpus_name, find_release, read_release
 from tables import TokenTable, build_table, open_table
 
@@ -712,10 +712,67 @@ def _say_unknown(table: TokenTable, tokenizer) -> None:
                        "made for it (GPT-1's tokenizer reads English alone)", 100 * unknown, tokenizer.unk_token)
 
 
-def dataset_of(args: Namespace, tokenizer) -> TokenTable:
-    """The data set that the flags of `add_common_flags` name."""
+# The flags by which a run remembers its data, with their defaults.
+DATA_FLAGS = {"dataset_path": "", "dataset": "", "data_dir": "data", "target": "both", "train_frac": None,
+              "keep_repeated": False, "format": "", "columns": ""}
+
+
+def data_flags(args: Namespace) -> dict:
+    """What a run's config says of its data, ``trained_on``: the flags that are not as they are by default.
+
+    Files and folders are named by their whole paths, so that they are found from wherever the run is used.
+    """
+    flags = {name: getattr(args, name) for name in DATA_FLAGS}
+    if flags["dataset"]:
+        flags["data_dir"] = os.path.abspath(flags["data_dir"])
+    else:
+        del flags["data_dir"]
+    if flags["dataset_path"] and not flags["dataset_path"].startswith(("http://", "https://")):
+        flags["dataset_path"] = os.path.abspath(flags["dataset_path"])
+    return {name: value for name, value in flags.items() if value != DATA_FLAGS[name]}
+
+
+def dataset_of(args: Namespace, tokenizer, of_run: bool = True) -> TokenTable:
+    """The data set that the flags of `add_common_flags` name.
+
+    If they name none, and with ``of_run``, it is the one that ``--model_checkpoint`` was trained on, as far as its
+    config says so; ``args`` then says it, too. Flags that are not as by default override what is remembered. Raises
+    `InputError` when it is not there any more.
+    """
+    if of_run and not args.dataset_path and not args.dataset:
+        for name, value in _trained_on(resolve_checkpoint(args.model_checkpoint)).items():
+            if getattr(args, name) == DATA_FLAGS[name]:
+                setattr(args, name, value)
+        if args.dataset_path or args.dataset:
+            logger.info("The data is what the run was trained on, %s", args.dataset or args.dataset_path)
     return get_dataset(tokenizer, args.dataset_path, args.dataset_cache, args.dataset, args.data_dir, args.target,
                        args.distractors, args.train_frac, args.keep_repeated, args.format, args.columns)
+
+
+def _trained_on(checkpoint: str) -> dict:
+    """What a run's config says of its data. Other people's configs may say anything."""
+    if not os.path.exists(checkpoint) or is_gguf(checkpoint):
+        return {}
+    flags = getattr(read_config(checkpoint), "trained_on", None) or {}
+    cure = "say which data with --dataset_path or --dataset"
+    allowed = {"target": TARGETS.__contains__, "train_frac": fraction.__contains__,
+               "format": lambda value: format_name(value) == value,
+               "dataset": lambda value: value != "list" and _corpus_names(value) == value}
+    try:
+        for name, value in flags.items():
+            kind = float if name == "train_frac" else type(DATA_FLAGS[name])
+            if type(value) is not kind or not allowed.get(name, lambda value: True)(value):
+                raise ValueError
+    except (ValueError, KeyError, AttributeError, ArgumentTypeError):
+        raise InputError(f"--model_checkpoint {checkpoint}: its config.json has a trained_on that names no data; "
+                         f"{cure}") from None
+    path = flags.get("dataset_path", "")
+    if path.startswith(("http://", "https://")):  # not for a config to decide
+        raise InputError(f"--model_checkpoint {checkpoint}: was trained on what {short(path)} had; {cure}")
+    if path and not os.path.exists(path):
+        raise InputError(f"--model_checkpoint {checkpoint}: was trained on {short(path)}, which is not here; "
+                         f"{cure}, or chat with --personality")
+    return flags
 
 
 def _hash_of(path: Path) -> str:
@@ -764,8 +821,8 @@ def make_logdir(model_name: str) -> str:
 def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
     """The flags every script has: data, checkpoint, history, device. ``model_checkpoint`` is that flag's default."""
     parser.add_argument("--dataset_path", default="", metavar="FILE",
-                        help="the data: a file that example_entry.py checks or converts, or a .json file's address "
-                             "(default: the published PERSONA-CHAT)")
+                        help="the data: a file or folder that example_entry.py checks or converts, or a .json file's "
+                             "address (default: what the run was trained on; in training the published PERSONA-CHAT)")
     parser.add_argument("--dataset", type=_corpus_names, nargs="?", const="list", default="", metavar="NAME,NAME",
                         help=f"published corpora instead, mixed: {', '.join(RELEASES)}; without a name: list them with "
                              "size and licence")

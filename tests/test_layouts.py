@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import SHARED, error_line, script, shared
+from conftest import SAMPLE, SHARED, error_line, make_checkpoint, script, shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -386,3 +386,59 @@ def test_the_known_corpora_are_listed_with_size_and_licence(tmp_path):
     said = script("train.py", "--dataset", cwd=tmp_path)
     assert len(said.splitlines()) == len(RELEASES) and "CC BY-NC-SA 4.0" in said and "10,784 dialogs" in said
     assert "no corpus is called 'dialydailog'" in error_line("train.py", "--dataset", "dialydailog", cwd=tmp_path)
+
+
+# ----------------------------------------------------------------------------------- who the bot is, and its run's data
+
+
+ENTRY = {"personality": ["i keep two goats .", "i live on a hill ."]}
+
+
+@pytest.mark.parametrize("content", [
+    json.dumps(ENTRY["personality"], indent=1), json.dumps(ENTRY), json.dumps({"persona": ENTRY["personality"]}),
+    json.dumps({"personas": [["i swim ."], ENTRY["personality"]], "turns": ["a", "b"]}),
+    json.dumps({"personas": ENTRY["personality"]}), json.dumps({"persona": "\n".join(ENTRY["personality"])}),
+    json.dumps({"messages": messages(["a", "b"], ENTRY["personality"])}), "\r\n\n".join(ENTRY["personality"])])
+def test_a_persona_in_any_of_its_spellings(tmp_path, trained, content):
+    (tmp_path / "who.json").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    for personality in ("who.json", content):
+        said = script("interact.py", "--model_checkpoint", trained, "--personality", personality, cwd=tmp_path)
+        assert said.splitlines()[:3] == ["Personality:", "  i keep two goats .", "  i live on a hill ."]
+
+
+def test_a_persona_that_cannot_be_read_is_told_why(tmp_path, trained):
+    def told(content: bytes) -> str:
+        (tmp_path / "who.txt").write_bytes(content)
+        return error_line("interact.py", "--model_checkpoint", trained, "--personality", "who.txt", cwd=tmp_path)
+
+    for encoding in ("cp1252", "utf-16", "utf-16-le", "utf-16-be"):
+        assert told("i own a café .\n".encode(encoding)).endswith("; save the file as UTF-8"), encoding
+    assert "--personality who.txt: is an object of 'train', without a persona; write" in told(b'{"train": []}')
+    assert "--personality who.txt: not JSON at line 1, column 2" in told(b'["i ski')
+
+
+def test_a_run_knows_the_data_that_it_was_trained_on(tmp_path):
+    (tmp_path / "own.jsonl").write_text(jsonl([{"messages": messages([f"what {n} ?", f"well {n} .", "so ?", "yes ."],
+                                                                     [f"i am {n % 2} ."])} for n in range(12)]))
+    checkpoint = make_checkpoint(tmp_path / "one-layer", n_layer=1, n_embd=32)
+    script("train.py", "--dataset_path", "own.jsonl", "--target", "second", "--train_frac", 0.75, "--model_checkpoint",
+           checkpoint, "--n_epochs", 1, cwd=tmp_path)
+    run = next((tmp_path / "runs").iterdir())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    said = script("convai_evaluation.py", "--model_checkpoint", run, "--predictions", "turns.jsonl", cwd=elsewhere)
+    assert "Hits@1" in said and f"what the run was trained on, {tmp_path / 'own.jsonl'}" in script.stderr
+    assert len((elsewhere / "turns.jsonl").read_text().splitlines()) == 6  # of three dialogs, two turns of who answers
+    said = script("interact.py", "--model_checkpoint", run, cwd=elsewhere)
+    assert said.splitlines()[1] in ("  i am 0 .", "  i am 1 .")
+    said = script("convai_evaluation.py", "--model_checkpoint", run, "--dataset_path", SAMPLE, "--eval_type", "ppl",
+                  cwd=elsewhere)  # a flag overrides it
+    assert "was trained on" not in script.stderr
+    (tmp_path / "own.jsonl").unlink()
+    line = error_line("interact.py", "--model_checkpoint", run, cwd=elsewhere)
+    assert "own.jsonl, which is not here; say which data with --dataset_path" in line
+    config = json.loads((run / "config.json").read_text())
+    for trained_on in ({"dataset_path": 3}, {"other": 1}, ["x"], {"dataset": "nothing"}, {"train_frac": 7.0}):
+        (run / "config.json").write_text(json.dumps({**config, "trained_on": trained_on}))
+        line = error_line("interact.py", "--model_checkpoint", run, cwd=elsewhere)
+        assert "has a trained_on that names no data" in line
