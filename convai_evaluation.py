@@ -11,7 +11,7 @@ import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, stdev
@@ -43,11 +43,12 @@ from inputs import (
     max_reply,
     pack_turn,
 )
+from metrics import choice_metrics, count_words, perplexities, reply_metrics, split_words
 from model import DoubleHeadsModel, autocast, half_dtype
-from report import figure, gold_rank, write_report
-from tables import Split, TokenTable, tokenize
+from report import figure, write_report
+from tables import tokenize
 from utils import add_common_flags, dataset_of
-from words import UNSPACED, bare, letters_apart, normalized
+from words import UNSPACED, normalized
 
 try:
     from parlai.core.agents import Agent
@@ -62,7 +63,7 @@ logger = logging.getLogger("convai_evaluation")
 
 @torch.inference_mode()
 def choice_scores(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace) -> Iterator[tuple[int, dict]]:
-    """For each turn its number; ``scores``, one a candidate in the data's order (gold last); the best as ``reply``."""
+    """For each turn its number; ``scores``, one per candidate in the data's order; the best candidate as ``reply``."""
     loader = get_loader(dataset, dataset.lengths()[0], args.batch_size)
     for turns, batch in zip(loader.batch_sampler, loader, strict=True):
         with autocast(args.device, args.fp16):
@@ -72,47 +73,10 @@ def choice_scores(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace
             yield turn, {"scores": scores, "reply": dataset.split.texts("candidates", turn)[scores.index(max(scores))]}
 
 
-def choice_metrics(records: list[dict], split: Split) -> dict[str, float | None]:
-    """Hits@k: the share of turns whose gold candidate is among the k best; MRR: the mean of 1 / its rank.
-
-    A candidate that scores as high as the gold one counts as better: a tie is no hit. Accuracy and F1 are those of the
-    best candidate's text. Turns with one candidate, where there is nothing to choose, are left out; if there are no
-    others, Hits@1 is None.
-    """
-    chosen = [turn for turn, record in enumerate(records) if len(record["scores"]) > 1]
-    if len(chosen) < len(records):
-        logger.warning("%s of %s turns have the gold reply as their only candidate: there is nothing to choose, and %s",
-                       f"{len(records) - len(chosen):,}", f"{len(records):,}",
-                       "the choice's figures leave them out" if chosen else "hits@k says nothing")
-    if not chosen:
-        return {"Hits@1": None}
-    ranks = [gold_rank(records[turn]["scores"]) for turn in chosen]
-    hits = {f"Hits@{k}": fmean(rank <= k for rank in ranks) for k in (1, 5, 10)}
-    return hits | {"MRR": fmean(1 / rank for rank in ranks)} | text_metrics(records, split, chosen)
-
-
 # --------------------------------------------------------------------------------------------------- perplexity
 
 
 SMOOTHING = 5  # added to each word's count, as in 2019
-
-
-def split_words(text: str) -> list[str]:
-    """Words of the ConvAI2 dictionary: what stands between spaces, with . , ; : ! ? set apart."""
-    return re.sub(r"([.,;:!?])", r" \1 ", text).split()
-
-
-def count_words(table: TokenTable) -> Counter:
-    """How often each word stands in the data: every persona sentence and every utterance of a dialog, once."""
-    counts = Counter()
-    for split in table.values():
-        last_turns = dict(zip(split.turn_dialog.tolist(), range(split.num_turns), strict=True))
-        for dialog in range(len(split)):
-            counts.update(word for text in split.texts("persona", dialog) for word in split_words(text))
-        for turn in last_turns.values():  # whose history is all that was said before
-            said = [*split.texts("history", turn), *split.texts("candidates", turn)[-1:]]
-            counts.update(word for text in said for word in split_words(text))
-    return counts
 
 
 class WordShares:
@@ -236,27 +200,6 @@ def _negative_log_softmax(logits: torch.Tensor, places: list[tuple[int, int]]) -
     return [everything[line] - value for (line, _), value in zip(places, _gather(logits, places), strict=True)]
 
 
-def perplexities(records: list[dict]) -> dict[str, float]:
-    """Exponentials of the mean negative log-likelihood: a token, and a word by ConvAI2's protocol.
-
-    The second is left out where most of the words count as unknown, because it would be a figure of the others alone.
-    """
-    total = Counter()
-    for record in records:
-        total.update(record)
-    figures = {"Token PPL": math.exp(total["nll"] / total["tokens"])}
-    known, unknown = total["words"], total["unknown_words"]
-    if unknown:
-        logger.info("%s of the replies' %s words are not in the dictionary and left out of Word PPL",
-                    f"{unknown:,}", f"{known + unknown:,}")
-    if known > unknown:
-        return figures | {"Word PPL": math.exp(total["word_nll"] / known)}
-    logger.warning("Word PPL is left out: %s of the replies' %s words are none that the tokenizer can spell; compare "
-                   "models by Token PPL, or take a tokenizer made for the language", f"{unknown:,}",
-                   f"{known + unknown:,}")
-    return figures
-
-
 # ----------------------------------------------------------------------------------------------------------- F1
 
 
@@ -271,52 +214,6 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, decoding: 
         batch = generate_replies(model, contexts, dataset.special, decoding)
         for turn, reply in zip(turns, batch, strict=True):
             yield turn, {"reply": readable(tokenizer, reply)}
-
-
-def f1_score(reply: str, gold: str) -> float:
-    """Harmonic mean of precision and recall of the reply's bag of words against the gold reply's.
-
-    1 as well where the two differ in spaces alone: to GPT-1's tokenizer "cannot" and "can not" are one.
-    """
-    reply_words, gold_words = normalized(reply), normalized(gold)
-    common = sum((Counter(reply_words) & Counter(gold_words)).values())
-    if gold_words and bare(reply) == bare(gold):
-        return 1.0
-    return 2 * common / (len(reply_words) + len(gold_words)) if common else 0.0
-
-
-def text_metrics(records: list[dict], split: Split, turns: Iterable[int] | None = None) -> dict[str, float]:
-    """F1 of each ``reply`` against the gold one, and accuracy: the share that is the gold reply word for word.
-
-    ``turns``: which of them, default all.
-    """
-    turns = range(len(records)) if turns is None else turns
-    pairs = [(records[turn]["reply"], split.texts("candidates", turn)[-1]) for turn in turns]
-    if empty := sum(not normalized(gold) for _, gold in pairs):
-        logger.warning("%s of %s gold replies have no words: their F1 is 0", f"{empty:,}", f"{len(pairs):,}")
-    return {"F1": fmean(f1_score(*pair) for pair in pairs),
-            "Accuracy": fmean(normalized(reply) == normalized(gold) for reply, gold in pairs)}
-
-
-def reply_metrics(records: list[dict], split: Split, max_history: int) -> dict[str, float]:
-    """`text_metrics`, and what the replies look like.
-
-    Mean length in words (of Chinese and Japanese, letters); distinct-1 and distinct-2, different words and pairs of
-    words over all of them (Li et al. 2016); copied: the share of replies that stand word for word in what the model
-    saw, persona or history.
-    """
-    copied, lengths, grams = [], [], {1: Counter(), 2: Counter()}
-    for turn, record in enumerate(records):
-        reply = split_words(letters_apart(record["reply"]))
-        seen = split.texts("persona", split.turn_dialog[turn]) + split.texts("history", turn)[-(2 * max_history + 1):]
-        within = (f" {' '.join(split_words(letters_apart(text)))} ".lower() for text in seen)
-        copied.append(bool(reply) and any(f" {' '.join(reply)} ".lower() in text for text in within))
-        lengths.append(len(reply))
-        for n, counts in grams.items():
-            counts.update(zip(*(reply[start:] for start in range(n)), strict=False))
-    distinct = {f"Distinct-{n}": len(counts) / max(1, counts.total()) for n, counts in grams.items()}
-    looks = {"Words a reply": fmean(lengths), **distinct, "Copied": fmean(copied)}
-    return text_metrics(records, split) | looks
 
 
 # -------------------------------------------------------------------------------------------------- all of them
@@ -469,7 +366,7 @@ class TransformerAgent(Agent):
         if labels and self.args.eval_type == "hits@1":
             if not candidates:
                 self.counted["turns without candidates: a reply is generated instead"] += 1
-            elif not set(labels) & set(candidates):
+            elif not any(normalized(text) in list(map(normalized, labels)) for text in candidates):
                 self.counted["turns whose candidates lack the gold reply: never a hit"] += 1
         self.observation |= {"persona": list(self.persona),
                              "history": self.history[-(2 * self.model.max_history + 1):]}

@@ -38,6 +38,7 @@ from cli import InputError, command, short
 from files import ARGUMENTS, each_once, replacing, unfinished, write_tensors, write_text
 from inputs import IGNORED, NO_CANDIDATE, places_before
 from layers import ATTENTION, LowRankLinear, additive, candidate_mask
+from metrics import ranks
 from utils import (
     ATTR_TO_SPECIAL_TOKEN,
     NAMED,
@@ -63,8 +64,8 @@ class DoubleHeadsOutput(ModelOutput):
     ``lm_loss``: negative log-likelihood a gold token, mean over the batch, in nats; ``mc_loss``: cross-entropy of the
     gold candidate, mean over the turns; ``turns``: the number of turns, without those of a row of padding; ``nll`` and
     ``tokens``, both (rows,): a row's gold negative log-likelihood and the number of tokens that it is the sum of;
-    ``mc_logits`` (turns, candidates), -inf where a turn has no such candidate; ``gold_rank`` (turns,): how many
-    candidates score at least as high as the gold one, itself not counted, so that 0 is a hit and a tie is none;
+    ``mc_logits`` (turns, candidates), -inf where a turn has no such candidate; ``gold_rank`` (turns,): the rank of
+    the gold one, or of another of the same tokens, from 1 (`metrics.ranks`);
     ``logits``: (tokens, vocabulary), what the gold tokens were predicted with, row by row; or for decoding
     (batch, positions kept, vocabulary).
     """
@@ -171,8 +172,7 @@ class DoubleHeadsModel:
             first = (mc_token_ids[:, :, None] == mc_token_ids[:, None, :]).int().argmax(-1)
             scores = scores.gather(1, first)
             out.mc_logits = scores.masked_fill(mc_token_ids == NO_CANDIDATE, float("-inf"))
-            gold_score = out.mc_logits.gather(1, mc_labels[:, None])
-            out.gold_rank = (out.mc_logits >= gold_score).sum(1) - 1
+            out.gold_rank = ranks(out.mc_logits, mc_token_ids == mc_token_ids.gather(1, mc_labels[:, None]))
             out.mc_loss = F.cross_entropy(out.mc_logits, mc_labels)
         return out
 

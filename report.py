@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import printable
+from metrics import calibration, calibration_error, gold_rank, softmax
 from tables import Split
 
 WORST = 20
@@ -39,37 +40,6 @@ def escape(text: str) -> str:
     return escape_html(printable(text))
 
 
-def softmax(scores: list[float]) -> np.ndarray:
-    exponentials = np.exp(np.array(scores) - max(scores))
-    return exponentials / exponentials.sum()
-
-
-def calibration(records: list[dict], bins: int = 10) -> list[dict]:
-    """How often the likeliest candidate is the gold one, by the probability that the choice head gives it.
-
-    ``records`` hold ``scores``, gold last. Returns the bins that have turns: ``from``, ``to``, ``turns``, mean
-    ``confidence`` and ``accuracy``. Their weighted mean difference is the expected calibration error (Guo et al. 2017).
-    """
-    probabilities = [softmax(record["scores"]) for record in records]
-    confidence = np.array([row.max() for row in probabilities])
-    right = np.array([record["scores"][-1] > max(record["scores"][:-1], default=-np.inf) for record in records])
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    return [{"from": n / bins, "to": (n + 1) / bins, "turns": int((place == n).sum()),
-             "confidence": float(confidence[place == n].mean()), "accuracy": float(right[place == n].mean())}
-            for n in range(bins) if (place == n).any()]
-
-
-def calibration_error(bins: list[dict]) -> float:
-    """Mean over turns of |confidence - accuracy| of their bin."""
-    total = sum(one["turns"] for one in bins)
-    return sum(one["turns"] * abs(one["confidence"] - one["accuracy"]) for one in bins) / total
-
-
-def gold_rank(scores: list[float]) -> int:
-    """1 is the best; a tie counts against the gold candidate, the last."""
-    return 1 + sum(score >= scores[-1] for score in scores[:-1])
-
-
 def figure(value: float | None) -> str:
     """A figure as it is printed; None is that of a choice where there was none."""
     return "nothing to choose" if value is None else f"{value:.4g}"
@@ -84,7 +54,7 @@ def worst_turns(records: list[dict], split: Split, max_history: int) -> list[dic
         candidates = [{"text": text, "score": score, "gold": number == len(texts) - 1}
                       for number, (text, score) in enumerate(zip(texts, scores, strict=True))]
         turns.append({
-            "turn": turn, "dialog": int(split.turn_dialog[turn]), "rank": gold_rank(scores),
+            "turn": turn, "dialog": int(split.turn_dialog[turn]), "rank": gold_rank(scores, texts),
             "probability": float(chance[turn]), "persona": split.texts("persona", split.turn_dialog[turn]),
             "history": split.texts("history", turn)[-(2 * max_history + 1):],
             "candidates": sorted(candidates, key=lambda one: -one["score"]),
@@ -96,15 +66,15 @@ def write_report(folder: Path, figures: dict[str, float], settings: dict, split:
                  choices: list[dict] | None, replies: list[dict] | None) -> None:
     """Write ``report.json`` and ``report.html``.
 
-    ``choices``: records with ``scores``, ``replies``: records with ``reply``, both in the order of the split's turns;
-    None where that was not evaluated. Turns with one candidate are no choices. Raises ``OSError`` when the folder
-    cannot be written.
+    ``choices``: records with ``scores``, ``replies``: records with ``reply``, both in the order of the
+    split's turns; None where that was not evaluated. Turns with one candidate are no choices. Raises ``OSError`` when
+    the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     report: dict = {"figures": figures, "settings": settings, "turns": split.num_turns}
-    if several := [record for record in choices or [] if len(record["scores"]) > 1]:
-        ranks = [gold_rank(record["scores"]) for record in several]
-        bins = calibration(several)
+    if several := {turn: record["scores"] for turn, record in enumerate(choices or []) if len(record["scores"]) > 1}:
+        ranks = [gold_rank(scores, split.texts("candidates", turn)) for turn, scores in several.items()]
+        bins = calibration(several.values(), [rank == 1 for rank in ranks])
         report |= {"ranks": np.bincount(ranks)[1:].tolist(), "calibration": bins,
                    "calibration_error": calibration_error(bins), "worst": worst_turns(choices, split, max_history)}
     if replies:

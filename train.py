@@ -172,7 +172,7 @@ def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
     evaluator = Engine(devices.within_memory(score, args, training=False))
     mean, is_choice = devices.mean_over_turns, lambda out: (out.mc_logits != -torch.inf).sum(1) > 1
     nll, tokens, choices = mean(lambda out: out.nll), mean(lambda out: out.tokens), mean(is_choice)
-    hits = mean(lambda out: is_choice(out) & (out.gold_rank == 0))
+    hits = mean(lambda out: is_choice(out) & (out.gold_rank == 1))
     metrics = {  # nan: there was nothing to choose
         **({"hits@1": MetricsLambda(lambda *of: of[0] / (of[1] or torch.nan), hits, choices)} if args.mc_coef else {}),
         "nll": nll / tokens,  # a token: total negative log-likelihood over total gold tokens

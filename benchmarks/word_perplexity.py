@@ -8,8 +8,9 @@ from collections import defaultdict
 import torch
 from textbook import Bench, alternate, close, parse_args, report
 
-from convai_evaluation import SMOOTHING, count_words, likelihoods, split_words, word_shares
+from convai_evaluation import SMOOTHING, likelihoods, word_shares
 from inputs import LengthBatches, build_input_from_segments
+from metrics import count_words, split_words
 
 
 @torch.inference_mode()

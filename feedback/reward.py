@@ -34,8 +34,9 @@ from feedback.preferences import read_preferences
 from feedback.snapshot import check_arguments, check_ours, check_same, restore_snapshot, save_snapshot
 from files import write_text
 from inputs import LengthBatches, Row, Specials, collate, pack_turn
+from metrics import calibration, calibration_error
 from model import HALF, DoubleHeadsModel, autocast, save_model
-from report import bars, calibration, calibration_error, calibration_table, html
+from report import bars, calibration_table, html
 from tables import tokenize
 from train import BAR, create_trainer
 from utils import add_device_flag, save_tokenizer
@@ -121,10 +122,9 @@ def measure_held_out(model: DoubleHeadsModel, tokenizer, pairs: list[tuple[dict,
     turns = [(pair["persona"], pair["history"], [pair["replies"][1 - better]["text"], pair["replies"][better]["text"]])
              for pair, better in pairs]
     model.eval()
-    records = [{"scores": scores} for scores in raw_scores(model, tokenizer, turns, args.fp16)]
-    values = np.array([record["scores"] for record in records])
+    values = np.array(raw_scores(model, tokenizer, turns, args.fp16))
     right = int((values[:, 1] > values[:, 0]).sum())
-    bins = calibration(records)
+    bins = calibration(values, values[:, 1] > values[:, 0])
     return {"held_out_pairs": len(pairs), "accuracy": right / len(pairs),
             "accuracy_interval": wilson_interval(right, len(pairs)), "mean": float(values.mean()),
             "deviation": float(values.std()) or 1.0, "calibration": bins, "calibration_error": calibration_error(bins)}

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 import utils
 from cli import InputError
-from convai_evaluation import split_words
 from corpora import read_corpus
 from inputs import Specials, TurnDataset, build_context, build_reply, collate
 from interact import ReplyStreamer, generate_replies, readable
+from metrics import split_words
 from model import add_special_tokens_, load_model, save_model
 from tables import tokenize
 

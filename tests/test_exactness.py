@@ -166,13 +166,17 @@ def test_unequal_numbers_of_candidates(pair):
     assert both.gold_rank[0] == alone.gold_rank[0]
 
 
-def test_a_tie_is_no_hit(pair):
+def test_the_gold_reply_listed_twice_is_a_hit_and_another_tie_is_none(pair):
     model, _ = pair
     special = Specials(2000, 2001, 2003, 2004, 2002)
     row = pack_turn([[5, 6]], [[7, 8]], [[9, 10], [9, 10]], special, 256)  # the distractor is the gold reply
     with torch.no_grad():
         out = model(**collate([row], special.pad))
-    assert out.gold_rank.tolist() == [1]
+        assert out.gold_rank.tolist() == [1]
+        other = pack_turn([[5, 6]], [[7, 8]], [[9, 11], [9, 10]], special, 256)
+        model = copy.deepcopy(model)
+        model.multiple_choice_head.summary.weight.data *= 0  # every candidate has the same score
+        assert model(**collate([other], special.pad)).gold_rank.tolist() == [2]
 
 
 def test_candidate_mask_by_hand():

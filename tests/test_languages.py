@@ -9,9 +9,10 @@ import pytest
 from conftest import ROOT, script
 from tokenizers import ByteLevelBPETokenizer
 
-from convai_evaluation import f1_score, normalized
 from corpora import read_corpus
 from example_entry import convert
+from metrics import f1_score
+from words import normalized
 
 SAMPLES = {"chinese": ROOT / "data" / "sample_chinese.jsonl", "finnish": ROOT / "data" / "sample_finnish.txt"}
 

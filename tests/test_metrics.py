@@ -5,24 +5,31 @@ import math
 from argparse import Namespace
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, TINY, script, shared, templates
+from hypothesis import given
+from hypothesis import strategies as st
 from test_decoders import FAMILIES as DECODERS
 from test_decoders import sentencepiece, words_and_digits, write_checkpoint
 
-from convai_evaluation import (
+from convai_evaluation import gold_likelihoods
+from corpora import read_corpus
+from inputs import TurnDataset, build_input_from_segments
+from metrics import (
+    calibration,
+    calibration_error,
     choice_metrics,
     count_words,
-    gold_likelihoods,
+    gold_rank,
     perplexities,
+    ranks,
     reply_metrics,
     split_words,
 )
-from corpora import read_corpus
-from inputs import TurnDataset, build_input_from_segments
 from model import add_special_tokens_, load_model
-from report import calibration, calibration_error, write_report
+from report import write_report
 from utils import get_dataset, get_tokenizer
 
 
@@ -124,17 +131,43 @@ def test_the_dictionary_counts_every_text_once(tmp_path):
 def test_ranks(tmp_path, caplog):
     corpus = {"train": [], "valid": [{"personality": [], "utterances": [
         {"history": ["a"], "candidates": ["x", "y", "blue"]},
-        {"history": ["a"], "candidates": ["Blue!", "y", "a blue"]},
+        {"history": ["a"], "candidates": ["Blue?", "y", "a blues"]},
         {"history": ["a"], "candidates": [*"abcdefg", "red"]}, {"history": ["a"], "candidates": ["alone"]}]}]}
     data = tmp_path / "data.json"
     data.write_text(json.dumps(corpus))
     table = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))
-    records = [{"scores": [1.0, 2.0, 3.0], "reply": "blue"}, {"scores": [5.0, 2.0, 2.0], "reply": "Blue!"},
+    records = [{"scores": [1.0, 2.0, 3.0], "reply": "blue"}, {"scores": [5.0, 2.0, 2.0], "reply": "Blue?"},
                {"scores": [9.0] * 7 + [1.0], "reply": "a"}, {"scores": [4.0], "reply": "alone"}]
     metrics = choice_metrics(records, table["valid"])  # ranks 1; 3, for a tie counts as better; 8; none
     assert metrics == pytest.approx({"Hits@1": 1 / 3, "Hits@5": 2 / 3, "Hits@10": 1.0, "MRR": (1 + 1 / 3 + 1 / 8) / 3,
-                                     "F1": 2 / 3, "Accuracy": 2 / 3})
+                                     "F1": 1 / 3, "Accuracy": 1 / 3})
     assert "1 of 4 turns have the gold reply as their only candidate: there is nothing to choose" in caplog.text
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.5]), st.booleans()), min_size=1, max_size=8))
+def test_a_rank_is_the_place_of_the_first_right_candidate_as_parlai_counts(candidates):
+    """ParlAI goes through the candidates that the agent has ranked, the best first, and of equals the earlier first."""
+    scores, right = [score for score, _ in candidates], [right for _, right in candidates[:-1]] + [True]
+    ranked = sorted(range(len(scores)), key=lambda number: -scores[number])
+    wanted = 1 + [right[number] for number in ranked].index(True)
+    assert ranks(np.array(scores), np.array(right)) == wanted
+    assert ranks(torch.tensor([scores, scores]), torch.tensor([right, right])).tolist() == [wanted] * 2
+    assert gold_rank(scores, ["The Gold!" if one else f"wrong {n}" for n, one in enumerate(right)]) == wanted
+
+
+def test_the_gold_reply_listed_twice_is_a_hit_in_every_figure(tmp_path):
+    """In other letters and with an article; a wrong candidate of the same score is none."""
+    turns = [{"history": ["hi"], "candidates": ["A blue one !", "no", "blue one"]},
+             {"history": ["hi"], "candidates": ["no", "yes", "blue one"]}]
+    (tmp_path / "data.json").write_text(json.dumps({"train": [], "valid": [{"utterances": turns}]}))
+    split = get_dataset(get_tokenizer(str(TINY)), str(tmp_path / "data.json"), str(tmp_path / "cache"))["valid"]
+    records = [{"scores": [3.0, 2.0, 1.0], "reply": "A blue one !"}, {"scores": [1.0, 3.0, 3.0], "reply": "yes"}]
+    figures = choice_metrics(records, split)
+    assert (figures["Hits@1"], figures["MRR"], figures["Accuracy"]) == (0.5, 0.75, 0.5)
+    write_report(tmp_path / "report", figures, {"model_checkpoint": "run"}, split, 2, records, None)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["ranks"] == [1, 1] and sorted(turn["rank"] for turn in report["worst"]) == [1, 2]
+    assert sum(one["turns"] * one["accuracy"] for one in report["calibration"]) == pytest.approx(1)
 
 
 def test_a_reply_without_an_alternative_is_no_hit(tmp_path, trained):
@@ -179,8 +212,7 @@ def test_what_replies_look_like(tmp_path):
 
 def test_calibration_by_hand():
     """Two turns at probability 1/2, one of them right; two at nearly 1, both right."""
-    records = [{"scores": [0.0, 0.001]}, {"scores": [0.001, 0.0]}, {"scores": [0.0, 9.0]}, {"scores": [-9.0, 3.0]}]
-    bins = calibration(records)
+    bins = calibration([[0.0, 0.001], [0.001, 0.0], [0.0, 9.0], [-9.0, 3.0]], [True, False, True, True])
     assert [(one["from"], one["turns"], one["accuracy"]) for one in bins] == [(0.5, 2, 0.5), (0.9, 2, 1.0)]
     assert bins[0]["confidence"] == pytest.approx(0.50025, abs=1e-5)
     assert calibration_error(bins) == pytest.approx((0.00025 + 0.00006) / 2, abs=1e-4)

@@ -60,7 +60,7 @@ def test_forward(golden, tokenizer, model):
         assert out.lm_loss.item() == pytest.approx(case["lm_loss"], abs=1e-4)
         assert out.tokens.tolist() == [case["gold_tokens_scored"]]
         beaten_by = sum(score >= case["mc_logits"][-1] for score in case["mc_logits"][:-1])
-        assert out.gold_rank.tolist() == [beaten_by]
+        assert out.gold_rank.tolist() == [1 + beaten_by]
 
 
 def test_greedy(golden, tokenizer, model):

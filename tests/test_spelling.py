@@ -8,8 +8,8 @@ from conftest import TINY, shared
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convai_evaluation import f1_score
 from decoding import readable
+from metrics import f1_score
 from utils import get_tokenizer
 
 
