@@ -173,3 +173,40 @@ def reply_metrics(records: list[dict], split: "Split", max_history: int) -> dict
     distinct = {f"Distinct-{n}": len(counts) / max(1, counts.total()) for n, counts in grams.items()}
     looks = {"Words a reply": fmean(lengths), **distinct, "Copied": fmean(copied)}
     return text_metrics(records, split) | looks
+
+
+# ---------------------------------------------------------------------------------------------------- intervals
+
+
+def interval(values: Sequence[float], weights: Sequence[float], groups: Sequence[int], draws: int = 1000,
+             seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of ``sum(values) / sum(weights)``, both (turns,), over draws of whole ``groups``, the dialogs.
+
+    Turns of one dialog resemble each other, so dialogs are drawn, with replacement: the percentile bootstrap of Efron
+    and Tibshirani (1993).
+    """
+    groups = np.unique(groups, return_inverse=True)[1]
+    number = groups.max() + 1
+    drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=draws)
+    totals, counts = (drawn @ np.bincount(groups, values, number) for values in (values, weights))
+    return tuple(np.quantile(totals[counts > 0] / counts[counts > 0], [0.025, 0.975]).tolist())
+
+
+def intervals(records: dict[str, list[dict]], split: "Split") -> dict[str, tuple[float, float]]:
+    """The `interval` of each main figure of an evaluation; ``records`` by kind: ``hits@1``, ``ppl``, ``f1``."""
+    dialogs, found = np.asarray(split.turn_dialog), {}
+    if "hits@1" in records:
+        chosen = [turn for turn, record in enumerate(records["hits@1"]) if len(record["scores"]) > 1]
+        hits = [gold_rank(records["hits@1"][turn]["scores"], split.texts("candidates", turn)) == 1 for turn in chosen]
+        if chosen:
+            found["Hits@1"] = interval(hits, np.ones(len(hits)), dialogs[chosen])
+    if "ppl" in records:
+        for name, total, count in (("Token PPL", "nll", "tokens"), ("Word PPL", "word_nll", "words")):
+            values, weights = ([record[field] for record in records["ppl"]] for field in (total, count))
+            if sum(weights):
+                found[name] = tuple(map(math.exp, interval(values, weights, dialogs)))
+    if "f1" in records:
+        scores = [f1_score(record["reply"], split.texts("candidates", turn)[-1])
+                  for turn, record in enumerate(records["f1"])]
+        found["F1"] = interval(scores, np.ones(len(scores)), dialogs)
+    return found

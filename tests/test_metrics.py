@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import FAMILIES, TINY, script, shared, templates
 from hypothesis import given
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from test_decoders import FAMILIES as DECODERS
 from test_decoders import sentencepiece, words_and_digits, write_checkpoint
 
+import metrics
 from convai_evaluation import gold_likelihoods
 from corpora import read_corpus
 from inputs import TurnDataset, build_input_from_segments
@@ -234,3 +236,19 @@ def test_the_report_shows_the_worst_turns_and_no_markup_of_others(tmp_path):
     assert report["ranks"] == [19, 11]  # turn 10 is a tie
     assert report["worst"][0]["candidates"][1] == {"text": "gold 0", "score": -10.0, "gold": True}
     assert report["worst"][0]["probability"] == pytest.approx(1 / (1 + math.exp(10)))
+
+
+def test_an_interval_is_scipys_bootstrap_over_dialogs():
+    draw = np.random.default_rng(1)
+    groups = np.repeat(np.arange(60), draw.integers(2, 9, 60))
+    weights = draw.integers(5, 20, len(groups)).astype(float)
+    values = weights * (draw.normal(2.5, 0.5, 60)[groups] + draw.normal(0, 0.3, len(groups)))
+    low, high = metrics.interval(values, weights, groups, draws=4000)
+    totals, counts = np.bincount(groups, values), np.bincount(groups, weights)
+    theirs = scipy.stats.bootstrap(
+        (totals, counts), lambda one, other, axis: one.sum(axis) / other.sum(axis), paired=True, vectorized=True,
+        method="percentile", n_resamples=4000, rng=2).confidence_interval
+    assert low == pytest.approx(theirs.low, abs=0.01) and high == pytest.approx(theirs.high, abs=0.01)
+    assert low < values.sum() / weights.sum() < high
+    alone = metrics.interval(values, weights, np.arange(len(groups)))
+    assert high - low > 1.3 * (alone[1] - alone[0])  # turns of one dialog are no independent evidence
