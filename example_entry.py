@@ -19,7 +19,7 @@ from cli import InputError, command, printable, whole_number
 from corpora import read_corpus, require_split
 from dialogs import DialogNumbers, put_together
 from distractors import draw_distractors
-from readers import add_reading_flags, read_any
+from readers import add_reading_flags, convertible, read_any
 from releases import RELEASES
 
 # A dialog of two people, A and the bot, written from the bot's side. Each of the bot's turns is one element of
@@ -62,7 +62,13 @@ EXAMPLE_ENTRY = {
 
 def describe(path: str) -> None:
     """Check the data file at ``path`` and print what it holds, a line a split. Raises `InputError`."""
-    corpus = read_corpus(path)
+    try:
+        corpus = read_corpus(path)
+    except InputError:
+        if name := convertible(Path(path)):
+            raise InputError(f"{path}: is not in the data format but looks like {name}; convert it with --convert "
+                             f"{path} OUT.json, or train on it as it is") from None
+        raise
     for split in ("train", "valid"):
         require_split(corpus, split, path)
     for split, entries in corpus.items():

@@ -16,7 +16,7 @@ from cli import InputError, fraction
 from corpora import LONGEST_LINE, check_entry, lines, read_corpus
 from dialogs import HISTORY, TARGETS, Dialog, Turn, clean, divided, entries, merged, one_side, without_silence
 from distractors import HOW
-from records import SPLIT_NAMES, is_entry, is_lines, is_record, peek, read_records, records
+from records import SPLIT_NAMES, is_entry, is_lines, is_record, peek, read_records, records, shape_of
 from releases import (
     RELEASES,
     find_release,
@@ -94,7 +94,8 @@ def read_any(path: Path, layout: str = "", columns: str = "") -> dict[str | None
     """
     if not path.is_dir():
         return _read_file(path, layout, columns)
-    if not layout and (found := known_release(path)):
+    if not layout and (name := known_release(path)) and (found := find_release(name, path)):
+        logger.info("%s: the release of %s", path, name)
         return read_release(*found)
     own: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
@@ -104,6 +105,7 @@ def read_any(path: Path, layout: str = "", columns: str = "") -> dict[str | None
     if not own:
         for name in RELEASES:
             if found := find_release(name, path):
+                logger.info("%s: the release of %s", path, name)
                 return read_release(*found)
         raise InputError(f"{path}: holds no corpus that is known ({', '.join(RELEASES)}) nor a train and a valid "
                          "file; name the file itself")
@@ -115,7 +117,7 @@ def read_any(path: Path, layout: str = "", columns: str = "") -> dict[str | None
 
 
 def _read_file(path: Path, layout: str, columns: str) -> dict[str | None, Iterable[dict]]:
-    layout = layout or layout_of(path)
+    layout = layout or ("table" if columns else layout_of(path))
     if layout == "corpus":
         return read_corpus(path)
     if layout == "entries":
@@ -187,6 +189,17 @@ def layout_of(path: Path) -> str:
         raise InputError(f"{path}: looks like {what}, not like dialogs in plain text; convert it to one of the layouts "
                          "that python example_entry.py --help names, or say which it is with --format")
     return layout
+
+
+def convertible(path: Path) -> str | None:
+    """The layout, in words, of a file of dialogs that is not in the data format; None for all other files."""
+    try:
+        layout = layout_of(path)
+        if layout == "json":
+            return shape.name if (shape := shape_of(peek(path)[1])) else None
+    except (InputError, ValueError):
+        return None
+    return FORMATS[layout].name if layout in FORMATS and layout != "plain" else None
 
 
 def _json_layout(path: Path, first: str) -> str:

@@ -143,13 +143,17 @@ def _text(value: object, number: int, depth: int = 0) -> tuple[str, bool]:
     raise ValueError(f"message {number} is {'true or false' if isinstance(value, bool) else 'a number'}, not text")
 
 
-def _with_personas(dialog: Dialog, record: object, persona: list[str], others: list[str] = ()) -> Dialog:
-    """The dialog with the personas that its record names, ``persona`` for who answers, ``others`` for the other one."""
+def _with_personas(dialog: Dialog, record: object, persona: list[str], others: list[str] = (),
+                   system: tuple[str, ...] = SYSTEM_KEYS) -> Dialog:
+    """The dialog with the personas that its record names, ``persona`` for who answers, ``others`` for the other one.
+
+    ``system``: under which keys a system message may stand.
+    """
     personas, notes, speakers = {}, set(dialog.notes), list(dict.fromkeys(turn.speaker for turn in dialog.turns
                                                                           if turn.text.strip()))
     answers = who_answers(dialog.turns)
     if isinstance(record, dict):
-        for key in SYSTEM_KEYS:
+        for key in system:
             if isinstance(record.get(key), str) and record[key].strip():
                 persona = [*sentences(record[key]), *persona]
                 notes.add("with a system message")
@@ -230,11 +234,14 @@ def read_strings(place: str, record: object) -> Dialog:
     said = record
     if isinstance(record, dict):
         said = next((record[key] for key in (*LISTS, "history", "context") if isinstance(record.get(key), list)), None)
+        if isinstance(said, list) and said and all(isinstance(one, list) for one in said):  # exchanges
+            said = list(chain.from_iterable(said))
     if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
         raise ValueError("no list of utterances")
     if isinstance(record, dict) and (reply := _first_text(record, REPLIES)):
         said = [*said, reply]
-    return _with_personas(Dialog(place, [Turn(index % 2, text) for index, text in enumerate(said)]), record, [])
+    return _with_personas(Dialog(place, [Turn(index % 2, text) for index, text in enumerate(said)]), record, [],
+                          system=SYSTEM_KEYS[1:])
 
 
 def _first_text(record: dict, keys: Iterable[str]) -> str:
@@ -307,6 +314,12 @@ def read_entry(place: str, record: object) -> Dialog:
                   {len(last["history"]) % 2: record.get("personality", [])}, len(last["history"]) % 2)
 
 
+def _are_texts(value: object) -> bool:
+    """Whether this is a list of texts, or of pairs of them."""
+    return isinstance(value, list) and bool(value) and (all(isinstance(one, str) for one in value) or all(
+        isinstance(one, list) and one and all(isinstance(text, str) for text in one) for one in value))
+
+
 def shape_of(record: object) -> Shape | None:
     """Which shape a record has; None: none that is known. Raises `ValueError` for what is data of another kind."""
     if isinstance(record, list):
@@ -327,8 +340,8 @@ def shape_of(record: object) -> Shape | None:
         nested = isinstance(messages[0], list)
         name = {"messages": "OpenAI messages", "conversations": "ShareGPT"}.get(key, "messages")
         return Shape("ParlAI conversations" if nested else name, read_chat)
-    if any(isinstance(record.get(key), list) and record[key] and all(isinstance(one, str) for one in record[key])
-           for key in (*LISTS, *(("history", "context") if _first_text(record, REPLIES) else ()))):
+    if any(_are_texts(record.get(key)) for key in LISTS) or _first_text(record, REPLIES) and any(
+            _are_texts(record.get(key)) and isinstance(record[key][0], str) for key in ("history", "context")):
         return Shape("lists of utterances", read_strings)
     if pair_keys(record):
         return Shape("Alpaca" if "instruction" in record else "pairs of prompt and reply", read_pair)

@@ -303,12 +303,10 @@ def find_release(name: str, folder: Path) -> tuple[Release, dict[str, list[Path]
     return None
 
 
-def known_release(folder: Path) -> tuple[Release, dict[str, list[Path]]] | None:
-    """`find_release` of the corpus that a file in ``folder`` or below shows this to be, beyond doubt."""
-    for name, releases in RELEASES.items():
-        if any(one.known_by and next(folder.rglob(one.known_by), None) for one in releases):
-            return find_release(name, folder)
-    return None
+def known_release(folder: Path) -> str | None:
+    """The corpus that a file in ``folder`` or below shows this to be, beyond doubt."""
+    return next((name for name, releases in RELEASES.items()
+                 if any(one.known_by and next(folder.rglob(one.known_by), None) for one in releases)), None)
 
 
 def read_release(release: Release, files: dict[str, list[Path]]) -> dict[str, Iterable[dict]]:

@@ -14,12 +14,14 @@ from dialogs import Dialog, Turn, check_length, clean
 
 SAMPLE = 1 << 16  # bytes looked at
 MOSTLY = 0.6  # of the lines: then the file is in that layout
-SEPARATORS = ("__eou__", "</t>", "<|endoftext|>", "</s>", "[SEP]", "<sep>", "|||", " EOS ", "\t")
+SEPARATORS = {name: re.compile(re.escape(name)) for name in (
+    "__eot__", "__eou__", "</t>", "<|endoftext|>", "</s>", "<eos>", "<EOS>", "[EOS]", "[SEP]", "<sep>", "<SEP>", "|||")}
+SEPARATORS |= {"EOS": re.compile(r"(?:^|(?<=\s))EOS(?=\s|$)"), "\t": re.compile(r"\t")}
 RULE = re.compile(r"\s*([-=*_#~])\1{2,}\s*")  # a line drawn between dialogs
 NUMBERED = re.compile(r"\s*[\[(]?([0-9]{1,9})(?:[.):\]](?![0-9])\s*|[\t ]\s*)(.*)")
 DAY, HOUR = r"\d{1,4}[/.-]\d{1,2}[/.-]\d{1,4}", r"\d{1,2}:\d{2}(?::\d{2})?(?:\s?[AaPp]\.?[Mm]\.?)?"
 TIME = rf"(?:[\[(]?{DAY},?\s{{1,3}}{HOUR}[\])]?\s{{0,3}}(?:-\s{{0,3}})?|[\[(]{HOUR}[\])]\s{{0,3}})?"
-NAME = r"[^\W\d_][\w.'’-]{0,30}(?: [\w.'’-]{1,30}){0,3}"
+NAME = r"[0-9]|[^\W\d_][\w.'’-]{0,30}(?: [\w.'’-]{1,30}){0,3}"
 LABELLED = re.compile(rf"[\s\u200e]{{0,8}}{TIME}(?:<({NAME})>\s*|"
                       rf"[\s#>*_\[(]{{0,8}}({NAME})\s{{0,3}}[\])*_]{{0,3}}\s{{0,3}}[:：](?!//)[*_]{{0,3}}\s*)(.*)")
 OF_SYSTEM = {"system", "developer", "persona", "personality", "your persona"}
@@ -174,14 +176,15 @@ def read_delimited(path: str | Path) -> Iterator[Dialog]:
     of them, are left out.
     """
     looked = [line for line in sample_lines(path) if line.strip()]
-    separator = separator_of(looked) or "\t"
-    weighted = separator == " EOS " and share_of(looked, re.compile(r"[01]\.[0-9]+ ").match) == 1
-    divided = [line.split(separator) for line in looked]
-    firsts = [fields[0].strip() for fields in divided]
-    counted = len(firsts) > 1 and all(map(str.isdecimal, firsts)) and all(
+    name = separator_of(looked) or "\t"
+    weighted = name == "EOS" and share_of(looked, re.compile(r"[01]\.[0-9]+ ").match) == 1
+    firsts = [line.split("\t")[0].strip() for line in looked]
+    counted = name == "\t" and len(firsts) > 1 and all(map(str.isdecimal, firsts)) and all(
         int(after) == int(before) + 1 for before, after in zip(firsts, firsts[1:], strict=False))
     for number, line in lines(path):
-        said = line.replace("\t", separator).split(separator)[counted:]
+        said = [text for part in SEPARATORS[name].split(line) for text in part.split("\t")][counted:]
+        if name == "__eot__":  # a turn, of several utterances
+            said = [text.replace("__eou__", " ") for text in said]
         if weighted:
             said = [re.sub(r"^\s*[01]\.[0-9]+ ", "", text) for text in said]
         while said and not said[-1].strip():
@@ -194,8 +197,8 @@ def read_delimited(path: str | Path) -> Iterator[Dialog]:
 
 def separator_of(found: list[str]) -> str | None:
     """What divides the utterances of most of the lines; None where nothing does."""
-    stripped = [line.strip() for line in found]
-    return next((one for one in SEPARATORS if share_of(stripped, lambda line, one=one: one in line) >= MOSTLY), None)
+    return next((name for name, pattern in SEPARATORS.items()
+                 if share_of(map(str.strip, found), pattern.search) >= MOSTLY), None)
 
 
 # ------------------------------------------------------------------------------------------------- ParlAI's fields
@@ -272,12 +275,15 @@ def text_layout(found: list[str]) -> str:
         return "parlai_fields"
     if re.match(r"1 (your persona: |partner's persona: |.*\t)", first):
         return "parlai"
-    if "__eou__" in first:
+    if "__eou__" in first and "__eot__" not in first:
         return "dailydialog"
     separator = separator_of(written)
     if separator not in (None, "\t"):
         return "delimited"
     numbers = [int(number[1]) if (number := NUMBERED.fullmatch(line)) else None for line in written]
+    if len(set(numbers)) == 2 and set(numbers) <= {0, 1, 2} and len(numbers) > 2 and share_of(
+            written, re.compile(r"\s*[0-2]\s*[:：]").match) == 1:
+        return "labelled"  # two people by number
     steps = [one is not None and (one in (0, 1) or before is not None and one == before + 1)
              for before, one in zip([None, *numbers], numbers, strict=False)]
     if len(written) > 1 and numbers[0] in (0, 1) and sum(steps) >= 0.9 * len(written) and max(
@@ -291,9 +297,13 @@ def text_layout(found: list[str]) -> str:
 
 
 OTHERWISE = [  # what most lines of a plain text never look like, and what does
-    (r"\s*[{\[<]", "JSON or markup that is cut at line breaks"), (r".*\d:\d\d[:.,]\d+ --> ", "subtitles"),
-    (r".* \+\+\+\$\+\+\+ ", "the Cornell Movie-Dialogs Corpus"), (r"\s*- - |.*[\w ]:\s*$", "YAML"),
-    (r".*[;|].*[;|]", "a table"), (r".*\t", "a table or dialogs divided by tabs"),
+    (r"\s*[{\[<]", "JSON or markup that is cut at line breaks"),
+    (r".* \+\+\+\$\+\+\+ ", "the Cornell Movie-Dialogs Corpus"),
+    (r"\s*- - |.*[\w ]:\s*$", "YAML"),
+    (r"\s*(import |from \w+ import |def |class |function |#include|[})\]]|//|#!)|.*[;{(\[]\s*$|.*\w\(.*\)\s*:?\s*$|"
+     r"\s*[\w.]+ ?= ?[\w\"'\[{(]", "source code"),
+    (r".*[;|].*[;|]", "a table"),
+    (r".*\t", "a table or dialogs divided by tabs"),
 ]
 
 

@@ -207,6 +207,14 @@ CHAT = [{"role": "user", "content": "weather ?"}, {"role": "assistant", "content
     ("irc.txt", "<ann> a\n<bob> b\n", [([], ["a"], "b")]),
     ("bold.txt", "**User:** a\n**Bot:** b\n", [([], ["a"], "b")]),
     ("dashes.txt", "- a\n- b\n\n— c\n— d\n", [([], ["a"], "b"), ([], ["c"], "d")]),
+    ("ubuntu.txt", "a __eou__ b __eou__ __eot__ c __eou__ __eot__\n", [([], ["a b"], "c")]),
+    ("ends.txt", "a EOS b EOS\nc EOS d EOS e\n", [([], ["a"], "b"), ([], ["c"], "d"), ([], ["c", "d"], "e")]),
+    ("dialogpt.tsv", "0.0 a EOS 1.0 b\t1.0 c\n", [([], ["a"], "b"), ([], ["a", "b"], "c")]),
+    ("people.txt", "1: a\n2: b\n1: c\n2: d\n", [([], ["a"], "b"), ([], ["a", "b"], "c"), ([], ["a", "b", "c"], "d")]),
+    ("exchanges.jsonl", jsonl([{"conversation": [["a", "b"], ["c", "d"]]}]),
+     [([], ["a"], "b"), ([], ["a", "b"], "c"), ([], ["a", "b", "c"], "d")]),
+    ("named.jsonl", jsonl([{"context": ["a", "b", "c"], "response": "d", "system": "GPT-2"}]),
+     [([], ["a"], "b"), ([], ["a", "b"], "c"), ([], ["a", "b", "c"], "d")]),
     ("cr.txt", "a\rb\r\rc\rd\r", [([], ["a"], "b"), ([], ["c"], "d")]),
 ])
 def test_variants(tmp_path, name, content, wanted):
@@ -243,6 +251,7 @@ def test_the_finding_is_said_in_one_line_and_what_is_left_out_counted(tmp_path, 
     ("own.txt", "conversations:\n- - hi\n  - hello\n- - a\n", "looks like YAML"),
     ("own.txt", "a\n\nb\n\nc\n\nd\n", "has an empty line between all lines"),
     ("own.txt", "text:a\tlabels:b\ntext:c\tlabels:d\nwhat ?\n", "line 3 has no text:"),
+    ("own.py", "import os\n\nfor name in names:\n    print(name)\n", "looks like source code"),
     ("own.pdf", "%PDF-1.4\n", "is a PDF; save"), ("own.txt", "hi\nhello\n".encode("utf-16"), "save the file as UTF-8"),
     ("own.txt", "hi\nhello\n".encode("utf-16-le"), "save the file as UTF-8"),
     ("own.txt", "hi\ncafé\n".encode("cp1252"), "line 2 is not UTF-8 .*; save the file as UTF-8"),
@@ -322,6 +331,14 @@ def test_the_case_folders_and_persona_lines():
         assert [len(list(found)) for found in read_any(SHARED / "cases" / name).values()] == counts
     *_, last = read_any(SHARED / "cases" / "parlai_export.txt")[None]
     assert last["personality"] == ["i own a boat ."] and last["utterances"][0]["history"] == ["hi ."]
+
+
+def test_the_check_says_what_a_file_is_that_has_yet_to_be_converted(tmp_path):
+    (tmp_path / "own.jsonl").write_text(jsonl([{"messages": CHAT}]))
+    (tmp_path / "own.csv").write_text("question,answer\na,b\n")
+    for name, what in (("own.jsonl", "OpenAI messages"), ("own.csv", "a table")):
+        line = error_line("example_entry.py", name, cwd=tmp_path)
+        assert f"{name}: is not in the data format but looks like {what}; convert it with --convert {name}" in line
 
 
 def test_chats_are_converted_and_trained_on_alike(tmp_path):
