@@ -456,7 +456,8 @@ def is_lines(path: str | Path) -> bool:
     try:
         value = Json(iter([first.decode("utf-8-sig", "replace")]), path).only_value()
     except InputError as error:
-        return "Extra data" in str(error) or "nested too deeply" in str(error) and first[:1] == b"{"
+        return any(what in str(error) for what in ("Extra data", "a number that long")) or (
+            "nested too deeply" in str(error) and first[:1] == b"{")
     if isinstance(value, list):  # a dialog, or all of them
         return is_record(value)
     return isinstance(value, dict) and next(_unwrapped(value), (None, None))[1] is value
