@@ -82,7 +82,8 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]], text: str = "") -> str:
     hashed = hashlib.sha256(text.encode())
     for name, tensor in tensors:
         hashed.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
-        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        if tensor.numel():  # an empty one has no bytes to view
+            hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return hashed.hexdigest()
 
 
