@@ -6,6 +6,8 @@
 # make bench   measure speed against the textbook path, write benchmarks/RESULTS.md (needs real data: see --help there)
 # make parlai  an environment with the real ParlAI: .venv-parlai
 # make fuzz    coverage-guided fuzzing of the readers and tokenizers, some minutes
+# make docker-check  build the Dockerfile without a Docker daemon, chat in its image, look what it holds (as root; needs
+#              buildah and debootstrap; some minutes)
 # make lint    style
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ VENV := .venv
 TEST_PROCESSES := 2  # each computes on one thread, see tests/conftest.py
 BIN := $(VENV)/bin
 
-.PHONY: faults parlai demo web test fuzz bench install lint clean
+.PHONY: docker-check faults parlai demo web test fuzz bench install lint clean
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./recipes/demo.sh
@@ -26,6 +28,9 @@ test: $(VENV)/test-installed
 
 fuzz: $(VENV)/fuzz-installed
 	$(BIN)/python tests/fuzz.py $(FUZZ_FLAGS)
+
+docker-check:
+	tests/docker_check.sh
 
 faults: $(VENV)/test-installed
 	$(BIN)/python tests/faults.py

@@ -3,6 +3,7 @@
 Imports nothing but Python's own library, so that a script can refuse a flag before anything large is loaded.
 """
 
+import errno
 import logging
 import math
 import os
@@ -42,6 +43,10 @@ def command(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
         sys.exit(141)
     except OSError as error:
+        if not error.filename and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            print(f"{Path(sys.argv[0]).name}: error: a file cannot be written ({error.strerror}); make room, or start "
+                  "where there is some", file=sys.stderr)
+            sys.exit(2)
         if not error.filename:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {printable(str(error.filename))}: cannot be used ({error.strerror}); "

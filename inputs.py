@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cli import require_memory
 from tables import Split
 from utils import SPECIAL_TOKENS
 
@@ -260,6 +261,8 @@ class TurnDataset(Dataset):
         self.history_start, self.no_persona = history_start, no_persona
         self.num_candidates, self.num_utterances = num_candidates, 2 * max_history + 1
         self.permutations = permutations
+        # Each row has a length, a place in the order and one in the sorted order, of eight bytes each.
+        require_memory(24 * split.num_turns * permutations, f"--personality_permutations {permutations}", "give fewer")
 
     def __len__(self) -> int:
         return self.split.num_turns * self.permutations

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import InputError, command, positive_number
+from cli import InputError, command, positive_number, require_memory
 from corpora import require_split
 from decoding import OPTIONS, Decoding, add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
 from feedback.pairs import append_lines, beginnings, is_pair, pair_name, read_lines, whole_dialog
@@ -57,6 +57,9 @@ def collect(args: Namespace) -> int:
     """
     model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
                                        max_history=args.max_history)
+    rows = min(args.contexts, args.batch_size) * args.replies
+    # Of each reply that is decoded at once, the logits of the next token and their filtered copy.
+    require_memory(2 * 4 * rows * len(tokenizer), f"--replies {args.replies} to {rows // args.replies} contexts a time")
     table = dataset_of(args, tokenizer)
     split = require_split(table, args.split, args.dataset or args.dataset_path)
     dataset = TurnDataset(split, tokenizer, model.max_positions, max_history=model.max_history,

@@ -37,6 +37,7 @@ from cli import (
     positive_number,
     positive_real,
     real_number,
+    require_memory,
     share,
     whole_number,
 )
@@ -254,6 +255,8 @@ class Trainer:
         self.special = Specials.of(self.tokenizer)
         self.network = PolicyNetwork(model)
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
+        # Of each reply at least one action, and of that the logits of policy and reference and their logarithms.
+        require_memory(4 * 4 * args.batch_size * len(self.tokenizer), f"--batch_size {args.batch_size}")
         self.table = dataset_of(args, self.tokenizer)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
         self.kl = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)

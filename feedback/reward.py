@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import devices
-from cli import InputError, command, learning_rate, positive_number, positive_real, share, whole_number
+from cli import InputError, command, learning_rate, positive_number, positive_real, require_memory, share, whole_number
 from decoding import load_checkpoint
 from feedback.pairs import dialog_of, held_out
 from feedback.preferences import read_preferences
@@ -157,6 +157,7 @@ def write_page(figures: dict, path: Path) -> None:
 
 def training_batches(lengths: np.ndarray, args: Namespace) -> list[list[int]]:
     """The pairs of every step of all epochs."""
+    require_memory(8 * len(lengths) * args.n_epochs, f"--n_epochs {args.n_epochs}", "give fewer")
     batches = LengthBatches(lengths, args.train_batch_size, args.seed)
     steps = []
     for epoch in range(1, args.n_epochs + 1):

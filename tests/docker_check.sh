@@ -54,7 +54,7 @@ replies=$(sed '1,/^Personality:/d' "$work/chat.log" | grep -c '^[^ ]')
 say "what the image holds"
 [ "$(run id -u)" -ne 0 ] || fail "the container runs as root"
 left=$(run sh -c 'find / -xdev \( -path /proc -o -path /sys \) -prune -o \
-    \( -path /app/.git -o -path "/app/.venv*" -o -path /app/.demo -o -path "/app/runs/*/checkpoints" -o -name "*.unfinished" \
+    \( -path /app/.git -o -path "/app/.venv*" -o -path "/app/runs/*/checkpoints" -o -name "*.unfinished" \
        -o -path "/root/.cache/*" -o -path "/home/*/.cache/pip*" -o -path "/tmp/?*" \) -print 2> /dev/null' | head)
 [ -z "$left" ] || fail "the image holds leftovers of its build: $left"
 unwritable=$(run sh -c 'test -w /app/runs || echo /app/runs')

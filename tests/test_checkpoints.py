@@ -233,6 +233,15 @@ def test_a_full_disk_costs_checkpoints_and_no_more(arguments, undisturbed, tmp_p
         assert_equal_to_the_last_bit(run, undisturbed)
 
 
+@pytest.mark.parametrize("size", [8, 16, 24, 40, 64, 104])
+def test_a_disk_that_is_full_at_the_start_is_one_line(size, arguments, tmp_path):
+    """Whichever file it is that finds no room: of the tokenizer, the arguments, the curves."""
+    with small_disk(tmp_path / "runs", f"{size}k"):
+        line = error_line("train.py", *arguments, cwd=tmp_path)
+        assert "No space left on device" in script.stderr and "make room" in line
+        assert not list(tmp_path.rglob("*.unfinished"))
+
+
 def test_a_clock_that_jumps_changes_nothing(arguments, undisturbed, tmp_path, monkeypatch):
     """Each look at the clock is a year off, ahead or back; checkpoints go by their steps, whatever their dates say."""
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 """Numbers on the command line: those in range are read, everything else is refused in a line that names the range."""
 
 import math
+import re
 from argparse import ArgumentTypeError
 
 import pytest
@@ -73,3 +74,17 @@ def test_what_needs_more_memory_than_there_is_is_refused_with_the_figure(monkeyp
     cli.require_memory(8 * 2 ** 30, "--batch_size 64")
     with pytest.raises(InputError, match="--batch_size 65 needs at least 12 GiB, and this machine has 8; give less"):
         cli.require_memory(12 * 2 ** 30, "--batch_size 65")
+
+
+def test_flags_that_ask_for_more_memory_than_there_is_name_it_and_themselves(trained, small_corpus, tmp_path):
+    """Nobody has a petabyte. Refused before anything is decoded or trained, and nothing is left behind."""
+    model = ["--model_checkpoint", trained, "--device", "cpu"]
+    data = ["--dataset_path", small_corpus]
+    for name, flag, value, more in [
+        ("train.py", "--personality_permutations", 10 ** 9, data),
+        ("feedback/policy.py", "--batch_size", 2 * 10 ** 9, [*data, "--utterance_metrics", 1]),
+        ("feedback/collect.py", "--replies", 2 * 10 ** 9, [*data, "--contexts", 30]),
+    ]:
+        line = error_line(name, *model, *more, flag, value, cwd=tmp_path)
+        assert re.search(rf"{flag} {value}( to 30 contexts a time)? needs at least [\d,]+ GiB, and this machine", line)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "pairs.jsonl").exists()
