@@ -293,10 +293,14 @@ class AnyDecoder(DoubleHeadsModel):
             super()._init_weights(module)
 
     def read(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
+        return self.base_model(inputs_embeds=self.embed(input_ids, token_type_ids), **inputs)
+
+    def embed(self, input_ids, token_type_ids=None) -> torch.Tensor:
+        """What the first layer reads: (batch, positions, hidden)."""
         embedded = self.get_input_embeddings()(input_ids)
         if token_type_ids is not None and not self.no_token_types:
             embedded = embedded + self.token_types((token_type_ids == self.config.speaker_ids[1]).long())
-        return self.base_model(inputs_embeds=embedded, **inputs)
+        return embedded
 
 
 MODELS = {"gpt2": GPT2DoubleHeads, "openai-gpt": PostNormDoubleHeadsModel}

@@ -49,9 +49,12 @@ class Sequences:
         self.of_contexts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer → keys, values
         self.of_replies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.parts: list[Part] = []  # of the pass over contexts that is being computed
-        self.logits = self._read(contexts)
+        self.layers = llama_layers(model)
+        self.logits = self._read(contexts, share=True)
+        if not self.logits.amax(-1).isfinite().all():  # no context may harm those that begin like it
+            self.logits = self._read(contexts, share=False)
 
-    def _read(self, contexts: Sequence[Segment]) -> torch.Tensor:
+    def _read(self, contexts: Sequence[Segment], share: bool) -> torch.Tensor:
         def sequence(slot: int) -> list[tuple[int, int]]:
             return list(zip(contexts[slot].ids, contexts[slot].types, strict=True))
 
@@ -59,7 +62,7 @@ class Sequences:
         logits, tokens, before = [], 0, None
         for place, slot in enumerate(order):
             shared = 0
-            if before is not None and contexts[before].start == contexts[slot].start:
+            if share and before is not None and contexts[before].start == contexts[slot].start:
                 both = zip(sequence(before), sequence(slot)[:-1], strict=False)  # the last token is always computed
                 shared = next((n for n, (one, other) in enumerate(both) if one != other),
                               min(self.lengths[before], self.lengths[slot] - 1))
@@ -81,12 +84,10 @@ class Sequences:
         starts = [contexts[part.slot].start for part in self.parts for _ in range(part.shared, part.length)]
         device = self.model.device
         places, seen = torch.tensor(columns, device=device)[None], torch.arange(self.width, device=device)[None]
-        states = self.model.read(
-            torch.tensor([ids], device=device), token_type_ids=torch.tensor([types], device=device),
-            position_ids=places + torch.tensor([starts], device=device), use_cache=True, past_key_values=self,
-            attention_mask=self._mask(seen[None, None] <= places[:, None, :, None], places, seen),
-        ).last_hidden_state
-        return self._vocabulary_logits(states[0, [part.tokens.stop - 1 for part in self.parts]])
+        states = self._states(torch.tensor([ids], device=device), torch.tensor([types], device=device),
+                              places + torch.tensor([starts], device=device),
+                              self._mask(seen[None, None] <= places[:, None, :, None], places, seen))
+        return self.model.vocabulary_logits(states[0, [part.tokens.stop - 1 for part in self.parts]])
 
     def step(self, tokens: Sequence[int], kind: int) -> torch.Tensor:
         """Add one token of type ``kind`` to each row; returns the logits of the next ones, (rows, vocabulary)."""
@@ -97,13 +98,25 @@ class Sequences:
         of_reply = columns >= self.width
         keys = torch.where(of_reply, columns - self.width + lengths, columns)  # places of keys, in each row's own count
         places = lengths + self.steps
-        states = self.model.read(
-            torch.tensor([tokens], device=device), token_type_ids=torch.full((1, len(tokens)), kind, device=device),
-            position_ids=(places + starts).T, use_cache=True, past_key_values=self,
-            attention_mask=self._mask((of_reply | (columns < lengths))[:, None, None], places, keys),
-        ).last_hidden_state
+        states = self._states(torch.tensor([tokens], device=device),
+                              torch.full((1, len(tokens)), kind, device=device), (places + starts).T,
+                              self._mask((of_reply | (columns < lengths))[:, None, None], places, keys))
         self.steps += 1
-        return self._vocabulary_logits(states[0])
+        return self.model.vocabulary_logits(states[0])
+
+    def _states(self, ids: torch.Tensor, types: torch.Tensor, positions: torch.Tensor,
+                mask: torch.Tensor | dict) -> torch.Tensor:
+        """The last hidden states of one row of tokens, (1, tokens, hidden)."""
+        if self.layers is None:
+            return self.model.read(ids, token_type_ids=types, position_ids=positions, use_cache=True,
+                                   past_key_values=self, attention_mask=mask).last_hidden_state
+        states, body = self.model.embed(ids, types), self.model.base_model
+        cosines, sines = (table[0, :, None] for table in body.rotary_emb(states, position_ids=positions))
+        half = cosines.shape[-1] // 2
+        sines = torch.cat([-sines[..., :half], sines[..., half:]], -1)  # the sign of `rotate_half`
+        for layer in self.layers:
+            states = layer(states, cosines, sines, self, mask[layer.kind] if isinstance(mask, dict) else mask)
+        return body.norm(states)
 
     def keep(self, contexts: list[int]) -> None:
         """Go on with these contexts alone, and their replies, in this order; each is below or where it was."""
@@ -122,18 +135,15 @@ class Sequences:
         if parents == list(range(len(parents))):
             return
         rows = torch.tensor(parents, device=self.model.device)
-        for pair in self.of_replies.values():
-            for tensor in pair:
-                tensor[:, :, :self.steps] = tensor[rows, :, :self.steps]
+        for keys, values in self.of_replies.values():
+            keys[..., :self.steps] = keys[rows, ..., :self.steps]
+            values[:, :, :self.steps] = values[rows, :, :self.steps]
 
     def _mask(self, seen: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | dict:
         masks = self.model.layer_masks(seen, queries, keys)
         if isinstance(masks, dict):
             return {kind: _additive(mask) for kind, mask in masks.items()}
         return _additive(masks)
-
-    def _vocabulary_logits(self, states: torch.Tensor) -> torch.Tensor:
-        return self.model.vocabulary_logits(states)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__) -> tuple:
         """Take in the keys and values of a pass, (1, heads, tokens, size) each; attention calls it.
@@ -143,15 +153,19 @@ class Sequences:
         states, rows, width = self.of_replies, len(self.lengths) * self.copies, self.longest
         if self.parts:
             states, rows, width = self.of_contexts, len(self.lengths), self.width
-        if layer not in states:
-            states[layer] = tuple(one.new_zeros(rows, one.shape[1], width, one.shape[3]) for one in (keys, values))
-        for tensor, one in zip(states[layer], (keys, values), strict=True):
-            for part in self.parts:
-                tensor[part.slot, :, part.shared:part.length] = one[0, :, part.tokens]
-                if part.shared:
-                    tensor[part.slot, :, :part.shared] = tensor[part.source, :, :part.shared]
-            if not self.parts:
-                tensor[:, :, self.steps] = one[0].transpose(0, 1)
+        if layer not in states:  # keys lie as their product with queries reads them
+            states[layer] = (keys.new_zeros(rows, keys.shape[1], keys.shape[3], width),
+                             values.new_zeros(rows, values.shape[1], width, values.shape[3]))
+        all_keys, all_values = states[layer]
+        for part in self.parts:
+            all_keys[part.slot, :, :, part.shared:part.length] = keys[0, :, part.tokens].transpose(1, 2)
+            all_values[part.slot, :, part.shared:part.length] = values[0, :, part.tokens]
+            if part.shared:
+                all_keys[part.slot, :, :, :part.shared] = all_keys[part.source, :, :, :part.shared]
+                all_values[part.slot, :, :part.shared] = all_values[part.source, :, :part.shared]
+        if not self.parts:
+            all_keys[..., self.steps] = keys[0].transpose(0, 1)
+            all_values[:, :, self.steps] = values[0].transpose(0, 1)
         keys.sequences, keys.layer = self, layer
         return keys, values
 
@@ -167,12 +181,13 @@ class Sequences:
         """
         keys, values = self.of_contexts[layer]
         if self.parts:
-            out = [attention(query[:, :, part.tokens], keys[part.slot, None, :, :part.length],
+            out = [attention(query[:, :, part.tokens], keys[part.slot, None, ..., :part.length].transpose(2, 3),
                              values[part.slot, None, :, :part.length], mask[..., part.tokens, :part.length])
                    for part in self.parts]
             return torch.cat(out, 1)
-        contexts, heads, size = len(self.lengths), keys.shape[1], keys.shape[3]
-        said_keys, said_values = (tensor[:, :, :self.steps + 1] for tensor in self.of_replies[layer])
+        contexts, heads, size = len(self.lengths), keys.shape[1], keys.shape[2]
+        said_keys, said_values = self.of_replies[layer]
+        said_keys, said_values = said_keys[..., :self.steps + 1], said_values[:, :, :self.steps + 1]
         query = query[0].transpose(0, 1) * scaling  # (rows, query heads, size)
         query = query.reshape(len(query), heads, -1, size)  # query heads by the key head that they share
 
@@ -183,7 +198,7 @@ class Sequences:
         def by_row(grouped: torch.Tensor) -> torch.Tensor:
             return grouped.unflatten(2, (self.copies, -1)).transpose(1, 2).flatten(0, 1)
 
-        scores = torch.cat([by_row(by_context(query) @ keys.transpose(2, 3)), query @ said_keys.transpose(2, 3)], -1)
+        scores = torch.cat([by_row(by_context(query) @ keys), query @ said_keys], -1)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         weights = (scores + mask).softmax(-1).to(values.dtype)  # the sum and the softmax in float32
@@ -213,6 +228,60 @@ def attend(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Te
 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return sequences.attend(key.layer, query, attention_mask, of_context, scale, softcap).to(query.dtype), None
+
+
+LLAMA_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+LLAMA_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+                "mlp.up_proj", "mlp.down_proj")
+
+
+class LlamaLayer:
+    """A layer of Llama, Mistral or Qwen2 in as few operations as torch has for it; the weights stay where they are.
+
+    At one token per reply, the calls of modules and small operations take longer than their arithmetic.
+    """
+
+    def __init__(self, layer: nn.Module, number: int, kind: str | None, attention: Callable):
+        own = layer.self_attn
+        self.number, self.kind, self.size, self.scaling = number, kind, own.head_dim, own.scaling
+        linear = [layer.get_submodule(name) for name in LLAMA_LINEAR]
+        self.query, self.key, self.value, self.out, self.gate, self.up, self.down = (
+            (one.weight, one.bias) for one in linear)
+        self.norms = [(norm.weight.shape, norm.weight, norm.variance_epsilon)
+                      for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.activation = layer.mlp.act_fn
+        self.of_context = partial(attention, own, scaling=self.scaling)
+
+    def __call__(self, states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, sequences: Sequences,
+                 mask: torch.Tensor) -> torch.Tensor:
+        normal = F.rms_norm(states, *self.norms[0])
+        query = F.linear(normal, *self.query)
+        both = torch.cat([query, F.linear(normal, *self.key)], -1).unflatten(-1, (-1, self.size))[0]
+        both = torch.addcmul(both * cosines, both.roll(both.shape[-1] // 2, -1), sines).transpose(0, 1)[None]
+        value = F.linear(normal, *self.value).unflatten(-1, (-1, self.size)).transpose(1, 2)
+        heads = query.shape[-1] // self.size
+        sequences.update(both[:, heads:], value, self.number)
+        attended = sequences.attend(self.number, both[:, :heads], mask, self._of_context, self.scaling, None)
+        states = states + F.linear(attended.flatten(2).to(states.dtype), *self.out)
+        normal = F.rms_norm(states, *self.norms[1])
+        return states + F.linear(self.activation(F.linear(normal, *self.gate)) * F.linear(normal, *self.up), *self.down)
+
+    def _of_context(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                    mask: torch.Tensor) -> torch.Tensor:
+        return self.of_context(query, key, value, mask.to(query.dtype))[0]
+
+
+def llama_layers(model: DoubleHeadsModel) -> list[LlamaLayer] | None:
+    """The layers of a model of Llama's build; None where it has others, or linear layers that are not plain."""
+    layers, config = getattr(model.base_model, "layers", []), model.config
+    plain = all(type(layer).__name__ in LLAMA_LAYERS and
+                all(type(layer.get_submodule(name)) is nn.Linear for name in LLAMA_LINEAR) for layer in layers)
+    if not layers or not plain:
+        return None
+    attention = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+    kinds = getattr(config, "layer_types", None) or [None] * len(layers)
+    return [LlamaLayer(layer, number, kind, attention)
+            for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True))]
 
 
 def extend_attention_(model: DoubleHeadsModel) -> bool:

@@ -19,7 +19,7 @@ from decoding import (
     repeating,
 )
 from inputs import Segment, Specials, collate, pack_turn
-from model import DoubleHeadsModel, GPT2DoubleHeads, PostNormConfig, PostNormDoubleHeadsModel
+from model import DoubleHeadsModel, GPT2DoubleHeads, PostNormConfig, PostNormDoubleHeadsModel, decoder_class
 
 SPECIAL = Specials(*range(5))
 WORDS = range(5, 10)
@@ -295,3 +295,67 @@ def test_no_ngram_of_the_beginning_comes_again():
         assert not {7, 8, 5} & set(reply) and len(set(reply)) == len(reply)
         blocked += bool({7, 8, 5} & set(plain))
     assert blocked
+
+
+@pytest.mark.parametrize("config", [
+    transformers.GPTJConfig(vocab_size=10, n_positions=48, n_embd=16, n_layer=2, n_head=2, rotary_dim=4,
+                            initializer_range=0.7, bos_token_id=0, eos_token_id=1),
+    transformers.LlamaConfig(vocab_size=10, max_position_embeddings=48, hidden_size=16, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, attention_bias=True,
+                             initializer_range=0.7, bos_token_id=0, eos_token_id=1)], ids=["gptj", "llama"])
+def test_families_with_an_attention_or_layers_of_their_own(config):
+    """GPT-J's attention cannot be replaced, and Llama's layers are computed by our own code."""
+    torch.manual_seed(1)
+    model = decoder_class(type(config))(config).eval()
+    model.config.speaker_ids = [SPECIAL.speaker1, SPECIAL.speaker2]
+    for parameter in model.parameters():  # also norms, biases and token types, at whose first values no mistake shows
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    greedy = generate_replies(model, contexts(), SPECIAL, options(max_length=8))
+    assert greedy == [textbook(model, context, max_new_tokens=8, min_new_tokens=1) for context in contexts()]
+    only_choice = options(max_length=8, no_sample=False, top_k=1)
+    assert generate_replies(model, contexts(), SPECIAL, only_choice, samples=2) == [
+        reply for reply in greedy for _ in range(2)]
+    replies = every_reply()
+    lengths = torch.tensor([len(reply) for reply in replies])
+    found = generate_replies(model, contexts(), SPECIAL, options(num_beams=140, length_penalty=1.0))
+    for context, reply in zip(contexts(), found, strict=True):
+        best = replies[(log_likelihoods(model, context, replies) / lengths).argmax()]
+        assert reply == [token for token in best if token in WORDS]
+
+
+def test_contexts_that_begin_alike_are_answered_as_alone():
+    """Beginnings of every kind in common: none, all, one inside another, equal tokens at another position or type."""
+    alike = [Segment([0, 5, 6, 3, 7], [2, 2, 2, 3, 3]), Segment([0, 5, 6, 3, 7], [2, 2, 2, 3, 3]),
+             Segment([0, 5, 6], [2, 2, 2]), Segment([0, 5, 6, 3, 7, 2, 8, 3, 9], [2, 2, 2, 3, 3, 2, 2, 3, 3]),
+             Segment([0, 5, 6, 3, 7], [2, 2, 2, 3, 3], 4), Segment([0, 5, 6, 3, 7], [2, 3, 2, 3, 3]),
+             Segment([0, 5, 9, 9], [2, 2, 2, 2])]
+    differ = 0
+    for seed in range(10):
+        for family in ("gpt2", "openai-gpt"):
+            model = tiny_model(family, seed)
+            together = generate_replies(model, alike, SPECIAL, options(max_length=8))
+            assert together == [textbook(model, context, max_new_tokens=8, min_new_tokens=1)
+                                if not context.start else generate_replies(model, [context], SPECIAL,
+                                                                           options(max_length=8))[0]
+                                for context in alike]
+            assert together[0] == together[1]
+            differ += len(set(map(tuple, together)))
+    assert differ > 60
+
+
+@pytest.mark.parametrize("way", [options(max_length=3), options(max_length=3, num_beams=2)])
+def test_a_model_without_numbers_ends_a_reply_with_a_warning_and_not_its_neighbours(way, caplog):
+    checked = 0
+    for seed in range(10):
+        model, good = tiny_model("gpt2", seed), Segment([0, 5, 6, 3, 7], [2, 2, 2, 3, 3])
+        model.lm_head.weight = torch.nn.Parameter(model.transformer.wte.weight.clone())
+        model.transformer.wte.weight.data[9] = math.nan  # what reads a 9 computes no numbers
+        alone, = generate_replies(model, [good], SPECIAL, way)
+        if caplog.text or not alone:  # a 9 was said, or nothing
+            caplog.clear()
+            continue
+        assert generate_replies(model, [Segment([0, 3, 9], [2, 3, 3]), good], SPECIAL, way) == [[], alone]
+        assert "1 of 2 replies end early" in caplog.text
+        caplog.clear()
+        checked += 1
+    assert checked
