@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -235,7 +236,8 @@ class Agreement:
         for _ in range(resamples):
             chosen = np.concatenate([places[one] for one in draw.integers(len(places), size=len(places))])
             drawn.append(correlations(columns[:, chosen], ratings[..., chosen]))
-        with np.errstate(invalid="ignore"):
+        with catch_warnings():
+            simplefilter("ignore", RuntimeWarning)  # of a constant column, as nearness to personas where there are none
             self.low, self.high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
 
 
