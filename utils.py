@@ -223,7 +223,10 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
     names a folder, file or address that is not there or not whole, or a run that was stopped before it had a model.
     """
     if not model_checkpoint:
-        return download_pretrained_model()
+        try:
+            return download_pretrained_model()
+        except InputError as error:
+            raise InputError(f"{error}; the bot that comes with this project is --model_checkpoint persona") from None
     if model_checkpoint in NAMED and not os.path.isdir(model_checkpoint):
         return NAMED[model_checkpoint]()
     if is_gguf(model_checkpoint):

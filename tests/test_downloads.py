@@ -117,3 +117,10 @@ def test_a_chat_without_a_checkpoint_is_persona_where_the_published_model_cannot
                             f"http://127.0.0.1:{port}/model.tar.gz")
         assert utils.published_or_persona("") == "persona"
     assert len(caplog.records) == 1 and "cannot be reached" in caplog.text
+
+
+def test_a_figure_is_never_of_another_model_than_was_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRANSFERTRANSFO_CACHE", str(tmp_path))
+    monkeypatch.setattr(utils, "HF_FINETUNED_MODEL", "http://127.0.0.1:9/model.tar.gz")
+    with pytest.raises(InputError, match="cannot be downloaded .* --model_checkpoint persona"):
+        utils.resolve_checkpoint("")
