@@ -70,7 +70,8 @@ def flags(world: Path, **changed) -> Namespace:
     return Namespace(**{
         "model_checkpoint": str(world / "run"), "dataset_path": str(world / "data.json"), "dataset": "",
         "data_dir": "data", "target": "both", "distractors": "random", "train_frac": None, "keep_repeated": False,
-        "dataset_cache": str(world / "cache"), "max_history": 1, "max_len": 0, "device": "cpu", "no_sample": False,
+        "format": "", "columns": "", "dataset_cache": str(world / "cache"),
+        "max_history": 1, "max_len": 0, "device": "cpu", "no_sample": False,
         "max_length": 6, "min_length": 1, "temperature": 1.0, "top_k": 0, "top_p": 0.0, "num_beams": 1,
         "length_penalty": 0.65, "no_repeat_ngram_size": 0, "fp16": "", "seed": 7,
         "pairs": str(world / "pairs.jsonl"), "split": "valid", "contexts": 30, "replies": 2, "decoder": None,
