@@ -71,19 +71,18 @@ def fuzz_json():
 
 def fuzz_readers():
     """A file of any layout is refused in one line, or each of its entries has the format."""
-    with atheris.instrument_imports(include=["corpora", "readers"]):
+    with atheris.instrument_imports(include=["corpora", "records", "releases", "rows", "readers", "texts"]):
         import readers
         from cli import InputError, printable
         from corpora import check_entry
 
-    read = [readers.read_parlai, readers.read_jsonl, readers.read_plain, readers.read_dailydialog,
-            readers.read_empathetic_dialogues, readers.read_blended_skill_talk]
+    read = [layout.read for layout in readers.FORMATS.values()]
 
     def one(data: bytes, path: Path) -> None:
         path.write_bytes(data[1:])
         number = data[0] - ord("0") if data else 0
         try:
-            splits = {"": readers.entries(read[number](path), path)} if 0 <= number < 6 else readers.read_any(path)
+            splits = {"": readers.entries(read[number](path), path)} if 0 <= number < len(read) else readers.read_any(path)
             for entries in splits.values():
                 for entry in entries:
                     check_entry(entry, "")
