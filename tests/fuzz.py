@@ -82,7 +82,8 @@ def fuzz_readers():
         path.write_bytes(data[1:])
         number = data[0] - ord("0") if data else 0
         try:
-            splits = {"": readers.entries(read[number](path), path)} if 0 <= number < len(read) else readers.read_any(path)
+            known = 0 <= number < len(read)
+            splits = {"": readers.entries(read[number](path), path)} if known else readers.read_any(path)
             for entries in splits.values():
                 for entry in entries:
                     check_entry(entry, "")
