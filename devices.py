@@ -4,6 +4,7 @@ Knows processes, devices and number formats; nothing of dialogs, files or the tr
 process, too, where most of it does nothing.
 """
 
+import ctypes
 import logging
 import os
 from argparse import Namespace
@@ -262,12 +263,28 @@ def mean_over_turns(of: Callable[[DoubleHeadsOutput], torch.Tensor]) -> Metric:
     return MetricsLambda(float, Average(lambda out: of(out)[out.tokens > 0, None].double()))  # padding has no tokens
 
 
+TRIMMED_EVERY = 8  # batches
+
+
+def _give_memory_back() -> None:
+    """Return the free pages of the heap to the system.
+
+    glibc keeps what the tensors of one batch leave behind, which fits badly where the next batch has other lengths, so
+    that the heap grows with every batch. On other systems this does nothing.
+    """
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def within_memory(process: Callable, args: Namespace, training: bool = True) -> Callable:
     """``process(engine, batch)`` that says what to lower, and to what, when memory runs out."""
 
     def explained(engine, batch):
         try:
-            return process(engine, batch)
+            output = process(engine, batch)
+            if engine.state.iteration % TRIMMED_EVERY == 0:
+                _give_memory_back()
+            return output
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) \
                     and "can't allocate memory" not in str(error):
