@@ -2,6 +2,7 @@
 # make web     the same bot on a web page, at http://127.0.0.1:7860
 # make test    the whole test suite
 # make faults  kill a training run 40 times, resume it, compare the weights: some minutes; started again, it goes on
+# make attack  attack a running server, with honest clients beside: a quarter of an hour
 # make install the set-up alone: .venv
 # make bench   measure speed against the textbook path, write benchmarks/RESULTS.md (needs real data: see --help there)
 # make parlai  an environment with the real ParlAI: .venv-parlai
@@ -15,7 +16,7 @@ VENV := .venv
 TEST_PROCESSES := 2  # each computes on one thread, see tests/conftest.py
 BIN := $(VENV)/bin
 
-.PHONY: docker-check faults parlai demo web test fuzz bench install lint clean
+.PHONY: attack bench clean demo docker-check faults fuzz install lint parlai test web
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./recipes/demo.sh
@@ -31,6 +32,8 @@ fuzz: $(VENV)/fuzz-installed
 
 docker-check:
 	tests/docker_check.sh
+attack: $(VENV)/test-installed
+	$(BIN)/python tests/attack.py $(ATTACK_FLAGS)
 
 faults: $(VENV)/test-installed
 	$(BIN)/python tests/faults.py

@@ -9,8 +9,11 @@ them; the exit status is 1 if one has succeeded.
 
 import argparse
 import asyncio
+import contextlib
+import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -222,38 +225,378 @@ async def hosts(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
     return attempts
 
 
+async def faults(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
+    """Spoil the replies of others by options that make numbers that are none."""
+    attempts, events = [], Events(server.address)
+    wrong = [{"temperature": value} for value in (1e-300, 1e-38, 1e-5, -1, 1e308)] + [
+        {"top_k": 10**9}, {"top_p": 1e300}, {"num_beams": 10**6}, {"num_beams": 17}, {"max_tokens": 0},
+        {"max_tokens": 10**12}, {"seed": -1}, {"seed": 2**64}]
+
+    async def attack_v1(options: dict) -> Attempt:
+        response = await client.post("/v1/chat/completions", json=talk(**options))
+        return Attempt(f"/v1 with {options}", f"{response.status_code} {response.text[:60]!r}",
+                       response.status_code == 400 or options == {"max_tokens": 10**12})
+
+    async def attack_page(number: int, temperature: float) -> Attempt:
+        session = f"spoiler{number}"
+        joined = await client.post("/gradio_api/queue/join", json=events.turn(session=session, temperature=temperature))
+        told = await until_done(client, session)
+        return Attempt(f"the page with temperature {temperature}", f"{joined.status_code} {told[-1][:60]!r}",
+                       any("temperature" in line for line in told))
+
+    async with Honest(server) as honest:
+        for _ in range(3):
+            attempts = await asyncio.gather(*map(attack_v1, wrong))
+            attempts += await asyncio.gather(*(attack_page(number, value) for number, value in
+                                               enumerate((1e-300, 1e-38))))
+    return [*attempts, *honest.judged()]
+
+
+async def contexts(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
+    """Hold others up by contexts as long as may be, with the widest search."""
+    text = "🤯!" * 990
+    messages = [{"role": "system", "content": text}, *({"role": ("user", "assistant")[number % 2], "content": text}
+                                                       for number in range(5))]
+
+    async def gaps() -> list[float]:
+        """Seconds between the words of a long reply."""
+        times = []
+        body = talk(max_tokens=300, stream=True, temperature=0.9)
+        async with client.stream("POST", "/v1/chat/completions", json=body,
+                                 headers={"Authorization": "Bearer neighbour"}) as response:
+            async for _ in response.aiter_bytes():
+                times.append(time.perf_counter())
+        return [after - before for before, after in zip(times, times[1:], strict=False)][2:]
+
+    async def attack(beams: int) -> tuple[int, int]:
+        response = await client.post("/v1/chat/completions", headers={"Authorization": "Bearer reader"}, json={
+            "messages": messages, "max_tokens": 5, "num_beams": beams})
+        return response.status_code, response.json().get("usage", {}).get("prompt_tokens", 0)
+
+    attempts, quiet = [], await gaps()
+    for beams in (1, 4, 16):
+        async with Honest(server) as honest:
+            neighbour, *answers = await asyncio.gather(gaps(), *(attack(beams) for _ in range(4)))
+        median, longest = statistics.median(neighbour), max(neighbour)
+        usual = max(quiet) / statistics.median(quiet)
+        attempts.append(Attempt(
+            f"{answers[0][1]:,} tokens four times, beams {beams}",
+            f"{ {status for status, _ in answers} }; a neighbour's longest gap {1000 * longest:.0f} ms, "
+            f"{longest / median:.1f} times its median; without {usual:.1f}",
+            not judge_times or longest <= max(4 * median, 2 * usual * median)))
+        attempts += honest.judged()
+    return attempts
+
+
+async def memory(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
+    """Make the server take memory beyond --memory, or keep it."""
+    await asyncio.gather(*(client.post("/v1/chat/completions", json=talk()) for _ in range(8)))
+    before, most, stated = server.memory(), 0, 0
+
+    async def watch() -> None:
+        nonlocal most, stated
+        while True:
+            state = (await client.get("/healthz")).json()
+            most, stated = max(most, state["memory_mib"]), state["memory_allowed_mib"]
+            await asyncio.sleep(0.05)
+
+    async with Honest(server) as honest:
+        watching = asyncio.create_task(watch())
+        texts = ["🤯!" * size for size in (10, 100, 900)]
+        statuses = [response.status_code for response in await asyncio.gather(*(client.post(
+            "/v1/chat/completions", headers={"Authorization": f"Bearer {number}"},
+            json=talk(texts[number % 3], max_tokens=4000 if number % 4 == 0 else 50, num_beams=1 + number % 5))
+            for number in range(30)))]
+        watching.cancel()
+    for _ in range(100):
+        if (await client.get("/healthz")).json()["memory_mib"] <= 1:
+            break
+        await asyncio.sleep(0.1)
+    await client.post("/v1/chat/completions", json=talk())
+    kept = (await client.get("/healthz")).json()["memory_mib"]
+    return [Attempt("30 long replies at once", f"{ {one: statuses.count(one) for one in statuses} }, at most {most} of "
+                    f"{stated} MiB set aside", most <= stated),
+            Attempt("and afterwards", f"{kept} MiB set aside; process {before} MiB before, {server.memory()} after",
+                    kept <= 8 and server.memory() < before + 200), *honest.judged()]
+
+
+async def until_done(client: httpx.AsyncClient, session: str) -> list[str]:
+    """What Gradio sends to a page until its event is over."""
+    lines = []
+    async with client.stream("GET", f"/gradio_api/queue/data?session_hash={session}") as response:
+        async for line in response.aiter_lines():
+            lines.append(line)
+            if "process_completed" in line or "unexpected_error" in line:
+                break
+    return lines or [""]
+
+
+async def pages(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
+    """Stop the page for others: thousands of events, idle visitors, events that nobody fetches."""
+    attempts, events = [], Events(server.address)
+
+    async def visit(session: str, text: str = "hello") -> float:
+        start = time.perf_counter()
+        joined = await client.post("/gradio_api/queue/join", json=events.turn(text, session))
+        done = joined.is_success and any('"success":true' in line for line in await until_done(client, session))
+        return time.perf_counter() - start if done else float("inf")
+
+    async with Honest(server) as honest:
+        waits = [await visit(f"idle{number}") for number in range(10 if short else 60)]
+        attempts.append(Attempt(f"{len(waits)} visitors who stay", f"replies after {max(waits):.1f} s at most",
+                                max(waits) < 30))
+        statuses = []
+        few = asyncio.Semaphore(50)
+
+        async def join(number: int) -> None:
+            async with few:
+                body = events.turn(session=f"flood{number}")
+                statuses.append((await client.post("/gradio_api/queue/join", json=body)).status_code)
+
+        before = server.memory()
+        await asyncio.gather(*map(join, range(200 if short else 2200)))
+        state = await client.get("/healthz")
+        wait = await visit("honest", "still there ?")
+        counts = {one: statuses.count(one) for one in set(statuses)}
+        attempts.append(Attempt(f"{len(statuses):,} events", f"{counts}, "
+                                f"healthz {state.json()['status']}, a reply after {wait:.1f} s",
+                                state.status_code == 200 and wait < 60))
+        attempts.append(Attempt("events that nobody fetched", f"{before} MiB before, {server.memory()} after",
+                                server.memory() < before + 300))
+        for path in ("/gradio_api/queue/data?session_hash=unknown", "/gradio_api/call/chat/unknown"):
+            response = await client.get(path)
+            attempts.append(Attempt(path, f"{response.status_code}", response.status_code == 404))
+        nested: object = []
+        for _ in range(800):
+            nested = [nested]
+        for value in (nested, {"a": 1}, 10**400, "\ud800", [None], True, 1.5):
+            for body in (events.sharing(value), events.turn() | {"data": [value] * 12}, {"data": value},
+                         events.turn() | {"fn_index": value}, events.turn() | {"session_hash": value}):
+                for path in ("/gradio_api/run/predict", "/gradio_api/queue/join", "/gradio_api/call/chat"):
+                    response = await client.post(path, content=json.dumps(body).encode(),
+                                                 headers={"Content-Type": "application/json"})
+                    if response.status_code >= 500 and response.status_code != 503:
+                        attempts.append(Attempt(f"{path} {str(body)[:40]}", f"{response.status_code}", False))
+    return [*attempts, *honest.judged()]
+
+
+async def crowd(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
+    """Push honest clients aside by number: 200 streams of one, connections half open, twice what is accepted."""
+    attempts = []
+    stop = asyncio.Event()
+
+    async def stream() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(httpx.HTTPError):
+                async with client.stream("POST", "/v1/chat/completions", json=talk(max_tokens=500, stream=True),
+                                         headers={"Authorization": "Bearer crowd"}) as response:
+                    async for _ in response.aiter_bytes():
+                        if stop.is_set():
+                            break
+
+    crowd = [asyncio.create_task(stream()) for _ in range(200)]
+    await asyncio.sleep(1)
+    async with Honest(server) as honest:
+        await asyncio.sleep(3 if short else 15)
+    stop.set()
+    await asyncio.gather(*crowd)
+    attempts += [one._replace(what=f"beside 200 streams: {one.what}") for one in honest.judged()]
+
+    open_ones = []
+    async with Honest(server) as honest:
+        for number in range(100 if short else 600):
+            reader, writer = await asyncio.open_connection(server.host, server.port)
+            writer.write([b"", b"GET / HT", b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                          b"Content-Length: 99\r\nContent-Type: application/json\r\n\r\n{"][number % 3])
+            open_ones.append((reader, writer))
+        started = time.monotonic()
+        closed = await asyncio.gather(*(asyncio.wait_for(reader.read(), 90) for reader, _ in open_ones),
+                                      return_exceptions=True)
+    left = sum(isinstance(one, Exception) and not isinstance(one, ConnectionError) for one in closed)
+    attempts.append(Attempt(f"{len(open_ones)} connections half open", f"{left} still open after "
+                            f"{time.monotonic() - started:.0f} s", left == 0))
+    attempts += [one._replace(what=f"beside them: {one.what}") for one in honest.judged()]
+    for _, writer in open_ones:
+        writer.close()
+
+    async def load(clients: int, seconds: float) -> float:
+        """Replies per second to so many clients, each of which asks again at once, refused or not."""
+        good, end = 0, time.monotonic() + seconds
+
+        async def ask(number: int) -> None:
+            nonlocal good
+            while time.monotonic() < end:
+                response = await client.post("/v1/chat/completions", json=talk(),
+                                             headers={"Authorization": f"Bearer {number}"})
+                good += response.status_code == 200
+
+        await asyncio.gather(*map(ask, range(clients)))
+        return good / seconds
+
+    seconds = 3 if short else 15
+    accepted, twice = await load(96, seconds), await load(192, seconds)
+    attempts.append(Attempt("twice the load that is accepted",
+                            f"{accepted:.1f} good replies per second, then {twice:.1f}",
+                            not judge_times or twice >= 0.9 * accepted))
+    return attempts
+
+
+async def stopping(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
+    """Lose replies, or tracebacks, when the server is told to stop."""
+    async def stream() -> bool:
+        body = talk(max_tokens=400, stream=True)
+        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            return b"[DONE]" in b"".join([part async for part in response.aiter_bytes()])
+
+    running = [asyncio.create_task(stream()) for _ in range(4)]
+    idle = asyncio.create_task(client.get("/gradio_api/heartbeat/somebody"))
+    await asyncio.sleep(1)
+    server.process.terminate()
+    await asyncio.sleep(0.3)
+    late = []
+    for _ in range(3):
+        with contextlib.suppress(httpx.HTTPError):
+            late.append(await client.post("/v1/chat/completions", json=talk()))
+    whole = sum(await asyncio.gather(*running))
+    status = await asyncio.to_thread(server.process.wait, WAIT)
+    with contextlib.suppress(httpx.HTTPError):
+        await idle
+    return [Attempt("4 replies under way at SIGTERM", f"{whole} whole, exit status {status}",
+                    whole == 4 and status == 143),
+            Attempt("requests after it", f"{[one.status_code for one in late]} {[one.text[:60] for one in late[:1]]}",
+                    all(one.status_code == 503 and one.json()["error"]["message"] for one in late))]
+
+
+# ------------------------------------------------------------------------------------------------- the honest clients
+
+short = judge_times = False  # set by `main` and the tests
+
+
+class Honest:
+    """Four clients who ask one after the other, with keys of their own, without an attack and then during it."""
+
+    def __init__(self, server: Server):
+        self.server, self.lost, self.waits, self.quiet = server, [], [], []
+
+    async def _ask(self, number: int) -> None:
+        async with httpx.AsyncClient(base_url=self.server.address, timeout=WAIT) as client:
+            while not self.over.is_set():
+                start = time.perf_counter()
+                try:
+                    response = await client.post("/v1/chat/completions", json=talk(f"hello {number}"),
+                                                 headers={"Authorization": f"Bearer honest {number}"})
+                    whole = response.status_code == 200 and response.json()["usage"]["completion_tokens"] == 20
+                    problem = "" if whole else response.text[:80]
+                except httpx.HTTPError as error:
+                    problem = repr(error)
+                if problem:
+                    self.lost.append(problem)
+                self.waits.append(time.perf_counter() - start)
+
+    async def __aenter__(self) -> "Honest":
+        if judge_times:
+            await self._begin()
+            await asyncio.sleep(5)
+            await self._end()
+            self.quiet, self.waits = self.waits, []
+        await self._begin()
+        return self
+
+    async def _begin(self) -> None:
+        self.over = asyncio.Event()
+        self.tasks = [asyncio.create_task(self._ask(number)) for number in range(4)]
+
+    async def _end(self) -> None:
+        self.over.set()
+        await asyncio.gather(*self.tasks)
+
+    async def __aexit__(self, *_) -> None:
+        await self._end()
+
+    def judged(self) -> list[Attempt]:
+        attempts = [Attempt("honest replies lost", f"{len(self.lost)} of {len(self.waits)} {self.lost[:1] or ''}",
+                            not self.lost and bool(self.waits))]
+        if judge_times:
+            before, during = (sorted(waits)[int(0.99 * (len(waits) - 1))] for waits in (self.quiet, self.waits))
+            attempts.append(Attempt("honest p99", f"{1000 * before:.0f} ms without the attack, {1000 * during:.0f} "
+                                    "with", during <= 2 * before))
+        return attempts
+
+
 # ------------------------------------------------------------------------------------------------- one after another
 
-ATTACKS = {attack.__name__: attack for attack in (files, hosts)}
+ATTACKS = {attack.__name__: attack for attack in (files, hosts, faults, contexts, memory, pages, crowd, stopping)}
 
 
 async def attack(server: Server, name: str) -> list[Attempt]:
-    async with httpx.AsyncClient(base_url=server.address, timeout=WAIT) as client:
+    async with httpx.AsyncClient(base_url=server.address, timeout=WAIT, limits=httpx.Limits()) as client:
         attempts = await ATTACKS[name](server, client)
-        alive = await client.get("/healthz")
-        reply = await client.post("/v1/chat/completions", json=talk(max_tokens=3))
-    attempts.append(Attempt("afterwards it lives and replies", f"{alive.status_code} {reply.status_code}",
-                            alive.status_code == reply.status_code == 200))
+        if name != "stopping":
+            alive = await client.get("/healthz")
+            reply = await client.post("/v1/chat/completions", json=talk(max_tokens=3))
+            attempts.append(Attempt("afterwards it lives and replies", f"{alive.status_code} {reply.status_code}",
+                                    alive.status_code == reply.status_code == 200))
     log = server.output()
     attempts.append(Attempt("its log has no traceback", f"{log.count('Traceback')} of them", "Traceback" not in log))
     return attempts
 
 
+async def soak(server: Server, minutes: float) -> list[Attempt]:
+    """Six users whose conversations grow, for so many minutes; memory is looked at every half minute."""
+    start, seen, lost, replies = time.monotonic(), [], 0, 0
+
+    async def user(number: int) -> None:
+        nonlocal lost, replies
+        messages = [{"role": "system", "content": f"i am number {number} ."}]
+        async with httpx.AsyncClient(base_url=server.address, timeout=WAIT) as client:
+            while time.monotonic() < start + 60 * minutes:
+                messages.append({"role": "user", "content": f"what is number {len(messages)} times {number} ?"})
+                response = await client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 20})
+                replies += 1
+                if response.status_code == 200:
+                    messages.append(response.json()["choices"][0]["message"])
+                else:
+                    lost += 1
+                    messages = messages[:1]
+                if len(json.dumps(messages)) > 200_000:  # as long as a request may be
+                    messages = messages[:1]
+
+    async def watch() -> None:
+        while time.monotonic() < start + 60 * minutes:
+            await asyncio.sleep(30)
+            seen.append((time.monotonic() - start, server.memory()))
+            print(f"  {seen[-1][0] / 60:5.1f} min {seen[-1][1]} MiB, {replies:,} replies", flush=True)
+
+    await asyncio.gather(watch(), *map(user, range(6)))
+    second = next(mib for seconds, mib in seen if seconds >= min(120, 30 * minutes))
+    return [Attempt(f"soak of {minutes:g} minutes", f"{replies:,} replies, {lost} lost; {second} MiB at minute 2, "
+                    f"{seen[-1][1]} MiB at the end", not lost and seen[-1][1] <= 1.1 * second)]
+
+
+def tell(attempts: list[Attempt]) -> int:
+    """Print a line for each; return how many have succeeded."""
+    for attempt in attempts:
+        outcome = "withstood" if attempt.withstood else "SUCCEEDED"
+        print(f"  {outcome:10} {attempt.what:50} {attempt.outcome}", flush=True)
+    return sum(not attempt.withstood for attempt in attempts)
+
+
 def main() -> int:
+    global short, judge_times
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("attacks", nargs="*", default=list(ATTACKS), help=f"of {', '.join(ATTACKS)} (default: all)")
+    parser.add_argument("--short", action="store_true", help="fewer requests, and no judgement of times")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="only let six users talk for so long")
     args = parser.parse_args()
+    short, judge_times = args.short, not args.short
     succeeded = 0
     with tempfile.TemporaryDirectory() as work:
         make_model(Path(work))
-        for name in args.attacks:
-            print(f"\n{name}: {ATTACKS[name].__doc__}", flush=True)
-            server = Server(Path(work))
+        for name in ["soak"] if args.soak else args.attacks:
+            print(f"\n{name}: {(soak if args.soak else ATTACKS[name]).__doc__}", flush=True)
+            server = Server(Path(work), "--memory", 64)
             try:
-                for attempt in asyncio.run(attack(server, name)):
-                    succeeded += not attempt.withstood
-                    print(f"  {'withstood' if attempt.withstood else 'SUCCEEDED':10} {attempt.what:50} "
-                          f"{attempt.outcome}", flush=True)
+                succeeded += tell(asyncio.run(soak(server, args.soak) if args.soak else attack(server, name)))
             finally:
                 server.end()
     print(f"\n{succeeded} attempts succeeded")

@@ -7,6 +7,7 @@ import pty
 import random
 import re
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -384,6 +385,44 @@ def test_the_page_asks_saves_and_refuses(served, tmp_path):
     assert broken.status_code == 400
     assert post(annotator="ben").json()["progress"].startswith("0 of")
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_page_is_for_this_machine_and_for_answers_alone(served, tmp_path):
+    """Other names, deep JSON, half letters, a closed tab, a body without end: an answer each, and nothing is kept."""
+    session, address = served
+
+    def post(body: bytes, kind: str = "application/json; charset=utf-8", **headers) -> requests.Response:
+        return requests.post(address, data=body, headers={"Content-Type": kind, **headers}, timeout=120)
+
+    name = post(b'{"annotator": "anna"}').json()["pair"]
+    for host in ("evil.example", "127.0.0.1.evil.example"):
+        assert post(b'{"annotator": "anna"}', Host=host).status_code == 400
+        assert requests.get(address, headers={"Host": host}, timeout=120).status_code == 400
+    sent = {"annotator": "anna", "pair": name, "key": "a", "questions": {}}
+    for wrong in ([], "x", None, sent | {"annotator": "\ud800"}, sent | {"annotator": ["anna"]}, sent | {"key": ["a"]},
+                  sent | {"key": None}, sent | {"questions": {"empathy": {}}}, sent | {"questions": 3},
+                  sent | {"pair": {"a": 1}}, {"pair": name}):
+        assert post(json.dumps(wrong).encode()).status_code == 400, wrong
+    for body in (b"[" * 5000, b'{"a":' * 1000, b"\xff", b"", b'{"annotator": "' + b"a" * 20_000 + b'"}'):
+        assert post(body).status_code == 400
+    where = ("127.0.0.1", int(address.rstrip("/").rpartition(":")[2]))
+    threads, closing = threading.active_count(), []
+    for number in range(200):  # half open, and closed in the middle of an answer
+        closing.append(socket.create_connection(where))
+        closing[-1].sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{"[:20 + number])
+    assert post(json.dumps(sent).encode()).status_code == 200
+    assert threading.active_count() <= threads + 2
+    for one in closing:
+        one.close()
+    assert post(json.dumps(sent).encode()).status_code == 409
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+
+
+def test_two_at_once_do_not_write_to_one_file(served, world, pairs, tmp_path):
+    done = in_terminal(world / "pairs.jsonl", tmp_path / "answers.jsonl", "a\n")
+    assert done.returncode == 2
+    assert b"another feedback.annotate writes to it" in done.stderr and done.stderr.count(b"\n") == 1
+    assert not (tmp_path / "answers.jsonl").read_text()
 
 
 def test_the_page_in_a_browser_by_keyboard(served, tmp_path):

@@ -1,0 +1,36 @@
+"""The attacks of `make attack` in their short form: fewer requests, and nothing is judged by the clock."""
+
+import asyncio
+
+import attack
+import pytest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attacked")
+    attack.make_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    server = attack.Server(folder, "--memory", 64)
+    yield server
+    server.end()
+
+
+@pytest.mark.parametrize("name", [name for name in attack.ATTACKS if name != "stopping"])
+def test_the_server_withstands(server, monkeypatch, name):
+    monkeypatch.setattr(attack, "short", True)
+    succeeded = [attempt for attempt in asyncio.run(attack.attack(server, name)) if not attempt.withstood]
+    assert not succeeded
+
+
+def test_told_to_stop_it_ends_what_it_has_begun(folder):
+    server = attack.Server(folder)
+    try:
+        succeeded = [attempt for attempt in asyncio.run(attack.attack(server, "stopping")) if not attempt.withstood]
+        assert not succeeded
+    finally:
+        server.end()
