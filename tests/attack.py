@@ -261,7 +261,7 @@ async def contexts(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
     async def gaps() -> list[float]:
         """Seconds between the words of a long reply."""
         times = []
-        body = talk(max_tokens=300, stream=True, temperature=0.9)
+        body = talk(max_tokens=100 if short else 300, stream=True)
         async with client.stream("POST", "/v1/chat/completions", json=body,
                                  headers={"Authorization": "Bearer neighbour"}) as response:
             async for _ in response.aiter_bytes():
@@ -274,7 +274,7 @@ async def contexts(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
         return response.status_code, response.json().get("usage", {}).get("prompt_tokens", 0)
 
     attempts, quiet = [], await gaps()
-    for beams in (1, 4, 16):
+    for beams in (1, 4) if short else (1, 4, 16):
         async with Honest(server) as honest:
             neighbour, *answers = await asyncio.gather(gaps(), *(attack(beams) for _ in range(4)))
         median, longest = statistics.median(neighbour), max(neighbour)
@@ -305,7 +305,8 @@ async def memory(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
         texts = ["🤯!" * size for size in (10, 100, 900)]
         statuses = [response.status_code for response in await asyncio.gather(*(client.post(
             "/v1/chat/completions", headers={"Authorization": f"Bearer {number}"},
-            json=talk(texts[number % 3], max_tokens=4000 if number % 4 == 0 else 50, num_beams=1 + number % 5))
+            json=talk(texts[number % 3], num_beams=1 + number % 5,
+                      max_tokens=20 if number % 4 else 400 if short else 4000))
             for number in range(30)))]
         watching.cancel()
     for _ in range(100):
@@ -444,13 +445,14 @@ async def crowd(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 async def stopping(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
     """Lose replies, or tracebacks, when the server is told to stop."""
     async def stream() -> bool:
-        body = talk(max_tokens=400, stream=True)
+        body = talk(max_tokens=100, stream=True)
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             return b"[DONE]" in b"".join([part async for part in response.aiter_bytes()])
 
     running = [asyncio.create_task(stream()) for _ in range(4)]
     idle = asyncio.create_task(client.get("/gradio_api/heartbeat/somebody"))
-    await asyncio.sleep(1)
+    while (await client.get("/healthz")).json()["decoding"] < 4:
+        await asyncio.sleep(0.05)
     server.process.terminate()
     await asyncio.sleep(0.3)
     late = []
@@ -594,7 +596,7 @@ def main() -> int:
         make_model(Path(work))
         for name in ["soak"] if args.soak else args.attacks:
             print(f"\n{name}: {(soak if args.soak else ATTACKS[name]).__doc__}", flush=True)
-            server = Server(Path(work), "--memory", 64)
+            server = Server(Path(work), "--memory", 64, "--drain", 120)
             try:
                 succeeded += tell(asyncio.run(soak(server, args.soak) if args.soak else attack(server, name)))
             finally:

@@ -28,7 +28,7 @@ def test_the_server_withstands(server, monkeypatch, name):
 
 
 def test_told_to_stop_it_ends_what_it_has_begun(folder):
-    server = attack.Server(folder)
+    server = attack.Server(folder, "--drain", 120)
     try:
         succeeded = [attempt for attempt in asyncio.run(attack.attack(server, "stopping")) if not attempt.withstood]
         assert not succeeded

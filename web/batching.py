@@ -95,6 +95,7 @@ class Reply:
         self.computed = 0  # the step that computed it last
         self.places: list[Place] = []
         self.rows: list[Row] = []
+        self.logits: dict[Row, torch.Tensor] = {}  # of rows that are computed while others of them are not
         self.beams = BeamSearch(args, special) if args.num_beams > 1 else None
         self.random = torch.Generator(device)
         if args.seed:
@@ -313,7 +314,7 @@ class Decoder:
         self.cache.tidy()
         self.steps += 1
         decoding, reading = self._whose_turn(), self._what_to_read()
-        work = [Work(row, 1) for reply in decoding for row in reply.rows] + [
+        work = [Work(row, 1) for rows in decoding.values() for row in rows] + [
             Work(reply.rows[0], tokens) for reply, tokens in reading]
         if work:
             self._choose(self._compute(work, [*decoding, *(reply for reply, _ in reading)]))
@@ -355,23 +356,25 @@ class Decoder:
         return (taken + reply.width <= self.max_batch or within and taken + reply.width <= 2 * self.max_batch) \
             and self.cache.bytes_with(reply.longest, reply.width) <= self.memory
 
-    def _whose_turn(self) -> list[Reply]:
-        """The replies that get a token in this step: all, or of each client a share, whoever has waited longest."""
+    def _whose_turn(self) -> dict[Reply, list[Row]]:
+        """The rows that are computed in this step, by reply: all, or of each client a share.
+
+        Whose reply has waited longest comes first. A search wider than the share goes on when all its rows had a turn.
+        """
         ready = [reply for reply in self.decoding if reply.rows and not reply.reading]
         several = len({reply.client.address for reply in ready}) > 1
         shares: dict[object, list[Reply]] = defaultdict(list)
         for reply in sorted(ready, key=lambda reply: reply.computed):
             shares[reply.client.address if several else reply.client].append(reply)
         most = self.max_batch if len(shares) < 2 else max(1, self.max_batch // max(SHARE, len(shares)))
-        turn = []
+        turn = {}
         for replies in shares.values():
-            rows = 0
+            left = most
             for reply in replies:
-                if rows and rows + len(reply.rows) > most:
-                    break
-                rows += len(reply.rows)
-                reply.computed = self.steps
-                turn.append(reply)
+                if rows := [row for row in reply.rows if row not in reply.logits][:left]:
+                    left -= len(rows)
+                    reply.computed = self.steps
+                    turn[reply] = rows
         return turn
 
     def _what_to_read(self) -> list[tuple[Reply, int]]:
@@ -397,7 +400,7 @@ class Decoder:
         return reading
 
     def _compute(self, work: list[Work], replies: list[Reply]) -> list[tuple[Reply, torch.Tensor]]:
-        """Do the work of ``replies``; of those that have no context left to read: the logits of their rows.
+        """Do the work of ``replies``; of those all of whose rows are computed now: the logits of these.
 
         When that fails, the work of each is done by itself, so that only those end with whom it fails again.
         """
@@ -415,9 +418,14 @@ class Decoder:
                 read = sum(one.tokens for one in work if one.row is reply.rows[0])
                 for place in reply.places[1:]:
                     self.cache.copy(reply.places[0], place, slice(reply.rows[0].length - read, reply.rows[0].length))
-        number = {id(row): place for place, row in enumerate(rows)}
-        return [(reply, logits[[number[id(row)] for row in reply.rows]]) for reply in replies
-                if id(reply.rows[0]) in number]
+        new = dict(zip(rows, logits, strict=True))
+        done = []
+        for reply in replies:
+            reply.logits |= {row: new[row] for row in reply.rows if row in new}
+            if len(reply.logits) == len(reply.rows):
+                done.append((reply, torch.stack([reply.logits[row] for row in reply.rows])))
+                reply.logits = {}
+        return done
 
     def _choose(self, computed: list[tuple[Reply, torch.Tensor]]) -> None:
         """Let each reply go on by a token, or end, by the logits of its rows, (rows, vocabulary)."""
