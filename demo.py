@@ -349,7 +349,7 @@ def serve(bot: Bot, app: FastAPI, drain: float) -> Server:
     """A server of ``app`` that, told to stop, goes on for at most ``drain`` seconds with what is being decoded."""
 
     config = uvicorn.Config(app, http=Connection, ws="none", proxy_headers=False, log_level="warning",
-                            timeout_graceful_shutdown=3)
+                            timeout_graceful_shutdown=3, timeout_keep_alive=30)
     return Server(config, drain, bot.decoder.drain, lambda: not bot.decoder.decoding, bot.decoder.close,
                   app.state.stopping)
 

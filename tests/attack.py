@@ -352,12 +352,17 @@ async def pages(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
         async def join(number: int) -> None:
             async with few:
                 body = events.turn(session=f"flood{number}")
-                statuses.append((await client.post("/gradio_api/queue/join", json=body)).status_code)
+                with contextlib.suppress(httpx.TransportError):
+                    statuses.append((await client.post("/gradio_api/queue/join", json=body)).status_code)
 
         before = server.memory()
         await asyncio.gather(*map(join, range(200 if short else 2200)))
         state = await client.get("/healthz")
-        wait = await visit("honest", "still there ?")
+        wait, start = float("inf"), time.monotonic()
+        while wait == float("inf") and time.monotonic() < start + 60:  # as people do who are told to try again
+            wait = await visit("honest", "still there ?")
+            await asyncio.sleep(1)
+        wait = time.monotonic() - start
         counts = {one: statuses.count(one) for one in set(statuses)}
         attempts.append(Attempt(f"{len(statuses):,} events", f"{counts}, "
                                 f"healthz {state.json()['status']}, a reply after {wait:.1f} s",
@@ -427,9 +432,10 @@ async def crowd(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
         async def ask(number: int) -> None:
             nonlocal good
             while time.monotonic() < end:
-                response = await client.post("/v1/chat/completions", json=talk(),
-                                             headers={"Authorization": f"Bearer {number}"})
-                good += response.status_code == 200
+                with contextlib.suppress(httpx.TransportError):
+                    response = await client.post("/v1/chat/completions", json=talk(),
+                                                 headers={"Authorization": f"Bearer {number}"})
+                    good += response.status_code == 200
 
         await asyncio.gather(*map(ask, range(clients)))
         return good / seconds

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cli import InputError
 
-HEAD_TIME = 10  # s, in which a request's head must have come
+HEAD_TIME = 20  # s, in which a request's head must have come
 HEAD_SIZE = 64 * 1024  # bytes of it
 READ_TIME = 30  # s, in which a client must take what it is sent
 MOST_WAITING = 512  # connections of which nothing whole has come; of more the oldest are closed

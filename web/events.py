@@ -19,6 +19,7 @@ from web.guard import Refused
 PAGES = 500  # open pages that Gradio keeps something of; of another one it begins anew
 UNREAD = 256  # messages that may wait for one page to fetch them; then its events end
 KEPT = 60  # s that a page's connection stays open after a turn, and that messages wait which nobody fetches
+FETCHED = 10  # s, in which a page must begin to fetch the messages of its event, or the event ends
 DEEPEST = 8  # lists and objects in each other
 NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 TEXT, NUMBER = (str, type(None)), (int, float, type(None))
@@ -54,8 +55,17 @@ class Events(Queue):
         if len(events) >= self.most or own >= self.share:
             return False, "Too many people are using this page; try again in a moment.", "queue_full"
         pushed = await super().push(body, request, username)
-        asyncio.get_running_loop().call_later(KEPT, self._forget_unread, body.session_hash)
+        loop = asyncio.get_running_loop()
+        loop.call_later(KEPT, self._forget_unread, body.session_hash)
+        if pushed[0] and (event := self.event_ids_to_events.get(pushed[1])):
+            loop.call_later(FETCHED, self._drop_unfetched, event)
         return pushed
+
+    def _drop_unfetched(self, event) -> None:
+        """End an event of a page that fetches nothing; Gradio does so before the event's next message."""
+        messages = self.pending_messages_per_session.get(event.session_hash)
+        if not getattr(messages, "fetched", False):
+            event.alive = False
 
     def send_message(self, event, event_message) -> None:
         messages = self.pending_messages_per_session.get(event.session_hash)
@@ -123,14 +133,15 @@ def check(page: gr.Blocks, path: str, query: str, body: bytes | None) -> bytes |
     if body is None:
         if path.endswith("/queue/data"):
             name = parse_qs(query).get("session_hash", [""])[0]
-            if name not in queue.pending_messages_per_session:
+            if (messages := queue.pending_messages_per_session.get(name)) is None:
                 raise Refused("session_hash: nothing is kept for this page; load it again", 404)
+            messages.fetched = True
         elif path.startswith("/gradio_api/call/"):
             event = path.rpartition("/")[2]
-            known = event in queue.event_ids_to_events or any(
-                event in events for events in queue.pending_event_ids_session.values())
-            if not known:
+            page_of = next((name for name, events in queue.pending_event_ids_session.items() if event in events), None)
+            if (messages := queue.pending_messages_per_session.get(page_of)) is None:
                 raise Refused("There is no such event here, or its result was fetched", 404)
+            messages.fetched = True
         return None
     try:
         sent = json.loads(body, parse_constant=_no_number)
