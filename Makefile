@@ -32,6 +32,7 @@ fuzz: $(VENV)/fuzz-installed
 
 docker-check:
 	tests/docker_check.sh
+
 attack: $(VENV)/test-installed
 	$(BIN)/python tests/attack.py $(ATTACK_FLAGS)
 
