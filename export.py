@@ -1,6 +1,6 @@
 """Write a run as other software opens it: an ordinary transformers folder with a chat template, or a GGUF file.
 
-    python export.py runs/<your run> FOLDER [--gguf f16]
+    python export.py runs/<your run> FOLDER [--gguf f16] [--push_to_hub NAME]
 
 The template renders messages, the system message being the persona with a sentence per line, to the very tokens that
 the run was trained on, so that a server that knows nothing of this project gives the same replies.
@@ -11,44 +11,29 @@ import logging
 from argparse import ArgumentParser
 from pathlib import Path
 
-import gguf
-import numpy as np
+from httpx import HTTPError
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
-from cli import InputError, command
+from cards import MARK, card, modelfile, name_of, template
+from cli import InputError, command, short
 from decoding import Decoding, load_checkpoint
+from files import write_tensors
+from gguf_file import TYPES, write_gguf
 from inputs import Specials
 from model import HEADS, save_model
-from tables import write_tensors
-from utils import SPECIAL_TOKENS, get_tokenizer
-
-# The sentences of a persona stand behind a space (of GPT-2, as in 2019, behind nothing), utterances directly behind the
-# token of their speaker: see `inputs.build_context` and the tokenizer's `encode_persona`.
-TEMPLATE = (
-    "{{- '<bos>' -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}"
-    "{%- for line in message['content'].split('\\n') -%}"
-    "{%- if line | trim -%}{{- 'SPACE' + (line | trim) -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- elif message['role'] == 'assistant' -%}{{- '<speaker1>' + (message['content'] | trim) -}}"
-    "{%- else -%}{{- '<speaker2>' + (message['content'] | trim) -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<speaker1>' -}}{%- endif -%}"
-)
-FAMILIES = {"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}  # which GGUF files are written for
-TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16,
-         "q8_0": gguf.GGMLQuantizationType.Q8_0}
 
 logger = logging.getLogger("export")
 
 
-def export(run: str, folder: Path) -> None:
+def export(run: str, folder: Path, licence: str = "") -> None:
     """Write the run's model, merged, its tokenizer, a generation config, a model card and a ``Modelfile``.
 
-    Raises `InputError` for a run that was trained with what servers lack: GPT-1's way to split words, token types, or
-    a history that begins at a fixed position.
+    ``licence``: of the model, for its card, such as apache-2.0. Raises `InputError` for a run that was trained with
+    what servers lack: GPT-1's way to split words, token types, or a history that begins at a fixed position; and for a
+    folder with something else in it.
     """
     model, tokenizer = load_checkpoint(run)
     if model.config.model_type == "openai-gpt":
@@ -59,7 +44,7 @@ def export(run: str, folder: Path) -> None:
                          "--no_token_types")
     if model.history_start:
         raise InputError(f"{run}: was trained with --history_first, whose positions other software cannot give")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_room(folder)
     save_model(model, folder)
     (folder / HEADS).unlink(missing_ok=True)  # other software has no place for the choice head
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -71,7 +56,8 @@ def export(run: str, folder: Path) -> None:
     special = Specials.of(tokenizer)
     config |= {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _write_tokenizer(tokenizer, folder)
+    between = " " if tokenizer.encode_persona(["a"]) != tokenizer(["a"])["input_ids"] else ""
+    _write_tokenizer(tokenizer, template(model, tokenizer, between), folder)
     options = Decoding()
     GenerationConfig(
         bos_token_id=special.bos, pad_token_id=special.pad, eos_token_id=[special.eos, special.speaker1,
@@ -79,15 +65,29 @@ def export(run: str, folder: Path) -> None:
         min_new_tokens=1, max_new_tokens=options.max_length, do_sample=True, temperature=options.temperature,
         top_p=options.top_p, top_k=0,
     ).save_pretrained(folder)
-    (folder / "README.md").write_text(CARD.format(name=folder.name, persona="i have two dogs ."), "utf-8")
-    (folder / "Modelfile").write_text(modelfile("."), "utf-8")
+    (folder / "README.md").write_text(card(run, folder, licence, model), "utf-8")
+    (folder / "Modelfile").write_text(modelfile(".", between), "utf-8")
 
 
-def _write_tokenizer(tokenizer, folder: Path) -> None:
+def _make_room(folder: Path) -> None:
+    """An empty folder, or one that was written here before, without its GGUF files, which an older run may have given.
+
+    Raises `InputError` for any other.
+    """
+    notes = folder / "Modelfile"
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (notes.is_file() and notes.read_text("utf-8", "replace").startswith(MARK)):
+            raise InputError(f"{folder}: is not empty, and export.py has not written it; name a new folder")
+        for old in folder.glob("*.gguf"):
+            old.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    notes.write_text(MARK + "\n")  # an export that was interrupted can be written again, too
+
+
+def _write_tokenizer(tokenizer, chat_template: str, folder: Path) -> None:
     """The tokenizer as plain transformers loads it, with the chat template; here control tokens in a text are those."""
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    behind_a_space = tokenizer.encode_persona(["a"]) != tokenizer(["a"])["input_ids"]
-    tokenizer.chat_template = TEMPLATE.replace("SPACE", " " if behind_a_space else "")
+    tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text("utf-8")) | {"split_special_tokens": False, "add_bos_token": False}
@@ -96,149 +96,60 @@ def _write_tokenizer(tokenizer, folder: Path) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def modelfile(source: str) -> str:
-    """What ``ollama create`` reads: where the weights are, the prompt, the stops and the decoding options."""
-    options = Decoding()
-    stops = "\n".join(f'PARAMETER stop "{token}"' for token in SPECIAL_TOKENS)
-    return f'''FROM {source}
-TEMPLATE """<bos>{{{{- if .System }}}} {{{{ .System }}}}{{{{- end }}}}
-{{{{- range .Messages }}}}
-{{{{- if eq .Role "user" }}}}<speaker2>{{{{ .Content }}}}
-{{{{- else if eq .Role "assistant" }}}}<speaker1>{{{{ .Content }}}}
-{{{{- end }}}}
-{{{{- end }}}}<speaker1>"""
-{stops}
-PARAMETER temperature {options.temperature}
-PARAMETER top_p {options.top_p}
-PARAMETER top_k 0
-PARAMETER num_predict {options.max_length}
-'''
+def push(folder: Path, name: str, private: bool) -> str:
+    """Upload the folder's files to the hub as the model ``name``, made if it is not there. Returns its address.
 
-
-def write_gguf(folder: Path, kind: str) -> Path:
-    """The exported ``folder`` as one GGUF file, its matrices of type ``kind`` of `TYPES`; vectors stay float32.
-
-    Raises `InputError` for families that `FAMILIES` lacks.
+    The token is `huggingface_hub`'s: ``HF_TOKEN``, or what ``hf auth login`` has kept. Raises `InputError` when there
+    is none, it has no right to write there, or the hub cannot be reached.
     """
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    family = config["model_type"]
-    if family not in FAMILIES:
-        raise InputError(f"--gguf: is written for {' and '.join(FAMILIES)} models, and this is '{family}'; the folder "
-                         "without --gguf holds the same model")
-    architecture, path = FAMILIES[family], folder / f"{folder.name}-{kind}.gguf"
-    file = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
-    layers = _write_shape(file, family, config)
-    _write_vocabulary(file, folder, config["vocab_size"])
-    names = gguf.get_tensor_name_map(architecture, layers)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if theirs is None:
-            raise InputError(f"--gguf: the format has no place for {name}")
-        values = _as_stored(name, tensor.float().numpy(), family, config)
-        wanted = TYPES[kind] if values.ndim > 1 and values.shape[-1] % 32 == 0 else TYPES["f32"]
-        file.add_tensor(theirs, gguf.quantize(np.ascontiguousarray(values), wanted), raw_dtype=wanted)
-    file.write_header_to_file()
-    file.write_kv_data_to_file()
-    file.write_tensors_to_file()
-    file.close()
-    (folder / "Modelfile").write_text(modelfile(f"./{path.name}"), "utf-8")
-    return path
-
-
-def _write_shape(file: gguf.GGUFWriter, family: str, config: dict) -> int:
-    """The sizes of the network; returns the number of layers."""
-    def add(context: int, width: int, layers: int, inner: int, heads: int) -> int:
-        file.add_context_length(context)
-        file.add_embedding_length(width)
-        file.add_block_count(layers)
-        file.add_feed_forward_length(inner)
-        file.add_head_count(heads)
-        return layers
-
-    if family == "gpt2":
-        file.add_layer_norm_eps(config["layer_norm_epsilon"])
-        return add(config["n_positions"], config["n_embd"], config["n_layer"],
-                   config.get("n_inner") or 4 * config["n_embd"], config["n_head"])
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    file.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    file.add_head_count_kv(config["num_key_value_heads"])
-    file.add_rope_dimension_count(size)
-    file.add_key_length(size)
-    file.add_value_length(size)
-    file.add_rope_freq_base((config.get("rope_parameters") or config).get("rope_theta", 10000.0))
-    file.add_vocab_size(config["vocab_size"])
-    return add(config["max_position_embeddings"], config["hidden_size"], config["num_hidden_layers"],
-               config["intermediate_size"], config["num_attention_heads"])
-
-
-def _write_vocabulary(file: gguf.GGUFWriter, folder: Path, size: int) -> None:
-    """Tokens, merges, control tokens and the chat template."""
-    tokenizer = get_tokenizer(str(folder))
-    spelt, special = {number: token for token, number in tokenizer.get_vocab().items()}, Specials.of(tokenizer)
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if model["type"] != "BPE":
-        raise InputError(f"--gguf: is written for byte-level BPE, and this tokenizer is {model['type']}")
-    control = set(tokenizer.all_special_ids)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    file.add_tokenizer_model("gpt2")
-    # Both split words alike but for digits; SmolLM's merges have no pair of digits.
-    file.add_tokenizer_pre("gpt-2")
-    file.add_token_list([spelt.get(number, f"<unused{number}>") for number in range(size)])
-    file.add_token_types([gguf.TokenType.UNUSED if number not in spelt else gguf.TokenType.CONTROL
-                          if number in control else gguf.TokenType.NORMAL for number in range(size)])
-    file.add_token_merges(merges)
-    file.add_bos_token_id(special.bos)
-    file.add_eos_token_id(special.eos)
-    file.add_pad_token_id(special.pad)
-    file.add_add_bos_token(False)  # the template has it
-    file.add_chat_template(tokenizer.chat_template)
-
-
-def _as_stored(name: str, values: np.ndarray, family: str, config: dict) -> np.ndarray:
-    """A weight in GGUF's order: (out, in), and of Llama's queries and keys the halves of each rotation interleaved."""
-    if family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-        return values.T
-    if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-        heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-        return values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-    return values
-
-
-CARD = """---
-pipeline_tag: text-generation
-tags: [persona-chat, dialogue]
----
-# {name}
-
-A persona-grounded dialogue model, trained with TransferTransfo (after Wolf et al. 2019, https://arxiv.org/abs/1901.08149)
-and exported as an ordinary model of its architecture. Data, figures and licence are those of the run that it came from.
-
-The system message is the persona, a sentence per line, in the spelling of the training data ("{persona}"). The chat
-template renders a conversation as it was in training: `<bos> persona <speaker2>user<speaker1>bot…<speaker1>`. Any
-control token ends a reply. Text of users that spells a control token is read as one, so do not let it through.
-
-    from transformers import pipeline
-    bot = pipeline("text-generation", "FOLDER")
-    print(bot([{{"role": "system", "content": "{persona}"}}, {{"role": "user", "content": "any pets ?"}}],
-              return_full_text=False))
-
-Ollama: `ollama create {name} -f Modelfile`.
-"""
+    flag, hub = f"--push_to_hub {name}", constants.ENDPOINT
+    kept = f"the files are in {folder}"
+    if not get_token():
+        raise InputError(f"{flag}: no token for {hub}; run `hf auth login` or set HF_TOKEN ({kept})")
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Export from TransferTransfo",
+                          ignore_patterns=["*.unfinished"])
+    except HFValidationError as error:
+        raise InputError(f"{flag}: is no name for a model ({short(str(error))}); write USER/NAME") from None
+    except OfflineModeIsEnabled:
+        raise InputError(f"{flag}: HF_HUB_OFFLINE forbids to reach {hub}; unset it ({kept})") from None
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise InputError(f"{flag}: the token may not write there ({error.response.status_code}); take one with the "
+                             f"right to write, and a name of yours ({kept})") from None
+        raise InputError(f"{flag}: {hub} refused ({short(str(error))}); try again ({kept})") from None
+    except HTTPError as error:
+        raise InputError(f"{flag}: {hub} cannot be reached ({short(str(error))}); check the network ({kept})") from None
+    return str(address)
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="a run folder, or another checkpoint that was trained here")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write")
-    parser.add_argument("--gguf", choices=TYPES, help="write a GGUF file beside it, with matrices of this type")
+    parser.add_argument("--gguf", choices=TYPES, nargs="+", default=[],
+                        help="write GGUF files beside it, with matrices of these types; Modelfile names the first")
+    parser.add_argument("--licence", default="", help="of the model, for its card: apache-2.0, for example")
+    parser.add_argument("--push_to_hub", default="", metavar="NAME",
+                        help="upload the folder as the model NAME, with the token of HF_TOKEN or `hf auth login`")
+    parser.add_argument("--private", action="store_true", help="make the model on the hub a private one")
     args = parser.parse_args()
     try:
-        export(args.run, args.folder)
-        if args.gguf:
-            logger.info("Wrote %s", write_gguf(args.folder, args.gguf))
+        export(args.run, args.folder, args.licence)
+        options, notes = Decoding(), args.folder / "Modelfile"
+        for kind in args.gguf:
+            file = args.folder / f"{name_of(args.folder)}-{kind}.gguf"
+            write_gguf(args.folder, file, kind, {"temp": options.temperature, "top_p": options.top_p, "top_k": 0})
+            logger.info("Wrote %s", file)
+            if kind == args.gguf[0]:
+                notes.write_text(notes.read_text("utf-8").replace("FROM .\n", f"FROM ./{file.name}\n"), "utf-8")
     except OSError as error:
         raise InputError(f"{args.folder}: cannot be written ({error.strerror or error})") from None
     logger.info("Wrote %s", args.folder)
+    if args.push_to_hub:
+        logger.info("Uploaded to %s", push(args.folder, args.push_to_hub, args.private))
 
 
 if __name__ == "__main__":

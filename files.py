@@ -21,7 +21,9 @@ from cli import InputError
 
 FORMAT = "transfertransfo checkpoint 2"
 WITHOUT_HASH = "transfertransfo checkpoint 1"  # otherwise the same
-ARGUMENTS = "training_args.json"  # in the folder of a run
+# In the folder of a run:
+ARGUMENTS = "training_args.json"
+METRICS = "metrics.json"  # of the validation split, an object per epoch
 
 
 @contextmanager

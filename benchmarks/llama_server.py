@@ -1,0 +1,17 @@
+"""llama.cpp's server over one GGUF file, from the package xllamacpp: prints its address, serves until its input ends.
+
+    python benchmarks/llama_server.py FILE.gguf
+"""
+
+import sys
+
+import xllamacpp
+
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.verbosity = 1024, 1, 1, 0
+params.warmup = False
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # keys and values as we keep them
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()

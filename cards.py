@@ -1,0 +1,159 @@
+"""The texts that go with an exported model: its chat template, Ollama's ``Modelfile``, its model card."""
+
+import json
+from pathlib import Path
+
+from decoding import Decoding
+from files import ARGUMENTS, METRICS
+from model import DoubleHeadsModel
+from releases import ABOUT
+from utils import NAMED, SPECIAL_TOKENS, adapter_base, resolve_checkpoint
+
+# What a server is asked becomes what training has, see `inputs.build_context`: the persona's sentences, behind a space
+# each (of GPT-2, as in 2019, behind nothing), then the last utterances, each behind the token of its speaker, several
+# messages of one side as one. A finished conversation ends with <eos>. Control tokens within a text get a space.
+TEMPLATE = """
+{{- '<bos>' }}
+{%- set its = namespace(said=[], speaker='', role='', text='') %}
+{%- for message in messages %}
+    {%- set its.text = '' %}
+    {%- if message['content'] is string %}
+        {%- set its.text = message['content'] %}
+    {%- elif message['content'] %}
+        {%- for part in message['content'] %}
+            {%- if part['type'] == 'text' %}{%- set its.text = its.text + part['text'] %}{%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {%- for token in CONTROL %}
+        {%- set its.text = its.text | replace(token, token[:1] + ' ' + token[1:]) %}
+    {%- endfor %}
+    {%- if message['role'] in ['system', 'developer'] %}
+        {%- for line in its.text.split('\\n') %}
+            {%- if line | trim and PERSONA %}{{- 'BETWEEN' + (line | trim) }}{%- endif %}
+        {%- endfor %}
+    {%- else %}
+        {%- set its.role = 'assistant' if message['role'] == 'assistant' else 'user' %}
+        {%- if its.role == its.speaker %}
+            {%- set its.said = its.said[:-1] + [(its.said[-1] + ' ' + its.text) | trim] %}
+        {%- else %}
+            {%- set its.said = its.said + [its.text | trim] %}
+        {%- endif %}
+        {%- set its.speaker = its.role %}
+    {%- endif %}
+{%- endfor %}
+{%- set most = UTTERANCES if add_generation_prompt else UTTERANCES + 1 %}
+{%- for text in its.said[-most:] %}
+    {%- set bot = (loop.revindex % 2 == 1) == (its.speaker == 'assistant') %}
+    {{- ('<speaker1>' if bot else '<speaker2>') + text }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<speaker1>' }}
+{%- elif its.speaker == 'assistant' %}{{- '<eos>' }}
+{%- endif %}
+""".strip()
+
+MARK = "# Written by TransferTransfo's export.py."  # the first line of a Modelfile: a folder that may be written again
+
+
+def name_of(folder: Path) -> str:
+    """What the model is called: as its folder."""
+    return folder.resolve().name
+
+
+def template(model: DoubleHeadsModel, tokenizer, between: str) -> str:
+    """`TEMPLATE` for one model: its control tokens, how many utterances it sees, whether it knows personas, and what
+    stands ``between`` their sentences."""
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    values = {"CONTROL": json.dumps(control, ensure_ascii=False), "UTTERANCES": str(2 * model.max_history + 1),
+              "PERSONA": "false" if model.no_persona else "true", "BETWEEN": between}
+    text = TEMPLATE
+    for name, value in values.items():
+        text = text.replace(name, value)
+    return text
+
+
+def modelfile(source: str, between: str) -> str:
+    """What ``ollama create`` reads: where the weights are, the prompt, the stops and the decoding options.
+
+    Ollama's templates cannot divide a text into lines, so there the persona is a single line.
+    """
+    options = Decoding()
+    stops = "\n".join(f'PARAMETER stop "{token}"' for token in SPECIAL_TOKENS)
+    return f'''{MARK} The system message is the persona, on a single line.
+FROM {source}
+TEMPLATE """<bos>{{{{- if .System }}}}{between}{{{{ .System }}}}{{{{- end }}}}
+{{{{- range .Messages }}}}
+{{{{- if eq .Role "user" }}}}<speaker2>{{{{ .Content }}}}
+{{{{- else if eq .Role "assistant" }}}}<speaker1>{{{{ .Content }}}}
+{{{{- end }}}}
+{{{{- end }}}}<speaker1>"""
+{stops}
+PARAMETER temperature {options.temperature}
+PARAMETER top_p {options.top_p}
+PARAMETER top_k 0
+PARAMETER repeat_penalty 1
+PARAMETER num_predict {options.max_length}
+'''
+
+
+def card(run: str, folder: Path, licence: str, model: DoubleHeadsModel) -> str:
+    """The model card: what the run's folder tells of its base, its data and its figures, and how to use it."""
+    place = Path(resolve_checkpoint(run))
+
+    def read(name: str):
+        try:
+            return json.loads((place / name).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    args, figures = read(ARGUMENTS) or {}, read(METRICS) or []
+    base = args.get("model_checkpoint") or adapter_base(str(place))
+    facts = [f"Base: {Path(base).name}." if base else "", f"Data: {_data(args)}." if args else ""]
+    facts += [f"Licence: {licence}." if licence else
+              "Licence: none was stated when this was written; those of the base and of the data bind it."]
+    table = ["\n## Figures\n", "Of the validation split, after each epoch of the training.\n",
+             f"| {' | '.join(figures[0])} |", "|---" * len(figures[0]) + "|"] if figures else []
+    table += [f"| {' | '.join(f'{value:.4g}' if value is not None else '' for value in row.values())} |"
+              for row in figures] + [""] * bool(figures)
+    metadata = ["pipeline_tag: text-generation", "library_name: transformers", "tags: [persona-chat, dialogue]"]
+    metadata += [f"license: {licence}"] if licence else []
+    metadata += [f"base_model: {base}"] if base and base not in NAMED and base.count("/") == 1 else []
+    return CARD.format(
+        metadata="\n".join(metadata), name=name_of(folder), persona="i have two dogs .",
+        facts="\n".join(filter(None, facts)), table="\n".join(table), utterances=2 * model.max_history + 1)
+
+
+def _data(args: dict) -> str:
+    """The training data in words, with licences where they are known."""
+    names = [name for name in (args.get("dataset") or "").split(",") if name in ABOUT]
+    if not names and args.get("dataset_path"):
+        return Path(args["dataset_path"]).name
+    return "; ".join(f"{name}, {ABOUT[name].size} ({ABOUT[name].licence})" for name in names or ["personachat"])
+
+
+CARD = """---
+{metadata}
+---
+# {name}
+
+A persona-grounded dialogue model, trained with TransferTransfo (after Wolf et al. 2019, https://arxiv.org/abs/1901.08149)
+and exported as an ordinary model of its architecture.
+
+{facts}
+{table}
+## Use
+
+The system message is the persona, a sentence per line, in the spelling of the training data ("{persona}"). The chat
+template renders the last {utterances} utterances as they were in training:
+`<bos> persona <speaker2>user<speaker1>bot…<speaker1>`. Control tokens end a reply; a text that spells one gets a space
+into it.
+
+    from transformers import pipeline
+    bot = pipeline("text-generation", "FOLDER")
+    print(bot([{{"role": "system", "content": "{persona}"}}, {{"role": "user", "content": "any pets ?"}}],
+              return_full_text=False))
+
+A GGUF file of it serves in llama.cpp (`llama-server -m FILE.gguf --jinja`), and in Ollama after
+`ollama create {name} -f Modelfile`, there with the persona on one line.
+
+It is a small model that makes conversation: what it says of the world, or of itself, need not be true.
+"""
