@@ -120,8 +120,10 @@ def push(folder: Path, name: str, private: bool) -> str:
             raise InputError(f"{flag}: the token may not write there ({error.response.status_code}); take one with the "
                              f"right to write, and a name of yours ({kept})") from None
         raise InputError(f"{flag}: {hub} refused ({short(str(error))}); try again ({kept})") from None
-    except HTTPError as error:
+    except (HTTPError, OSError) as error:
         raise InputError(f"{flag}: {hub} cannot be reached ({short(str(error))}); check the network ({kept})") from None
+    except (ValueError, RuntimeError) as error:  # what the library's means of uploading say
+        raise InputError(f"{flag}: {hub} did not take the files ({short(str(error))}); try again ({kept})") from None
     return str(address)
 
 
@@ -136,6 +138,7 @@ def main() -> None:
                         help="upload the folder as the model NAME, with the token of HF_TOKEN or `hf auth login`")
     parser.add_argument("--private", action="store_true", help="make the model on the hub a private one")
     args = parser.parse_args()
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     try:
         export(args.run, args.folder, args.licence)
         options, notes = Decoding(), args.folder / "Modelfile"
