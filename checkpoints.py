@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from ignite.engine import Engine, Events
-from ignite.handlers.tensorboard_logger import TensorboardLogger
 from ignite.utils import manual_seed
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -308,33 +307,6 @@ def begin(args: Namespace, tokenizer) -> Path:
             raise InputError(f"{run}: cannot be written ({error.strerror or error}); make room, or start where "
                              "there is some") from None
     return run
-
-
-def spared(curves: TensorboardLogger) -> TensorboardLogger:
-    """Let a full disk end the curves, not the run.
-
-    tensorboardX writes in a thread that would die of it, or of a clock that jumps, and training would then wait for
-    its full queue; so events are written here and now.
-    """
-    if not devices.is_first():
-        return curves  # which writes nothing
-    writer = curves.writer.file_writer.event_writer
-    events, ended = writer._ev_writer, False
-    writer._worker.stop()
-
-    def spare(write: Callable) -> Callable:
-        def attempt(*args):
-            nonlocal ended
-            try:
-                return None if ended else write(*args)
-            except OSError as error:
-                ended = True
-                logger.warning("The curves for TensorBoard end here (%s); training goes on", error.strerror or error)
-        return attempt
-
-    writer.add_event = spare(lambda event: (events.write_event(event), events.flush()))
-    events.flush, events.close = spare(events.flush), spare(events.close)
-    return curves
 
 
 def parse_resumable(parser: ArgumentParser) -> Namespace:

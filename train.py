@@ -12,8 +12,7 @@ from pathlib import Path
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import ProgressBar, global_step_from_engine
-from ignite.handlers.tensorboard_logger import TensorboardLogger
+from ignite.handlers import ProgressBar
 from ignite.metrics import MetricsLambda, RunningAverage
 from ignite.utils import convert_tensor, manual_seed
 from torch import nn
@@ -21,9 +20,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 import devices
-from checkpoints import Checkpoints, begin, parse_resumable, spared
+from checkpoints import Checkpoints, begin, parse_resumable
 from cli import coefficient, command, positive_number, positive_real, process_number, whole_number, worker_count
 from corpora import require_split
+from curves import Samples, attach_curves, attach_record
 from inputs import DialogDataset, TurnDataset, build_input_from_segments, get_loader, longest_persona
 from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, add_lora_, add_special_tokens_, load_model
 from schedule import AdamW, Decay, add_schedule_flags
@@ -82,12 +82,8 @@ def training(args: Namespace) -> Path | None:
         checkpoints.save_model()
         checkpoints.save(nll=evaluator.run(valid_loader).metrics["nll"])
 
-    curves = TensorboardLogger(log_dir=run, write_to_disk=devices.is_first())  # writes through tensorboardX
-    curves.attach_output_handler(trainer, Events.ITERATION_COMPLETED, tag="training", output_transform=lambda out: out)
-    curves.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, optimizer, param_name="lr")
-    curves.attach_output_handler(evaluator, Events.COMPLETED, tag="validation", metric_names="all",
-                                 global_step_transform=global_step_from_engine(trainer))
-    with spared(curves):
+    attach_record(run, trainer, evaluator)
+    with attach_curves(run, trainer, evaluator, optimizer, args, Samples(model, tokenizer, valid_loader.dataset)):
         checkpoints.run(trainer, evaluator, train_loader)
     logger.info("The run is in %s", run)
     return run

@@ -1,0 +1,115 @@
+"""What a training leaves to look at: ``metrics.json``, and curves, flags and sample replies for TensorBoard."""
+
+import json
+import logging
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers.tensorboard_logger import TensorboardLogger
+
+import devices
+from decoding import Decoding, fitted_context, generate_replies, readable
+from files import METRICS, write_text
+from inputs import Specials, TurnDataset
+from model import DoubleHeadsModel
+
+SAMPLES = 3
+LENGTH = 20  # tokens of a sample reply
+
+logger = logging.getLogger(__name__)
+
+
+class Samples:
+    """Greedy replies to a few validation turns, the same ones each time, as Markdown."""
+
+    def __init__(self, model: DoubleHeadsModel, tokenizer, dataset: TurnDataset):
+        self.model, self.tokenizer, self.dataset = model, tokenizer, dataset
+
+    @torch.inference_mode()
+    def __call__(self) -> str:
+        training, special, shown = self.model.training, Specials.of(self.tokenizer), []
+        self.model.eval()
+        for turn in range(0, len(self.dataset), -(-len(self.dataset) // SAMPLES)):
+            persona, history = self.dataset.context(turn)
+            context = fitted_context(self.model, persona, history, special, LENGTH)
+            reply = generate_replies(self.model, [context], special, Decoding(no_sample=True, max_length=LENGTH))[0]
+            said = self.tokenizer.decode(history[-1]) if history else ""
+            shown.append(f"> {said}\n\n{readable(self.tokenizer, reply)}")
+        self.model.train(training)
+        return "\n\n".join(shown)
+
+
+def attach_record(run: Path, trainer: Engine, evaluator: Engine) -> None:
+    """Let each validation enter its figures into the run's ``metrics.json``, a list with an object per epoch.
+
+    A figure that is no number is null there. A resumed run keeps the epochs before. A disk that refuses costs the
+    record, not the run.
+    """
+    path = run / METRICS
+
+    @evaluator.on(Events.COMPLETED)
+    def record() -> None:
+        if not devices.is_first():
+            return
+        epoch = trainer.state.epoch
+        try:
+            before = [row for row in json.loads(path.read_text("utf-8")) if row["epoch"] < epoch]
+        except (OSError, ValueError, LookupError, TypeError):
+            before = []
+        row = {"epoch": epoch, "batches": trainer.state.iteration} | {
+            name: float(value) if math.isfinite(value) else None for name, value in evaluator.state.metrics.items()}
+        try:
+            write_text(path, json.dumps([*before, row], indent=1) + "\n")
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); training goes on", path, error.strerror or error)
+
+
+def attach_curves(run: Path, trainer: Engine, evaluator: Engine, optimizer: torch.optim.Optimizer, args: Namespace,
+                  samples: Callable[[], str]) -> TensorboardLogger:
+    """Let TensorBoard see the losses, the learning rate and the validation over one axis, the batches seen; the flags;
+    and after each epoch sample replies.
+
+    Where a reply would need all processes (``--shard``) or be compiled anew (``--compile``), there are none.
+    """
+    curves = spared(TensorboardLogger(log_dir=run, write_to_disk=devices.is_first()))  # writes through tensorboardX
+    curves.attach_output_handler(trainer, Events.ITERATION_COMPLETED, tag="training", output_transform=lambda out: out)
+    curves.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, optimizer, param_name="lr")
+    curves.attach_output_handler(evaluator, Events.COMPLETED, tag="validation", metric_names="all",
+                                 global_step_transform=lambda *_: trainer.state.iteration)
+    flags = "\n".join(f"| {name} | {value} |" for name, value in vars(args).items())
+    curves.writer.add_text("flags", f"| flag | value |\n|---|---|\n{flags}")
+    if devices.is_first() and not args.shard and not args.compile:
+        evaluator.add_event_handler(
+            Events.COMPLETED, lambda: curves.writer.add_text("replies", samples(), trainer.state.iteration))
+    return curves
+
+
+def spared(curves: TensorboardLogger) -> TensorboardLogger:
+    """Let a full disk end the curves, not the run.
+
+    tensorboardX writes in a thread that would die of it, or of a clock that jumps, and training would then wait for
+    its full queue; so events are written here and now.
+    """
+    if not devices.is_first():
+        return curves  # which writes nothing
+    writer = curves.writer.file_writer.event_writer
+    events, ended = writer._ev_writer, False
+    writer._worker.stop()
+
+    def spare(write: Callable) -> Callable:
+        def attempt(*args):
+            nonlocal ended
+            try:
+                return None if ended else write(*args)
+            except OSError as error:
+                ended = True
+                logger.warning("The curves for TensorBoard end here (%s); training goes on", error.strerror or error)
+        return attempt
+
+    writer.add_event = spare(lambda event: (events.write_event(event), events.flush()))
+    events.flush, events.close = spare(events.flush), spare(events.close)
+    return curves
