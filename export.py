@@ -11,9 +11,8 @@ import logging
 from argparse import ArgumentParser
 from pathlib import Path
 
-from httpx import HTTPError
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
