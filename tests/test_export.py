@@ -20,7 +20,7 @@ from test_decoders import FAMILIES, byte_level, write_checkpoint
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.elsewhere import as_messages, asked, prompt_of, reply_of, served
+from benchmarks.elsewhere import as_messages, asked, prompt_of, served
 from cli import InputError
 from decoding import Decoding, fitted_context, generate_replies, load_checkpoint
 from export import export, push
@@ -114,7 +114,10 @@ def test_llama_cpp_reads_the_same_tokens_and_gives_the_same_replies(exported):
                                      special, 20)
             assert prompt_of(address, messages) == context.ids + [special.speaker1]
             ours = generate_replies(model, [context], special, Decoding(no_sample=True))[0]
-            assert reply_of(address, messages) == ours
+            # (of half a letter, of which this random model gives many, the chat interface tells no tokens)
+            written = asked(address, "/completion", prompt=context.ids + [special.speaker1], n_predict=20,
+                            temperature=0, return_tokens=True)["tokens"]
+            assert written[:len(ours)] == ours and len(written) <= len(ours) + 1 <= 21
         for messages in SHAPES:  # what renders in one engine of templates renders alike in the other
             assert asked(address, "/apply-template", messages=messages)["prompt"] == theirs.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False)
@@ -155,7 +158,8 @@ def test_a_text_cannot_spell_a_control_token_and_a_finished_conversation_ends(ex
     control = [number for number in ids if number in tokenizer.added_tokens_decoder]
     assert tokenizer.convert_ids_to_tokens(control) == ["<bos>", "<speaker2>", "<speaker1>", "<eos>"]
     special = Specials(*tokenizer.convert_tokens_to_ids(["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]))
-    assert ids[-2 - len(tokenizer.encode("no .")):] == build_reply(tokenizer.encode("no ."), special).ids
+    said = tokenizer.encode("no .", add_special_tokens=False)
+    assert ids[-2 - len(said):] == build_reply(said, special).ids
 
 
 HARD = [
