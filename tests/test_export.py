@@ -125,7 +125,7 @@ def test_llama_cpp_reads_the_same_tokens_and_gives_the_same_replies(exported):
 
 USER = {"role": "user", "content": "hi"}
 SHAPES = [
-    [{"role": "system", "content": [{"type": "text", "text": "i am"}, {"type": "text", "text": " old ."}]},
+    [{"role": "system", "content": [{"type": "text", "text": "i am"}, {"type": "text", "text": "\n old ."}]},
      {"role": "user", "content": [{"type": "text", "text": "hi"}]}],
     [USER, {"role": "user", "content": "there"}, {"role": "assistant", "content": None}, USER],
     [{"role": "assistant", "content": "hi"}, USER, {"role": "system", "content": "late .\r\n\r\n second ."},
