@@ -216,7 +216,7 @@ def _json_layout(path: Path, first: str) -> str:
         if isinstance(named, dict) and isinstance(named.get("content"), list) and "config" in named:
             return "topical_chat"
         if not is_record(record) and (record.keys() <= SPLIT_NAMES.keys() or all(
-                isinstance(value, list) for value in record.values())) and '"turns"' not in first:
+                isinstance(value, list) for value in record.values())) and "turns" not in record:
             return "corpus"
     if record is None:  # it cannot be read, and whoever tries says why
         return "json" if first[:1] == "[" or is_lines(path) else "corpus"
