@@ -330,14 +330,14 @@ def autocast(device: str, fp16: str = "") -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def load_model(model_checkpoint: str, rank: int = 0) -> DoubleHeadsModel:
+def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> DoubleHeadsModel:
     """The double-heads model of a checkpoint, in evaluation mode and float32, on the CPU.
 
     ``model_checkpoint`` is what `utils.resolve_checkpoint` takes: a hub name, a run folder of ours or of 2019, a folder
     without weights, which starts at random with a warning, a checkpoint file of a training, or the folder of a PEFT
     adapter, which is merged into the model that it names; an adapter of rank ``rank`` stays apart, to be trained on.
-    Weights are read as tensors only; no pickled code runs. Raises `InputError` when there is none, it cannot be read,
-    or it cannot read packed rows.
+    ``to_adapt``: an adapter will bring what the checkpoint lacks. Weights are read as tensors only; no pickled code
+    runs. Raises `InputError` when there is none, it cannot be read, or it cannot read packed rows.
     """
     checkpoint = resolve_checkpoint(model_checkpoint)
     if is_checkpoint_file(checkpoint):
@@ -387,7 +387,7 @@ def load_model(model_checkpoint: str, rank: int = 0) -> DoubleHeadsModel:
     if fresh:
         raise InputError(f"--model_checkpoint {checkpoint}: its weights are not those of a whole "
                          f"{config.model_type} model; fetch or train the model again")
-    if missing:
+    if missing and not to_adapt:
         logger.info("%s has no choice head: starting it at random", checkpoint)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
@@ -556,7 +556,7 @@ def _adapted(checkpoint: str, base: str, rank: int) -> DoubleHeadsModel:
             if folders.count(folders[-1]) > 1:
                 raise InputError("whose adapter_config.json names itself as the model that it adapts; name the base "
                                  "model there")
-        model = load_model(base)
+        model = load_model(base, to_adapt=True)
     except InputError as error:
         raise InputError(f"--model_checkpoint {checkpoint}: adapts {base}: {error}") from None
     config = read_config(checkpoint)

@@ -770,6 +770,8 @@ def _trained_on(checkpoint: str) -> dict:
         raise InputError(f"--model_checkpoint {checkpoint}: its config.json has a trained_on that names no data; "
                          f"{cure}") from None
     path = flags.get("dataset_path", "")
+    if path and "://" not in path:  # a model that is passed on with its data names them from its own folder
+        path = flags["dataset_path"] = os.path.normpath(os.path.join(checkpoint, path))
     if path.startswith(("http://", "https://")):  # not for a config to decide
         raise InputError(f"--model_checkpoint {checkpoint}: was trained on what {short(path)} had; {cure}")
     if path and not os.path.exists(path):

@@ -1,21 +1,38 @@
 #!/usr/bin/env bash
-# From nothing to a bot in two minutes on a laptop: a tiny model is trained, evaluated and talked to.
-# Its dialogs are made of templates so that a model this small can learn from them; see models/tiny_corpus.py.
+# From a clone to a bot in four minutes: the default bot, evaluated, fine-tuned a little further, evaluated again, talked to.
+# Where its pretrained base could not be installed, recipes/tiny.sh trains a tiny model from random weights instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-data=.demo/tiny_corpus.json
-./recipes/tiny.sh
-run=$(ls -td runs/*_tiny* | head -n 1)
+if python -c "from utils import find_smollm2; find_smollm2()" 2> /dev/null; then
+    model=persona data=data/sample_personachat.json
+    evaluate="python convai_evaluation.py --eval_type all --dataset_path $data --fp16 bf16 --no_sample --batch_size 32"
 
-for metric in hits@1 ppl f1; do
-    python convai_evaluation.py --eval_type $metric --model_checkpoint "$run" --dataset_path $data --max_history 0
-done
+    echo "== 1 of 4: the default bot reads the sample's validation dialogs, which it has not seen"
+    $evaluate --model_checkpoint $model
+    echo "== 2 of 4: it learns from the sample's training dialogs"
+    python train.py --model_checkpoint $model --lora 32 --lr 2e-4 --fp16 bf16 --dataset_path $data --pack_dialogs \
+        --max_history 30 --num_candidates 4 --lm_coef 2.0 --train_batch_size 4 --gradient_accumulation_steps 1 \
+        --valid_batch_size 16 --n_epochs 1
+    run=$(ls -td runs/*_$model* | head -n 1)
+    echo "== 3 of 4: the same dialogs again"
+    $evaluate --model_checkpoint "$run"
+    flags=""
+else
+    echo "== The pretrained base is not installed (make install); a tiny model learns from random weights instead"
+    data=.demo/tiny_corpus.json flags="--max_history 0"
+    ./recipes/tiny.sh
+    run=$(ls -td runs/*_tiny* | head -n 1)
+    python convai_evaluation.py --eval_type all --model_checkpoint "$run" --dataset_path $data $flags
+fi
 
-printf '%s\n' "hi ! what do you do for a living ?" "do you have any pets ?" "cool . what is your favorite food ?" |
-    python interact.py --model_checkpoint "$run" --max_history 0 --seed 42 --personality "i work as a baker .
-i have two dogs at home .
-my favorite food is sushi .
-i listen to jazz a lot ."
+echo "== Six lines with somebody new"
+printf '%s\n' "hi ! how are you today ?" "what do you do for a living ?" "do you have any pets ?" "what is your favorite food ?" \
+    "do you play an instrument ?" "it was nice to meet you ." |
+    python interact.py --model_checkpoint "$run" $flags --seed 42 --personality "i work as a gardener in bristol .
+i have a cat called biscuit .
+i play the trumpet in a jazz band .
+my favorite food is mushroom soup ."
 
-echo "Talk to it yourself: python interact.py --model_checkpoint $run --dataset_path $data --max_history 0"
+echo "Talk to it yourself: python interact.py --model_checkpoint $run --dataset_path $data $flags"
+echo "In the browser: make web. Your own persona: --personality FILE. Your own dialogs: README, 'Your own data'."

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Make the default bot, models/persona: SmolLM2-135M, which `make install` brings, adapted to PERSONA-CHAT.
+#
+#   recipes/persona.sh PERSONA_CHAT.json [FOLDER]
+#
+# PERSONA_CHAT.json: the published file, or one of its layout. FOLDER: where the adapter goes, .demo/persona/adapter by
+# default. An hour and a half on two cores. Stopped and started again, it goes on from its last checkpoint.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=$(realpath "${1:?name the JSON file of PERSONA-CHAT}") work=.demo/persona
+folder=${2:-$work/adapter}
+mkdir -p $work
+
+train() {  # the name of the stage, then flags of train.py; the run folder's name goes to $work/NAME
+    local name=$1 begun=""
+    shift
+    if [ -f "$work/$name" ]; then return; fi
+    if [ -f "$work/$name.begun" ]; then
+        begun=$(find runs -path '*/checkpoints/step-*' -newer "$work/$name.begun" | sort -V | tail -n 1)
+        begun=${begun%/checkpoints/*}
+    fi
+    [ -n "$begun" ] || touch "$work/$name.begun"
+    python train.py "$@" --lora 32 --fp16 bf16 --pack_dialogs --no_token_types --max_history 30 --num_candidates 4 \
+        --personality_permutations 2 --lm_coef 2.0 --train_batch_size 4 --gradient_accumulation_steps 1 \
+        --valid_batch_size 16 --n_epochs 1 --warmup_ratio 0.05 --checkpoint_every 100 --seed 42 \
+        ${begun:+--resume "$begun"}
+    find runs -maxdepth 1 -mindepth 1 -newer "$work/$name.begun" | sort | tail -n 1 > "$work/$name"
+}
+
+# 1. PERSONA-CHAT: each row is a dialog, each of its turns has three of the distractors
+train chat --model_checkpoint smollm2 --dataset_path "$data" --lr 8e-4 --epoch_batches 800
+
+# 2. dialogs of our own, which ask about the persona, among some of PERSONA-CHAT's
+[ -f $work/talk.json ] || python example_entry.py --convert data/persona_talk.jsonl $work/talk.json --target second \
+    --train_frac 0.99
+[ -f $work/mixed.json ] || python recipes/mix.py $work/mixed.json $work/talk.json data/sample_personachat.json "$data:150"
+train talk --model_checkpoint "$(cat $work/chat)" --dataset_path $work/mixed.json --lr 3e-4
+
+python model.py --adapter "$(cat $work/talk)" "$folder"
+python convai_evaluation.py --eval_type all --no_sample --fp16 bf16 --batch_size 32 --model_checkpoint "$folder" \
+    --dataset_path "$data"
+PYTHONPATH=. python benchmarks/persona_questions.py --model_checkpoint "$folder"
