@@ -19,6 +19,7 @@ from model import DoubleHeadsModel
 
 SAMPLES = 3
 LENGTH = 20  # tokens of a sample reply
+GREEDY = Decoding(no_sample=True, max_length=LENGTH)
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,13 @@ class Samples:
     @torch.inference_mode()
     def __call__(self) -> str:
         training, special, shown = self.model.training, Specials.of(self.tokenizer), []
+        half = {weight.dtype for weight in self.model.parameters()} - {torch.float32}  # of frozen weights, under --lora
         self.model.eval()
         for turn in range(0, len(self.dataset), -(-len(self.dataset) // SAMPLES)):
             persona, history = self.dataset.context(turn)
             context = fitted_context(self.model, persona, history, special, LENGTH)
-            reply = generate_replies(self.model, [context], special, Decoding(no_sample=True, max_length=LENGTH))[0]
+            with torch.autocast(self.model.device.type, next(iter(half), torch.bfloat16), enabled=bool(half)):
+                reply = generate_replies(self.model, [context], special, GREEDY)[0]
             said = self.tokenizer.decode(history[-1]) if history else ""
             shown.append(f"> {said}\n\n{readable(self.tokenizer, reply)}")
         self.model.train(training)
