@@ -25,6 +25,7 @@ from conftest import ROOT, TINY, error_line, make_checkpoint, script, templates
 from safetensors.torch import load_file, save_file
 from test_commands import scalars
 from test_distributed import PATIENCE, until
+from transformers import GPT2Config
 
 import devices
 import train
@@ -274,6 +275,7 @@ def test_the_generator_of_the_gpu_in_use_is_the_one_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state",
                         lambda state, device="cuda:0": states.update({str(device): int(state)}))
     model = torch.nn.Linear(1, 1)
+    model.config = GPT2Config()
     optimizer = AdamW(model.parameters(), 0.1)
     args = Namespace(device="cuda:1", keep_checkpoints=1, lr=0.1, warmup_ratio=0, lr_decay="linear")
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -487,7 +487,7 @@ def test_unusable_checkpoints_are_named(trained, tmp_path):
     whole = (trained / "model.safetensors").read_bytes()
     cases = {
         tmp_path / "nothing-here": "no such folder",
-        damaged(tmp_path / "a", trained, config__json=None): "has no config.json",
+        damaged(tmp_path / "a", trained, config__json=None, training_args__json=None): "has no config.json",
         damaged(tmp_path / "b", trained, config__json=b"{"): "config.json cannot be read",
         damaged(tmp_path / "c", trained, config__json=b'{"model_type": "t5"}'): "is a 't5' model",
         damaged(tmp_path / "d", trained, tokenizer__json=None): "no tokenizer files",

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import corpora
+import files
 import model
 import tables
 import utils
@@ -487,7 +488,7 @@ def table_file(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_a_table_cut_or_changed_anywhere_is_built_again(table_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "sync", lambda path: None)  # the machine does not crash here, and disks are slow
+    monkeypatch.setattr(files, "sync", lambda path: None)  # the machine does not crash here, and disks are slow
     data, file = table_file
     whole, tokenizer, rng = file.read_bytes(), utils.get_tokenizer(str(TINY)), random.Random(5)
     good = utils.get_dataset(tokenizer, str(data), str(file.parent / "cache"))
