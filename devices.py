@@ -172,9 +172,9 @@ def prepare(model: DoubleHeadsModel, args: Namespace) -> nn.Module:
         for name, weight in model.named_parameters():
             if not _of_choice(name):
                 weight.data = weight.data.to(half)
-    elif half and not args.shard and getattr(model, "peft_config", None):
-        for layer in linear_layers(model):  # frozen weights are cast once instead of in every forward pass
-            if not layer.weight.requires_grad and isinstance(layer, nn.Linear) and args.fp16 in ("O1", "bf16"):
+    elif args.fp16 in ("O1", "bf16") and not args.shard and getattr(model, "peft_config", None):
+        for layer in linear_layers(model):  # cast frozen weights once instead of in every forward pass
+            if not layer.weight.requires_grad and isinstance(layer, nn.Linear):
                 layer.weight.data = layer.weight.data.to(half)
     if args.shard and world > 1:
         mesh = DeviceMesh.from_group(_Groups.gradients, torch.device(args.device).type)

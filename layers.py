@@ -19,7 +19,7 @@ def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: tor
            **kwargs) -> tuple[torch.Tensor, None]:
     """Attention in the form that transformers calls it: torch's SDPA, but for packed rows in bfloat16 on CPUs.
 
-    There SDPA's kernel takes two to four times as long as these matrix products, mostly for its backward pass over a
+    There SDPA's kernel takes two to three times as long as these matrix products, mostly for its backward pass over a
     mask; and query heads that share a key head need no copies of it. ``query`` is (batch, heads, queries, size),
     ``key`` and ``value`` (batch, key heads, keys, size); the result is (batch, queries, heads, size).
     """
@@ -89,7 +89,7 @@ class _LowRank(torch.autograd.Function):
 
 
 class LowRankLinear(lora.Linear):
-    """PEFT's layer, computed by `_LowRank` where nothing speaks against it: the same function in half the time.
+    """PEFT's layer, computed by `_LowRank` wherever the layer is plain: the same function with fewer passes.
 
     PEFT casts the states twice and passes over the result four times more. Layers that read the same states, as those
     of queries, keys and values, share one cast of them.

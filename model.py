@@ -562,10 +562,7 @@ def _adapted(checkpoint: str, base: str, rank: int) -> DoubleHeadsModel:
     config = read_config(checkpoint)
     if config.vocab_size > model.get_input_embeddings().weight.shape[0]:  # room for control tokens
         model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-    how_it_was_trained = {"history_start", "max_history", "max_len", "no_persona", "no_token_types",
-                          "speaker_ids", "trained_on"}
-    for name in how_it_was_trained & vars(config).keys():
-        setattr(model.config, name, getattr(config, name))
+    _as_trained_(model, config)
     try:
         with quiet_transformers():
             adapted = PeftModel.from_pretrained(model, checkpoint, is_trainable=True)

@@ -4,7 +4,7 @@
 #   recipes/persona.sh PERSONA_CHAT.json [FOLDER]
 #
 # PERSONA_CHAT.json: the published file, or one of its layout. FOLDER: where the adapter goes, .demo/persona/adapter by
-# default. An hour and a half on two cores. Stopped and started again, it goes on from its last checkpoint.
+# default. The default bot took a hundred minutes on two busy cores. Stopped and started again, it goes on from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$(realpath "${1:?name the JSON file of PERSONA-CHAT}") work=.demo/persona
