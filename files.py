@@ -80,7 +80,10 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dic
 
 
 def digest(tensors: Iterable[tuple[str, torch.Tensor]], text: str = "") -> str:
-    """A hash of tensors, in the order of their names, and of a text: the same for the same, whatever file it is in."""
+    """Hash ``tensors``, in the order given, and a text.
+
+    The same names, types, shapes and numbers have the same hash, whichever file they lie in.
+    """
     hashed = hashlib.sha256(text.encode())
     for name, tensor in tensors:
         hashed.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())

@@ -3,7 +3,10 @@
 Knows tensors alone. Each has a test that compares it with the library's own computation.
 """
 
+import sys
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from peft.tuners import lora
@@ -11,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -43,6 +47,31 @@ def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: tor
 ATTENTION = "sdpa_or_products"  # the name of `attend` in a model's configuration; it is not saved
 AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def usual_attention(name: str, module: nn.Module) -> Callable:
+    """The attention of that ``name``; of "eager", that of the family which ``module`` belongs to."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def extend_attention_(model: nn.Module, suffix: str, extended: Callable) -> bool:
+    """Let ``extended`` compute the model's attention, in place, around what has computed it so far.
+
+    transformers knows the result by the old name and ``suffix``; a model that has it already stays as it is.
+    ``extended(name, module, query, …)`` gets the old name, for `usual_attention`, and what transformers hands to an
+    attention. Returns False where the family's code has an attention of its own.
+    """
+    name = model.config._attn_implementation
+    if name.endswith(suffix):
+        return True
+    family = next(known for known in type(model).__mro__ if known.__module__.startswith("transformers."))
+    if not family._can_set_attn_implementation():
+        return False
+    AttentionInterface.register(name + suffix, partial(extended, name))
+    AttentionMaskInterface.register(name + suffix, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    model.set_attn_implementation(name + suffix)
+    return True
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,6 @@
 Knows token ids, keys and values; `decoding` chooses the tokens.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -11,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from inputs import Segment
+from layers import extend_attention_, usual_attention
 from model import DoubleHeadsModel
 
 PASS = 512  # new tokens of contexts in one forward pass: activations stay in the processor's cache
@@ -216,8 +215,7 @@ def attend(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Te
            attention_mask: torch.Tensor | None, scaling: float | None = None, softcap: float | None = None,
            **how) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention in the interface of transformers: that of `Sequences` in its passes, ``attention`` otherwise."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    usual = ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager)
+    usual = usual_attention(attention, module)
     options = how | {name: value for name, value in (("scaling", scaling), ("softcap", softcap)) if value is not None}
     sequences = getattr(key, "sequences", None)
     if sequences is None:
@@ -284,20 +282,6 @@ def llama_layers(model: DoubleHeadsModel) -> list[LlamaLayer] | None:
             for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True))]
 
 
-def extend_attention_(model: DoubleHeadsModel) -> bool:
-    """Make `attend` the model's attention, in place. False where the family's code has an attention of its own."""
-    attention = model.config._attn_implementation
-    if attention.endswith(IN_STEP):
-        return True
-    family = next(known for known in type(model).__mro__ if known.__module__.startswith("transformers."))
-    if not family._can_set_attn_implementation():
-        return False
-    AttentionInterface.register(attention + IN_STEP, partial(attend, attention))
-    AttentionMaskInterface.register(attention + IN_STEP, ALL_MASK_ATTENTION_FUNCTIONS[attention])
-    model.set_attn_implementation(attention + IN_STEP)
-    return True
-
-
 class PaddedSequences:
     """What `Sequences` does, with the cache of transformers: rows padded on the left. For all other families."""
 
@@ -337,5 +321,5 @@ class PaddedSequences:
 
 def sequences_for(model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int):
     """`Sequences`, or `PaddedSequences` for families whose attention cannot be replaced."""
-    kind = Sequences if extend_attention_(model) else PaddedSequences
+    kind = Sequences if extend_attention_(model, IN_STEP, attend) else PaddedSequences
     return kind(model, contexts, copies, longest)

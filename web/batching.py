@@ -8,7 +8,6 @@ HTTP.
 """
 
 import asyncio
-import hashlib
 import logging
 import threading
 import time
@@ -25,6 +24,7 @@ import torch
 
 from cli import InputError
 from decoding import BeamSearch, Decoding, allowed_scores, choose_tokens, fitted_context, load_checkpoint, readable
+from files import digest
 from inputs import Segment, Specials, build_reply
 from model import DoubleHeadsModel
 from utils import resolve_checkpoint
@@ -477,10 +477,7 @@ class Bot:
         self.encode = lru_cache(1_000)(self.tokenizer.encode)  # the same texts come again with each message
         self.encode_persona = lru_cache(1_000)(self.tokenizer.encode_persona)
         self.name = Path(resolve_checkpoint(args.model_checkpoint)).name
-        digest = hashlib.sha256()
-        for weights in self.model.state_dict().values():
-            digest.update(weights.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        self.version = digest.hexdigest()[:12]
+        self.version = digest(self.model.state_dict().items())[:12]
         self.options()  # what the flags say must be possible here
         self.decoder = Decoder(self.model, self.special, args.max_batch, args.max_waiting, args.memory)
 

@@ -6,19 +6,15 @@ when the last has left it. This file knows neither requests nor texts.
 """
 
 import mmap
-import sys
 from collections.abc import Iterable
-from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cli import InputError
+from layers import extend_attention_, usual_attention
 from model import DoubleHeadsModel
 
 BY_ROW = "_by_row"  # in the name of an attention, behind that of what computes it
@@ -256,8 +252,7 @@ def attend_by_row(attention: str, module: nn.Module, query: torch.Tensor, key: t
     pass without `KeyValues`. On a CPU it computes in float32, where torch's kernel takes a quarter of the time that it
     takes in bfloat16.
     """
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager)
+    attend = usual_attention(attention, module)
     if not hasattr(key, "blocks"):
         return attend(module, query, key, value, attention_mask, **how)
     attended = []
@@ -271,13 +266,6 @@ def attend_by_row(attention: str, module: nn.Module, query: torch.Tensor, key: t
 
 def let_attend_by_row_(model: DoubleHeadsModel) -> None:
     """Make `attend_by_row` the model's attention, in place. Raises `InputError` where the family's code allows none."""
-    attention = model.config._attn_implementation
-    if attention.endswith(BY_ROW):
-        return
-    family = next(known for known in type(model).__mro__ if known.__module__.startswith("transformers."))
-    if not family._can_set_attn_implementation():
+    if not extend_attention_(model, BY_ROW, attend_by_row):
         raise InputError(f"--model_checkpoint: transformers' '{model.config.model_type}' has an attention of its own, "
                          "which cannot answer many conversations at once; talk to this model with interact.py")
-    AttentionInterface.register(attention + BY_ROW, partial(attend_by_row, attention))
-    AttentionMaskInterface.register(attention + BY_ROW, ALL_MASK_ATTENTION_FUNCTIONS[attention])
-    model.set_attn_implementation(attention + BY_ROW)
