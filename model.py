@@ -669,8 +669,9 @@ def main() -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
         save_tokenizer(tokenizer, args.folder)
         if args.adapter:
-            for name in ("adapter_config.json", "config.json"):
-                shutil.copy(Path(run, name), args.folder / name)
+            shutil.copy(Path(run, "adapter_config.json"), args.folder)
+            vars(model.config).pop("trained_on", None)  # a file on this machine
+            _write_config(model, args.folder)
             adapter = load_file(Path(run, "adapter_model.safetensors"))
             write_tensors({name: tensor.bfloat16() for name, tensor in adapter.items()},
                           args.folder / "adapter_model.safetensors", {"format": "pt"})

@@ -71,6 +71,14 @@ def test_the_template_renders_the_tokens_of_training_and_replies_are_the_same(ex
         assert written[:len(ours)] == ours and len(written) <= len(ours) + 1 <= 21  # what is over ends it
 
 
+def test_an_export_names_no_folder_of_this_machine(exported):
+    run, folder, _ = exported
+    place = str(run.parents[1])
+    assert place in (run / "config.json").read_text()  # a run says what it was trained on
+    for file in [*folder.glob("*.json"), folder / "README.md", folder / "Modelfile"]:
+        assert place not in file.read_text("utf-8"), file
+
+
 def test_a_gguf_file_written_is_the_gguf_file_read(exported, tmp_path):
     _, folder, file = exported
     weights = load_file(folder / "model.safetensors")

@@ -205,9 +205,13 @@ def test_an_adapter_passed_on_in_half_the_bytes_is_the_same_adapter_rounded(tmp_
             torch.nn.init.normal_(parameter, std=0.1)
     run = tmp_path / "run"
     run.mkdir()
+    model.config.update({"trained_on": {"dataset_path": "/home/me/private.json"}, "max_history": 7})
     save_model(model, run)
     tokenizer.save_pretrained(run)
     run_main(monkeypatch, run, tmp_path / "passed_on", "--adapter")
+    assert "private" in (run / "config.json").read_text()
+    assert not any("private" in file.read_text("utf-8") for file in (tmp_path / "passed_on").glob("*.json"))
+    assert load_model(str(tmp_path / "passed_on")).max_history == 7
     sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in (run, tmp_path / "passed_on")]
     assert sizes[1] < 0.6 * sizes[0]
     weights = [load_model(str(folder)).state_dict() for folder in (run, tmp_path / "passed_on")]
