@@ -480,7 +480,7 @@ def main() -> None:
     add("--seeds", type=positive_number, default=1, metavar="N",
         help="f1: decode N times, with --seed, --seed + 1, …; report mean and standard deviation (default: 1)")
     add("--batch_size", type=positive_number, default=16, help="turns at once (default: %(default)s)")
-    add("--predictions", metavar="FILE", help="write what the figures are made of, a JSON line a turn")
+    add("--predictions", metavar="FILE", help="write what the figures are made of, a JSON line per turn")
     add("--report", metavar="DIR", help="write report.html and report.json: figures, ranks, calibration, worst turns")
     add("--parlai", action="store_true", help="let ParlAI evaluate; its own flags, such as --datapath, go with it")
     if "--parlai" in sys.argv:  # then the flags are the agent's and ParlAI's

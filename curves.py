@@ -33,7 +33,8 @@ class Samples:
     @torch.inference_mode()
     def __call__(self) -> str:
         training, special, shown = self.model.training, Specials.of(self.tokenizer), []
-        half = {weight.dtype for weight in self.model.parameters()} - {torch.float32}  # of frozen weights, under --lora
+        # Under --lora and --fp16, the type of the frozen weights; otherwise empty.
+        half = {weight.dtype for weight in self.model.parameters()} - {torch.float32}
         self.model.eval()
         for turn in range(0, len(self.dataset), -(-len(self.dataset) // SAMPLES)):
             persona, history = self.dataset.context(turn)

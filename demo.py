@@ -116,7 +116,7 @@ class ChatRequest(BaseModel):
 
 
 def client_of(request: HTTPConnection) -> Client:
-    """Who asks: an address, and there a key, if one is given."""
+    """Return the client of a request: its address, and its key if it gives one."""
     return Client.at(request.client and request.client.host, request.headers.get("authorization", ""))
 
 
@@ -317,8 +317,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--max_waiting", type=positive_number, default=64, metavar="N",
         help="requests that may wait for their turn; more are refused (default: %(default)s)")
     add("--memory", type=positive_number, default=MEMORY, metavar="MIB",
-        help="what the conversations may take that are being decoded; who needs more than is left waits (default: "
-             "%(default)s)")
+        help="memory for the keys and values of all replies under way; a request that needs more than is left waits "
+             "(default: %(default)s)")
     add("--drain", type=whole_number, default=30, metavar="S",
         help="seconds that replies under way may still take after SIGTERM or Ctrl-C (default: %(default)s)")
     add("--allow_host", action="append", default=[], metavar="NAME", type=_host,

@@ -1,6 +1,6 @@
-"""Dialogs into entries of the data format, an entry a side, and entries into splits.
+"""Dialogs into entries of the data format, an entry per side, and entries into splits.
 
-Knows who said what and nothing of files or tokens. Training and conversion go the same way from here, `put_together`.
+Knows speakers and utterances, neither files nor tokens. Training and conversion share `put_together`.
 """
 
 import logging
@@ -18,9 +18,9 @@ from cli import InputError
 from corpora import LONGEST_SENTENCE
 from words import bare
 
-HISTORY = 100  # utterances kept before a turn, or 99, so that who opens the list is who opened the dialog
+HISTORY = 100  # utterances kept before a turn, or 99, so that the list begins with the speaker who opened the dialog
 MOST_TURNS = 10_000  # of a dialog; each is kept with its history
-TARGETS = ("both", "second", "first")  # whose turns are learnt: of both people, of who answers, of who opens the dialog
+TARGETS = ("both", "second", "first")  # whose turns are learnt: both people's, or one speaker's
 TRAIN_FRAC = 0.85  # of the dialogs of a file without splits
 logger = logging.getLogger("dialogs")
 
@@ -32,7 +32,7 @@ class Turn(NamedTuple):
 
 
 class Dialog(NamedTuple):
-    """Who said what, in order."""
+    """The utterances of a dialog with their speakers, in order."""
 
     place: str  # where in the file, for messages
     turns: list[Turn]
@@ -53,7 +53,7 @@ def clean(text: str) -> str:
 
 
 def merged(turns: Iterable[Turn]) -> list[Turn]:
-    """Consecutive utterances of one speaker as one; who says nothing does not speak."""
+    """Join consecutive utterances of one speaker; leave out empty ones."""
     out: list[Turn] = []
     spoken = [turn._replace(text=text) for turn in turns if (text := clean(turn.text))]
     for _, of_one in groupby(spoken, key=lambda turn: turn.speaker):
@@ -63,7 +63,7 @@ def merged(turns: Iterable[Turn]) -> list[Turn]:
 
 
 def entries(dialogs: Iterable[Dialog], path: str | Path) -> Iterator[dict]:
-    """An entry a side of each dialog: the second speaker's, then that of who opened it.
+    """An entry per side of each dialog: the second speaker's, then that of who opened it.
 
     The opening has nothing before it and is nobody's turn. A dialog without a turn, or of more than two people, is
     left out; at the end these are counted in a warning. Raises `InputError` for a dialog without end.
@@ -110,7 +110,7 @@ def _sides(dialog: Dialog, turns: list[Turn]) -> Iterator[dict]:
 
 
 def one_side(entries: Iterable[dict], target: str) -> Iterator[dict]:
-    """The turns of one of `TARGETS`. Those of who answers follow an odd number of utterances."""
+    """The turns of one of `TARGETS`. The second speaker's turns follow an odd number of utterances."""
     for entry in entries:
         turns = [turn for turn in entry["utterances"]
                  if target == "both" or len(turn["history"]) % 2 == (target == "second")]
@@ -137,7 +137,7 @@ def without_silence(corpus: Iterable[dict]) -> Iterator[dict]:
 class Side(NamedTuple):
     """What an entry tells of its dialog: hashes of what is said in it, which texts that say the same share."""
 
-    role: int  # 1: who answers, 0: who opened the dialog
+    role: int  # 1: the side that answers, 0: the side that opened the dialog
     size: int  # utterances
     whole: int  # hash of all of them
     less: int  # hash of all but the last

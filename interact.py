@@ -101,7 +101,7 @@ def choose_personality(args: Namespace, model: DoubleHeadsModel, tokenizer) -> l
             name, text = f"--personality {text}", "".join(read_pieces(text, largest=LARGEST_PERSONALITY))
         except InputError as error:
             cure = "save the file as UTF-8" if "UTF-8" in str(error) else \
-                "name a file with a sentence a line, or write the sentences themselves"
+                "name a file with a sentence per line, or write the sentences themselves"
             raise InputError(f"--personality {str(error).partition(';')[0]}; {cure}") from None
         if "\0" in text:
             raise InputError(f"{name}: has zero bytes, as UTF-16 has; save the file as UTF-8")
@@ -114,7 +114,7 @@ def main() -> None:
     add_decoding_flags(parser)
     add_family_flag(parser)
     parser.add_argument("--personality", metavar="TEXT_OR_FILE",
-                        help="who the bot is: a sentence a line, or JSON, a list of sentences or an entry; \"\" for "
+                        help="who the bot is: a sentence per line, or JSON, a list of sentences or an entry; \"\" for "
                              "nobody (default: somebody of the data that the run was trained on; nobody for a model "
                              "trained without personas)")
     parser.add_argument("--end_command", default="Abort!", help="what ends the chat (default: %(default)s)")

@@ -232,7 +232,7 @@ def add_reading_flags(parser: ArgumentParser) -> None:
                         help="of a table: the columns of a row's utterances, question,answer, or what they are for: "
                              "prompt=…,reply=…,persona=…,dialog=… or text=…,speaker=…,dialog=…, by name or number")
     parser.add_argument("--target", default="both", choices=TARGETS,
-                        help="whose turns are learnt: both people's, or only of who speaks second or first (default: "
+                        help="whose turns are learnt: both people's, or only the second or first speaker's (default: "
                              "%(default)s)")
     parser.add_argument("--distractors", default="random", choices=HOW,
                         help="wrong candidates for turns that bring none: replies of other dialogs, by chance, or "

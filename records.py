@@ -68,7 +68,7 @@ def is_chat(record: object) -> bool:
 def read_chat(place: str, record: object) -> Dialog:
     """Messages with roles, by whatever names: OpenAI's, ShareGPT's, nanochat's, ParlAI's conversations and others.
 
-    What a system says is the persona of the assistant, or else of who speaks second. Of calls of tools and what these
+    What a system says is the persona of the assistant, or else of the second speaker. Of calls of tools and what these
     give back, and of parts of a message that are no text, nothing is read; they are counted.
     """
     messages = _messages(record)
@@ -112,7 +112,7 @@ def _is_assistant(role: object) -> bool:
 
 
 def _role(message: dict, number: int) -> object:
-    """Who says a message; without a role the two take turns."""
+    """Return the speaker of a message; without a role the two speakers take turns."""
     for key in ROLES:
         value = message.get(key)
         if isinstance(value, dict):
@@ -145,7 +145,7 @@ def _text(value: object, number: int, depth: int = 0) -> tuple[str, bool]:
 
 def _with_personas(dialog: Dialog, record: object, persona: list[str], others: list[str] = (),
                    system: tuple[str, ...] = SYSTEM_KEYS) -> Dialog:
-    """The dialog with the personas that its record names, ``persona`` for who answers, ``others`` for the other one.
+    """Add the personas that a record names to its dialog: ``persona`` of the answering speaker, ``others`` of the other.
 
     ``system``: under which keys a system message may stand.
     """
@@ -174,7 +174,7 @@ def _with_personas(dialog: Dialog, record: object, persona: list[str], others: l
 
 
 def personas_of(value: object, depth: int = 0) -> list[list[str]]:
-    """The one persona, or the two of who opens a dialog and who answers, that a record names.
+    """Return the personas that a record names: one, or the opening speaker's and the answering one's.
 
     ``value``: a text, a list of sentences, two of either, or an object of two. Raises ``ValueError``.
     """
@@ -194,7 +194,7 @@ def personas_of(value: object, depth: int = 0) -> list[list[str]]:
 def who_somebody_is(text: str, name: str) -> list[str]:
     """The sentences of a persona: a line each; or JSON, a list of them, an entry, or an object that has one.
 
-    Of the two personas of a dialog it is that of who answers. Raises `InputError` for other JSON; ``name``: of the
+    Of two personas in a dialog, the second speaker's is taken. Raises `InputError` for other JSON; ``name``: of the
     text, for messages.
     """
     if not re.match(r'\s*(\[\s*["\[]|\[\s*\]|\{\s*["}])', text):
@@ -207,12 +207,12 @@ def who_somebody_is(text: str, name: str) -> list[str]:
             named = next(iter(found.values()), [])
         if named is None:
             raise InputError(f"{name}: is {looks(value)}, without a persona; write {{\"personality\": [\"i …\", …]}} "
-                             "or a sentence a line")
+                             "or a sentence per line")
         value = named
     try:
         return personas_of(value)[-1]
     except ValueError:
-        raise InputError(f"{name}: is no list of sentences; write [\"i …\", …] or a sentence a line") from None
+        raise InputError(f"{name}: is no list of sentences; write [\"i …\", …] or a sentence per line") from None
 
 
 # ------------------------------------------------------------------------------------------------------ other shapes

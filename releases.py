@@ -18,7 +18,7 @@ from dialogs import Dialog, Turn, check_length, clean, entries, without_silence
 
 
 def read_parlai(path: str | Path) -> Iterator[Dialog]:
-    """ParlAI's text: a line a turn, ``1 what the other says<tab>reply<tab>reward<tab>candidate|candidate``.
+    """ParlAI's text: a line per turn, ``1 what the other says<tab>reply<tab>reward<tab>candidate|candidate``.
 
     Reward and candidates may be missing. Lines are numbered; a dialog begins where the number does not rise. Lines
     ``1 your persona: i have two dogs.`` are the bot's persona, its full stops set apart as in the published JSON.
@@ -57,7 +57,7 @@ def _parlai_turn(text: str) -> Iterator[Turn]:
 
 
 def read_dailydialog(path: str | Path) -> Iterator[Dialog]:
-    """DailyDialog's text: a line a dialog, ``__eou__`` after each utterance; two people take turns."""
+    """DailyDialog's text: a line per dialog, ``__eou__`` after each utterance; two people take turns."""
     for number, line in lines(path):
         if not line.strip():
             continue
@@ -126,7 +126,7 @@ def checked_dialog(place: str, personas: object, texts: object, speakers: object
 
 
 def read_synthetic_persona_chat(path: str | Path) -> Iterator[Dialog]:
-    """Synthetic-Persona-Chat's CSV: the personas of two people, a sentence a line, and their talk, ``User 1: …``."""
+    """Synthetic-Persona-Chat's CSV: the personas of two people, a sentence per line, and their talk, ``User 1: …``."""
     rows = table_rows(path)
     _, header = next(rows, (1, []))
     names = [name.strip().casefold() for name in header]
@@ -164,7 +164,7 @@ def table_rows(path: str | Path, delimiter: str = ",") -> Iterator[tuple[int, li
 
 
 def sentences(text: str) -> list[str]:
-    """A persona that is written a sentence a line."""
+    """A persona that is written a sentence per line."""
     return [line for line in map(clean, text.splitlines()) if line]
 
 

@@ -1,4 +1,4 @@
-"""People's tables of dialogs, CSV or TSV: an exchange, an utterance or a dialog a row, the columns found by name.
+"""People's tables of dialogs, CSV or TSV: an exchange, an utterance or a dialog per row, the columns found by name.
 
 A reader yields a file's dialogs as `Dialog`.
 """
@@ -106,7 +106,7 @@ def read_table(path: str | Path, columns: str = "") -> Iterator[Dialog]:
     number, header = next(rows, (1, []))
     turns, uses = _columns(path, header, columns)
     if columns and all(one.strip().isdecimal() for one in re.sub(r"\w+=", "", columns).split(",")):
-        rows = table_rows(path, delimiter_of(first))  # the first row is one like the others
+        rows = table_rows(path, delimiter_of(first))  # columns by number: the first row is no header
     numbers = (row for row in rows if _fits(path, *row, header))
     if turns:
         for number, row in numbers:

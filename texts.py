@@ -1,4 +1,4 @@
-"""People's own text files: an utterance or a dialog a line, numbered, with speakers' names, or with ParlAI's fields.
+"""People's own text files: an utterance or a dialog per line, numbered, with speakers' names, or with ParlAI's fields.
 
 A reader yields a file's dialogs as `Dialog`; `text_layout` tells by looking which reader a file is for.
 """
@@ -47,7 +47,7 @@ def share_of(found: Iterable[str], fits: Callable[[str], object]) -> float:
     return sum(map(bool, map(fits, written))) / max(1, len(written))
 
 
-# ------------------------------------------------------------------------------------------------ an utterance a line
+# ------------------------------------------------------------------------------------------------ an utterance per line
 
 
 def blocks(path: str | Path, at_empty_lines: bool = True) -> Iterator[list[tuple[int, str]]]:
@@ -160,17 +160,17 @@ ASSISTANTS = {"assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "b
 
 
 def who_answers(turns: list[Turn]) -> object:
-    """Whose persona it is that is nobody's by name: the assistant's, or else that of who speaks second."""
+    """Return the speaker whom a persona without a name belongs to: the assistant, or else the second speaker."""
     speakers = list(dict.fromkeys(turn.speaker for turn in turns if turn.text.strip()))
     named = [who for who in speakers if str(who) in ASSISTANTS]
     return named[0] if len(named) == 1 else next(iter(speakers[1:2]), None)
 
 
-# --------------------------------------------------------------------------------------------------- a dialog a line
+# --------------------------------------------------------------------------------------------------- a dialog per line
 
 
 def read_delimited(path: str | Path) -> Iterator[Dialog]:
-    """A dialog a line, its utterances divided by tabs, ``</t>``, `` EOS `` or the like; two people take turns.
+    """A dialog per line, its utterances divided by tabs, ``</t>``, `` EOS `` or the like; two people take turns.
 
     Weights that DialoGPT's data has before each utterance, ``0.0`` or ``1.0``, and the number of the dialog before all
     of them, are left out.
@@ -208,7 +208,7 @@ FIELD = re.compile(r"(?:^|\t)(text|labels|eval_labels|label_candidates|candidate
 
 
 def read_parlai_fields(path: str | Path) -> Iterator[Dialog]:
-    """ParlAI's text: a line a turn, ``text:what the other says<tab>labels:reply<tab>episode_done:True``.
+    """ParlAI's text: a line per turn, ``text:what the other says<tab>labels:reply<tab>episode_done:True``.
 
     An episode ends there, or at an empty line. ``label_candidates`` have | between them. In the text, lines of ``your
     persona: …`` are the bot's persona.

@@ -257,7 +257,7 @@ def test_what_a_screen_reader_finds(visit):
     page = visit()
     say(page, "hello")
     assert page.get_by_role("log", name="chatbot conversation").get_attribute("aria-live") == "polite"
-    for name in ("The bot's personality, a sentence a line", "Your message"):
+    for name in ("The bot's personality, a sentence per line", "Your message"):
         assert page.get_by_role("textbox", name=name).is_visible()
     nameless = page.evaluate("""() => [...document.querySelectorAll("button, a, input, textarea")].filter(one =>
         one.offsetParent && !(one.innerText || one.ariaLabel || one.title || one.labels?.[0]?.innerText ||

@@ -55,7 +55,7 @@ class Stopping(Busy):
 
 
 class Client(NamedTuple):
-    """Who asks. Those at one address share what one address gets, whatever keys they give."""
+    """A client: an address and a key. All clients at one address share what one address gets, whatever their keys."""
 
     address: str = ""
     key: str = ""
@@ -182,11 +182,11 @@ class Decoder:
     """A thread that decodes what is asked of it, at most ``max_batch`` rows in a step.
 
     Another ``max_waiting`` requests may wait; beyond, `submit` raises `Busy`. ``memory``: MiB of keys and values that
-    may be set aside; who needs more than is left waits.
+    may be set aside; a request that needs more than is left waits.
 
-    Who has least in the batch goes first, by address, then by key, then by time. Who is not alone gets a share: a
-    `SHARE`-th of the rows of each step, and enters even a full batch with so many. The queue is shared likewise: when
-    it is full, a newcomer takes the place of the last request of whoever has most in it.
+    The client with the fewest rows in the batch goes first, by address, then by key, then by time. A client that is
+    not alone has a share, a `SHARE`-th of the rows of each step, with which it enters even a full batch. The queue is
+    shared likewise: when it is full, a newcomer takes the place of the last request of the client with the most.
     """
 
     def __init__(self, model: DoubleHeadsModel, special: Specials, max_batch: int = 32, max_waiting: int = 64,
@@ -248,7 +248,7 @@ class Decoder:
     async def reply(self, context: Segment, args: Decoding, client: Client = NOBODY) -> AsyncIterator[Reply]:
         """`submit`, and the same `Reply` each time it has grown, the last time with its ``finish``.
 
-        Who leaves the loop early, or closes the generator, ends the decoding. Raises `Busy`, at the first step.
+        Leaving the loop early, or closing the generator, ends the decoding. Raises `Busy`, at the first step.
         """
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
@@ -466,7 +466,7 @@ class Bot:
     """A model that answers texts, those of many conversations together.
 
     ``args``: the flags of `utils.add_common_flags` and `decoding.add_decoding_flags`, ``max_batch``, ``max_waiting``
-    and ``memory``. ``decoding``: the options of who asks for nothing else.
+    and ``memory``. ``decoding``: the options of a request that sets none.
     """
 
     def __init__(self, args: Namespace):

@@ -48,8 +48,8 @@ class Guard:
     on with; it may raise `Refused`. ``busy``: gets the connection of a request for a reply and returns why there is
     none now, or None. ``stopping``: when it is set, answers without end are ended.
 
-    Refusing costs a fraction of what a reply costs, and who is refused waits `HELD` seconds to hear it: those who ask
-    again at once would otherwise keep the server busy with refusals.
+    A refusal is cheap, and it is held back for `HELD` seconds: clients that ask again at once would otherwise keep the
+    server busy with refusals.
     """
 
     POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -84,7 +84,7 @@ class Guard:
             except TimeoutError:
                 return await error(408, f"The request was not whole after {BODY_TIME} seconds.", "request_timeout"
                                    )(scope, receive, send)
-            if body is None:  # who is gone needs no answer
+            if body is None:  # the client has gone and needs no answer
                 return
             if len(body) > MAX_BODY:
                 return await error(413, f"The request has more than {MAX_BODY:,} bytes; send less.",

@@ -180,14 +180,14 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
         gr.Markdown(f"# TransferTransfo\nTalk to `{bot.name}`, version `{bot.version}`")
         with gr.Row():
             with gr.Column(scale=2):
-                persona = gr.Textbox(label="The bot's personality, a sentence a line", lines=5, max_lines=12,
+                persona = gr.Textbox(label="The bot's personality, a sentence per line", lines=5, max_lines=12,
                                      max_length=MAX_TEXT, elem_id="persona")
                 with gr.Row():
                     anybody = gr.Button("Random", size="sm", min_width=80, interactive=bool(people))
                     shuffle = gr.Button("Shuffle", size="sm", min_width=80, interactive=bool(people))
                 start = gr.Button("Start chatting", variant="primary")
                 with gr.Accordion("Your personality, for suggestions", open=False):
-                    own = gr.Textbox(label="Who you are, a sentence a line; may be empty", lines=3, max_lines=12,
+                    own = gr.Textbox(label="Who you are, a sentence per line; may be empty", lines=3, max_lines=12,
                                      max_length=MAX_TEXT, elem_id="own")
                 with gr.Accordion("Decoding options", open=False):
                     flags = bot.args
