@@ -145,7 +145,7 @@ def _text(value: object, number: int, depth: int = 0) -> tuple[str, bool]:
 
 def _with_personas(dialog: Dialog, record: object, persona: list[str], others: list[str] = (),
                    system: tuple[str, ...] = SYSTEM_KEYS) -> Dialog:
-    """Add the personas that a record names to its dialog: ``persona`` of the answering speaker, ``others`` of the other.
+    """Add the personas that a record names to its dialog: ``persona`` of the speaker who answers, ``others`` else.
 
     ``system``: under which keys a system message may stand.
     """
