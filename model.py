@@ -363,9 +363,9 @@ def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> 
         else:
             gguf = is_gguf(checkpoint)
             with quiet_transformers():
-                how = {} if gguf else {"config": config, "key_mapping": EARLY_NAMES | model_class.renamed}
-                model, found = model_class.from_pretrained(**from_file(checkpoint), **how, dtype=torch.float32,
-                                                           output_loading_info=True)
+                names = {} if gguf else {"key_mapping": EARLY_NAMES | model_class.renamed}
+                model, found = model_class.from_pretrained(**from_file(checkpoint), **names, config=config,
+                                                           dtype=torch.float32, output_loading_info=True)
             tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
             missing = set(found["missing_keys"]) - tied
             if gguf:  # its weights are plain float32 now; the library would refuse to save or train "quantized" ones

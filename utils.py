@@ -610,7 +610,6 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
                 config = transformers.CONFIG_MAPPING[family].from_pretrained(checkpoint, num_labels=1)
             else:
                 config = transformers.AutoConfig.from_pretrained(**from_file(checkpoint), trust_remote_code=False)
-        config.__dict__.pop("quantization_config", None)  # a GGUF file's weights are computed with in full precision
     except Exception as error:  # a damaged file can make the library raise anything
         where = "its config.json cannot be read" if os.path.isdir(checkpoint) else \
             "it cannot be read as a GGUF file" if is_gguf(checkpoint) else \
