@@ -1,10 +1,14 @@
-"""Write the dialogs of several data files into one: of each file all, or by FILE:N a random N of its training dialogs.
+"""Write the dialogs of several data files into one.
 
-    python recipes/mix.py OUT.json FILE.json FILE.json:200
+    python recipes/mix.py OUT.json FILE.json FILE.json:200 FILE.json:200:64
+
+FILE takes all dialogs of a file, FILE:N a random N of its training dialogs, FILE:N:M also only its first M validation
+dialogs. FILE::M takes all training dialogs and the first M validation dialogs.
 """
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -16,14 +20,14 @@ from corpora import read_corpus
 
 def main() -> None:
     if len(sys.argv) < 3:
-        raise InputError("name the file to write and the files to mix, FILE or FILE:N")
+        raise InputError("name the file to write and the files to mix, FILE, FILE:N or FILE:N:M")
     draw, mixed = random.Random(42), {"train": [], "valid": []}
     for part in sys.argv[2:]:
-        path, _, count = part.rpartition(":") if part.rpartition(":")[2].isdecimal() else (part, "", "")
+        path, train_count, valid_count = re.fullmatch(r"(.*?)(?::(\d*))?(?::(\d+))?", part).groups()
         entries = {split: list(dialogs) for split, dialogs in read_corpus(path).items()}
         train = entries["train"]
-        mixed["train"] += draw.sample(train, min(int(count), len(train))) if count else train
-        mixed["valid"] += entries.get("valid", [])
+        mixed["train"] += draw.sample(train, min(int(train_count), len(train))) if train_count else train
+        mixed["valid"] += entries.get("valid", [])[: int(valid_count) if valid_count else None]
     Path(sys.argv[1]).write_text(json.dumps(mixed), "utf-8")
     print(f"{sys.argv[1]}: {len(mixed['train']):,} training and {len(mixed['valid']):,} validation dialogs")
 

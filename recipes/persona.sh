@@ -4,7 +4,7 @@
 #   recipes/persona.sh PERSONA_CHAT.json [FOLDER]
 #
 # PERSONA_CHAT.json: the published file, or one of its layout. FOLDER: where the adapter goes, .demo/persona/adapter by
-# default. The default bot took a hundred minutes on two busy cores. Stopped and started again, it goes on from its last checkpoint.
+# default. Stopped and started again, it goes on from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$(realpath "${1:?name the JSON file of PERSONA-CHAT}") work=.demo/persona
@@ -21,22 +21,23 @@ train() {  # the name of the stage, then flags of train.py; the run folder's nam
     fi
     [ -n "$begun" ] || touch "$work/$name.begun"
     python train.py "$@" --lora 32 --fp16 bf16 --pack_dialogs --no_token_types --max_history 30 --num_candidates 4 \
-        --personality_permutations 2 --lm_coef 2.0 --train_batch_size 4 --gradient_accumulation_steps 1 \
-        --valid_batch_size 16 --n_epochs 1 --warmup_ratio 0.05 --checkpoint_every 100 --seed 42 \
+        --lm_coef 2.0 --train_batch_size 4 --gradient_accumulation_steps 1 \
+        --valid_batch_size 4 --n_epochs 1 --warmup_ratio 0.05 --checkpoint_every 100 --seed 42 \
         ${begun:+--resume "$begun"}
     find runs -maxdepth 1 -mindepth 1 -newer "$work/$name.begun" | sort | tail -n 1 > "$work/$name"
 }
 
-# 1. PERSONA-CHAT: each row is a dialog, each of its turns has three of the distractors
-train chat --model_checkpoint smollm2 --dataset_path "$data" --lr 8e-4 --epoch_batches 800
+# 1. PERSONA-CHAT: each row is a dialog, each of its turns has three of the distractors, others for each permutation
+[ -f $work/chat.json ] || python recipes/mix.py $work/chat.json "$data::64"
+train chat --model_checkpoint smollm2 --dataset_path $work/chat.json --lr 8e-4 --personality_permutations 3
 
 # 2. dialogs of our own, which ask about the persona, among some of PERSONA-CHAT's
 [ -f $work/talk.json ] || python example_entry.py --convert data/persona_talk.jsonl $work/talk.json --target second \
     --train_frac 0.99
-[ -f $work/mixed.json ] || python recipes/mix.py $work/mixed.json $work/talk.json data/sample_personachat.json "$data:150"
-train talk --model_checkpoint "$(cat $work/chat)" --dataset_path $work/mixed.json --lr 3e-4
+[ -f $work/mixed.json ] || python recipes/mix.py $work/mixed.json $work/talk.json data/sample_personachat.json "$data:250:64"
+train talk --model_checkpoint "$(cat $work/chat)" --dataset_path $work/mixed.json --lr 3e-4 --personality_permutations 2
 
 python model.py --adapter "$(cat $work/talk)" "$folder"
-python convai_evaluation.py --eval_type all --no_sample --fp16 bf16 --batch_size 32 --model_checkpoint "$folder" \
+python convai_evaluation.py --eval_type all --no_sample --fp16 bf16 --batch_size 8 --model_checkpoint "$folder" \
     --dataset_path "$data"
 PYTHONPATH=. python benchmarks/persona_questions.py --model_checkpoint "$folder"
