@@ -21,7 +21,7 @@ train() {  # the name of the stage, then flags of train.py; the run folder's nam
     fi
     [ -n "$begun" ] || touch "$work/$name.begun"
     python train.py "$@" --lora 32 --fp16 bf16 --pack_dialogs --no_token_types --max_history 30 --num_candidates 4 \
-        --lm_coef 2.0 --train_batch_size 4 --gradient_accumulation_steps 1 \
+        --personality_permutations 2 --lm_coef 1.0 --train_batch_size 4 --gradient_accumulation_steps 1 \
         --valid_batch_size 4 --n_epochs 1 --warmup_ratio 0.05 --checkpoint_every 100 --seed 42 \
         ${begun:+--resume "$begun"}
     find runs -maxdepth 1 -mindepth 1 -newer "$work/$name.begun" | sort | tail -n 1 > "$work/$name"
@@ -29,13 +29,13 @@ train() {  # the name of the stage, then flags of train.py; the run folder's nam
 
 # 1. PERSONA-CHAT: each row is a dialog, each of its turns has three of the distractors, others for each permutation
 [ -f $work/chat.json ] || python recipes/mix.py $work/chat.json "$data::64"
-train chat --model_checkpoint smollm2 --dataset_path $work/chat.json --lr 8e-4 --personality_permutations 3
+train chat --model_checkpoint smollm2 --dataset_path $work/chat.json --lr 8e-4
 
 # 2. dialogs of our own, which ask about the persona, among some of PERSONA-CHAT's
 [ -f $work/talk.json ] || python example_entry.py --convert data/persona_talk.jsonl $work/talk.json --target second \
     --train_frac 0.99
 [ -f $work/mixed.json ] || python recipes/mix.py $work/mixed.json $work/talk.json data/sample_personachat.json "$data:250:64"
-train talk --model_checkpoint "$(cat $work/chat)" --dataset_path $work/mixed.json --lr 3e-4 --personality_permutations 2
+train talk --model_checkpoint "$(cat $work/chat)" --dataset_path $work/mixed.json --lr 3e-4
 
 python model.py --adapter "$(cat $work/talk)" "$folder"
 python convai_evaluation.py --eval_type all --no_sample --fp16 bf16 --batch_size 8 --model_checkpoint "$folder" \
