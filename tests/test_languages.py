@@ -1,4 +1,4 @@
-"""Other languages than English: Chinese and Finnish samples converted, trained on, talked to and measured."""
+"""Other languages than English: Chinese, Finnish and Korean samples converted, trained on, talked to and measured."""
 
 import json
 import random
@@ -14,7 +14,8 @@ from example_entry import convert
 from metrics import f1_score
 from words import normalized
 
-SAMPLES = {"chinese": ROOT / "data" / "sample_chinese.jsonl", "finnish": ROOT / "data" / "sample_finnish.txt"}
+SAMPLES = {"chinese": ROOT / "data" / "sample_chinese.jsonl", "finnish": ROOT / "data" / "sample_finnish.txt",
+           "korean": ROOT / "data" / "sample_korean.jsonl"}
 
 
 @pytest.fixture(scope="module", params=SAMPLES)
@@ -57,6 +58,7 @@ def test_f1_compares_letters_where_words_have_no_spaces_and_nothing_changes_else
     assert f1_score("我喜欢吃梨!", "我喜欢吃苹果。") == pytest.approx(2 * 4 / (5 + 6))
     assert f1_score("わたしはtea が好き", "わたしは tea が好き") == 1.0
     assert normalized("Minä juon teetä, en kahvia!") == ["minä", "juon", "teetä", "en", "kahvia"]
+    assert normalized("저는 커피를 안 마셔요.") == ["저는", "커피를", "안", "마셔요"]
     assert normalized("It’s a dog — “the” one…") == ["it’s", "dog", "—", "“", "”", "one…"]  # as ParlAI does
 
 
