@@ -6,8 +6,9 @@ FROM python:3.11-slim
 
 RUN useradd --create-home app
 WORKDIR /app
-COPY requirements.txt requirements-base.txt ./
-RUN pip install --no-cache-dir -r requirements.txt && pip install --no-cache-dir --no-deps -r requirements-base.txt
+COPY requirements.txt ./
+COPY requirements/base.txt requirements/
+RUN pip install --no-cache-dir -r requirements.txt && pip install --no-cache-dir --no-deps -r requirements/base.txt
 
 COPY --chown=app . .
 RUN mkdir -p runs && chown app /app runs

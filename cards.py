@@ -6,8 +6,9 @@ from pathlib import Path
 from decoding import Decoding
 from files import ARGUMENTS, METRICS
 from model import DoubleHeadsModel
+from pretrained import NAMED, adapter_base, resolve_checkpoint
 from releases import ABOUT
-from utils import NAMED, SPECIAL_TOKENS, adapter_base, resolve_checkpoint
+from tokenization import SPECIAL_TOKENS
 
 # What a server is asked becomes what training has, see `inputs.build_context`: the persona's sentences, behind a space
 # each (of GPT-2, as in 2019, behind nothing), then the last utterances, each behind the token of its speaker, several

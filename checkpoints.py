@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader
 import devices
 from cli import InputError
 from files import ARGUMENTS, each_once, read_header, step_files, write_checkpoint, write_text
-from model import save_model
-from utils import make_logdir, save_tokenizer
+from tokenization import save_tokenizer
+from utils import make_logdir
+from weights import save_model
 
 # What a resumed run may do otherwise than it began: run elsewhere, find its files elsewhere, write more or fewer.
 MAY_CHANGE = {"resume", "device", "local_rank", "num_workers", "shard", "compile", "dataset_path", "dataset_cache",

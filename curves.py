@@ -17,7 +17,9 @@ from files import METRICS, write_text
 from inputs import Specials, TurnDataset
 from model import DoubleHeadsModel
 
-SAMPLES = 3
+# How ignite's progress bars look.
+BAR = "{desc}[{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+SAMPLES = 3  # replies per epoch
 LENGTH = 20  # tokens of a sample reply
 GREEDY = Decoding(no_sample=True, max_length=LENGTH)
 

@@ -17,9 +17,10 @@ from transformers import TextStreamer
 
 from cli import InputError, Number, printable
 from inputs import Segment, Specials, build_context, build_reply, fit_context
-from model import HALF, DoubleHeadsModel, add_special_tokens_, half_dtype, load_model
+from model import HALF, DoubleHeadsModel, half_dtype
 from sequences import sequences_for
-from utils import OpenAIGPTTokenizer, get_tokenizer
+from tokenization import OpenAIGPTTokenizer, get_tokenizer
+from weights import add_special_tokens_, load_model
 
 LENGTH_PENALTY = 0.65  # ParlAI's
 MOST_BEAMS = 256  # hypotheses computed at once

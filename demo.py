@@ -22,7 +22,7 @@ from typing import Any, Literal
 try:
     import gradio as gr
 except ModuleNotFoundError:  # training and chat do without
-    print("demo.py: error: the page needs gradio; pip install -r requirements-web.txt", file=sys.stderr)
+    print("demo.py: error: the page needs gradio; pip install -r requirements/web.txt", file=sys.stderr)
     sys.exit(2)
 import uvicorn
 from fastapi import FastAPI, Request
@@ -36,8 +36,9 @@ from starlette.requests import HTTPConnection
 
 from cli import InputError, command, port_number, positive_number, whole_number
 from decoding import add_decoding_flags
+from pretrained import published_or_persona
 from tables import TokenTable
-from utils import add_common_flags, dataset_of, published_or_persona
+from utils import add_common_flags, dataset_of
 from web.batching import MEMORY, Bot, Busy, Client, Reply
 from web.connections import Connection, Server, allow_many_files, listen
 from web.events import check

@@ -25,7 +25,8 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from cli import InputError
-from model import DoubleHeadsModel, DoubleHeadsOutput, autocast, half_dtype, linear_layers
+from model import DoubleHeadsModel, DoubleHeadsOutput, autocast, half_dtype
+from weights import linear_layers
 
 # A process that does not answer within a step's exchange is lost. Before the first step, and while one process writes
 # a checkpoint, the others wait longer.

@@ -22,7 +22,7 @@ from decoding import Decoding, load_checkpoint
 from files import write_tensors
 from gguf_file import TYPES, write_gguf
 from inputs import Specials
-from model import HEADS, save_model
+from weights import HEADS, save_model
 
 logger = logging.getLogger("export")
 

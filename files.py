@@ -57,6 +57,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes. Raises ``OSError`` when it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def disk_error(error: Exception, path: Path) -> OSError:
     """What a library written in Rust says of a failed write, as the ``OSError`` that Python itself would raise."""
     number = re.search(r"os error (\d+)", str(error))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cli import InputError
 from files import replacing
 from inputs import Specials
-from utils import get_tokenizer
+from tokenization import get_tokenizer
 
 FAMILIES = {"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}  # which GGUF files are written for
 TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16,

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cli import require_memory
 from tables import Split
-from utils import SPECIAL_TOKENS
+from tokenization import SPECIAL_TOKENS
 
 IGNORED = -100  # a label the losses skip, as everywhere in transformers
 NO_CANDIDATE = -1  # in mc_token_ids: this turn has fewer candidates than its neighbours

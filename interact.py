@@ -29,8 +29,9 @@ from decoding import (  # noqa: F401  some for 2019 code, which imports them fro
 )
 from inputs import Specials
 from model import DoubleHeadsModel
+from pretrained import published_or_persona
 from records import who_somebody_is
-from utils import add_common_flags, dataset_of, published_or_persona
+from utils import add_common_flags, dataset_of
 
 LARGEST_PERSONALITY = 1 << 20  # bytes of a file; no model has positions for a tenth of it
 logger = logging.getLogger("interact")

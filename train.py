@@ -23,16 +23,17 @@ import devices
 from checkpoints import Checkpoints, begin, parse_resumable
 from cli import coefficient, command, positive_number, positive_real, process_number, whole_number, worker_count
 from corpora import require_split
-from curves import Samples, attach_curves, attach_record
+from curves import BAR, Samples, attach_curves, attach_record
 from inputs import DialogDataset, TurnDataset, build_input_from_segments, get_loader, longest_persona
-from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, add_lora_, add_special_tokens_, load_model
+from model import HALF, DoubleHeadsModel, DoubleHeadsOutput
 from schedule import AdamW, Decay, add_schedule_flags
 from tables import TokenTable
-from utils import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, add_common_flags, data_flags, dataset_of, get_tokenizer
+from tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, get_tokenizer
+from utils import add_common_flags, data_flags, dataset_of
+from weights import add_lora_, add_special_tokens_, load_model
 
 __all__ = ["ATTR_TO_SPECIAL_TOKEN", "SPECIAL_TOKENS", "add_special_tokens_", "build_input_from_segments", "training"]
 
-BAR = "{desc}[{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
 logger = logging.getLogger("train")
 
 

@@ -22,7 +22,8 @@ import torch
 
 import utils
 from inputs import TurnDataset, get_loader
-from model import add_special_tokens_, load_model
+from tokenization import get_tokenizer
+from weights import add_special_tokens_, load_model
 
 
 def write_release(folder: Path, source: Path, turns: int, seed: int) -> None:
@@ -48,7 +49,7 @@ def memory(field: str) -> float:
 
 def run(folder: str, checkpoint: str, batches: int) -> dict:
     """Build, then train: the figures of one size."""
-    tokenizer = utils.get_tokenizer(checkpoint)
+    tokenizer = get_tokenizer(checkpoint)
     if "build" in sys.argv:
         before, start = memory("Rss"), time.perf_counter()
         utils.get_dataset(tokenizer, "", f"{folder}/cache", "dailydialog", folder)

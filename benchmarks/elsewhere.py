@@ -3,7 +3,7 @@
     python export.py RUN FOLDER --gguf f32
     PYTHONPATH=. python benchmarks/elsewhere.py RUN FOLDER/FILE.gguf --dataset_path DATA.json
 
-llama.cpp comes with the package xllamacpp (requirements-test.txt). Conversations are drawn from the validation split.
+llama.cpp comes with the package xllamacpp (requirements/test.txt). Conversations are drawn from the validation split.
 """
 
 import json

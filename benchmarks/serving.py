@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 from textbook import ROOT, Bench, parse_args, report
 
-from model import save_model
+from weights import save_model
 
 LENGTH = 20
 

@@ -21,7 +21,9 @@ import transformers
 
 import utils
 from inputs import Specials, TurnDataset, build_input_from_segments
-from model import PostNormDoubleHeadsModel, add_special_tokens_, load_model, save_model
+from model import PostNormDoubleHeadsModel
+from tokenization import get_tokenizer
+from weights import add_special_tokens_, load_model, save_model
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,7 +51,7 @@ class Bench:
             for name in ("vocab.json", "merges.txt"):
                 (Path(folder) / name).symlink_to(Path(args.tokenizer, name).resolve())
             transformers.OpenAIGPTConfig().save_pretrained(folder)  # openai-gpt's own shape
-            self.tokenizer = utils.get_tokenizer(folder)
+            self.tokenizer = get_tokenizer(folder)
             self.ours: PostNormDoubleHeadsModel = load_model(folder)
             add_special_tokens_(self.ours, self.tokenizer)
             save_model(self.ours, folder)

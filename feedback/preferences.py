@@ -18,7 +18,7 @@ from typing import NamedTuple
 from cli import InputError
 from corpora import Json, open_data, read_pieces
 from dialogs import Turn, merged
-from feedback.annotate import preferences, read_answers
+from feedback.answers import preferences, read_answers
 from feedback.pairs import beginnings, pair_name, read_pairs, report_left_out
 from readers import LONGEST_LINE, lines
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import devices
 from cli import InputError, command, learning_rate, positive_number, positive_real, require_memory, share, whole_number
+from curves import BAR
 from decoding import load_checkpoint
 from feedback.pairs import dialog_of, held_out
 from feedback.preferences import read_preferences
@@ -35,11 +36,13 @@ from feedback.snapshot import check_arguments, check_ours, check_same, restore_s
 from files import write_text
 from inputs import LengthBatches, Row, Specials, collate, pack_turn
 from metrics import calibration, calibration_error
-from model import HALF, DoubleHeadsModel, autocast, save_model
+from model import HALF, DoubleHeadsModel, autocast
 from report import bars, calibration_table, html
 from tables import tokenize
-from train import BAR, create_trainer
-from utils import add_device_flag, save_tokenizer
+from tokenization import save_tokenizer
+from train import create_trainer
+from utils import add_device_flag
+from weights import save_model
 
 SCALE = "reward.json"
 DIALOGS = "dialogs.json"  # which dialogs its pairs are from, by `beginnings`

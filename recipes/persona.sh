@@ -37,7 +37,7 @@ train chat --model_checkpoint smollm2 --dataset_path $work/chat.json --lr 8e-4
 [ -f $work/mixed.json ] || python recipes/mix.py $work/mixed.json $work/talk.json data/sample_personachat.json "$data:250:64"
 train talk --model_checkpoint "$(cat $work/chat)" --dataset_path $work/mixed.json --lr 3e-4
 
-python model.py --adapter "$(cat $work/talk)" "$folder"
+python weights.py --adapter "$(cat $work/talk)" "$folder"
 python convai_evaluation.py --eval_type all --no_sample --fp16 bf16 --batch_size 8 --model_checkpoint "$folder" \
     --dataset_path "$data"
 PYTHONPATH=. python benchmarks/persona_questions.py --model_checkpoint "$folder"

@@ -31,7 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import SAMPLE, TINY_TOKENS, make_checkpoint  # noqa: E402
 
-from model import PostNormConfig, PostNormDoubleHeadsModel, save_model  # noqa: E402
+from model import PostNormConfig, PostNormDoubleHeadsModel  # noqa: E402
+from weights import save_model  # noqa: E402
 
 WAIT = 120  # s; only a broken server ever takes as long
 SECRET = "what only the server may read"

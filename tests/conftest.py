@@ -26,6 +26,7 @@ SHARED = ROOT.parent / "shared"
 FAMILIES = ["openai-gpt", "gpt2"]
 SAMPLE = ROOT / "data" / "sample_personachat.json"
 TINY = ROOT / "models" / "tiny"
+pytest_plugins = ["feedback_world"]  # fixtures of several files
 TINY_TOKENS = json.loads((TINY / "config.json").read_text())["vocab_size"]  # without the five control tokens
 
 

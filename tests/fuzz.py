@@ -99,7 +99,7 @@ def fuzz_tokens():
     with atheris.instrument_imports(include=["utils", "inputs", "ftfy"]):
         from inputs import Specials, build_input_from_segments
         from tables import tokenize
-        from utils import get_tokenizer
+        from tokenization import get_tokenizer
 
         tokenizers = [get_tokenizer(str(folder)) for folder in folders]
     controls = [set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | set(Specials.of(tokenizer))

@@ -31,9 +31,10 @@ import devices
 import train
 from checkpoints import Checkpoints, find, read_header, step_files
 from cli import InputError
-from model import load_model
 from schedule import AdamW, Decay
-from utils import get_dataset, get_tokenizer, make_logdir
+from tokenization import get_tokenizer
+from utils import get_dataset, make_logdir
+from weights import load_model
 
 
 def the_run(work: Path) -> Path:

@@ -24,8 +24,8 @@ from tensorboardX.proto import event_pb2
 from torch.nn import functional as F
 
 from interact import add_decoding_flags, load_checkpoint, sample_sequence
+from tokenization import get_tokenizer
 from train import build_input_from_segments
-from utils import get_tokenizer
 
 
 def figures(output: str) -> dict[str, float]:

@@ -16,6 +16,7 @@ from corpora import check_corpus, read_corpus
 from example_entry import EXAMPLE_ENTRY
 from inputs import Specials
 from tables import tokenize
+from tokenization import get_tokenizer
 
 TEXT = st.text(st.characters(), max_size=12)  # lone surrogates, which JSON can spell, included
 SENTENCES = st.lists(TEXT, min_size=1, max_size=3)
@@ -26,7 +27,7 @@ ENTRIES = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return utils.get_tokenizer(str(TINY))
+    return get_tokenizer(str(TINY))
 
 
 def corpus_with(**turn) -> dict:
@@ -163,7 +164,7 @@ def test_whatever_has_the_format_comes_back_from_the_table(tmp_path_factory, tok
 )).map("".join)))
 def test_no_text_becomes_a_control_token(text):
     for folder in (str(TINY), str(shared("golden/run-2019-openai-gpt")), str(shared("golden/run-2019-gpt2"))):
-        tokenizer = TOKENIZERS.setdefault(folder, utils.get_tokenizer(folder))
+        tokenizer = TOKENIZERS.setdefault(folder, get_tokenizer(folder))
         control = set(Specials.of(tokenizer)) | ({50256} if "gpt2" in folder else set())
         assert not control & set(tokenizer.encode(text))
         assert tokenize(tokenizer, [text, "a"])[0] == tokenizer.encode(text)
@@ -186,7 +187,7 @@ def test_a_changed_file_or_tokenizer_is_never_served_from_the_cache(tmp_path, to
     utils.get_dataset(tokenizer, str(SAMPLE), str(tmp_path / "cache"))
     smaller = utils.get_dataset(tokenizer, str(small_corpus), str(tmp_path / "cache"))
     assert len(smaller["valid"]) == 4
-    other = utils.get_tokenizer(str(shared("golden/run-2019-gpt2")))
+    other = get_tokenizer(str(shared("golden/run-2019-gpt2")))
     table = utils.get_dataset(other, str(small_corpus), str(tmp_path / "cache"))
     text = table["valid"].texts("candidates", 0)[0]
     assert table["valid"].token_ids("candidates", 0)[0] == other.encode(text)
@@ -207,7 +208,7 @@ def test_a_damaged_or_foreign_cache_is_built_again(tmp_path, tokenizer, small_co
 
 def build_in_a_process(arguments):
     path, cache = arguments
-    return utils.get_dataset(utils.get_tokenizer(str(TINY)), path, cache)["valid"][0]
+    return utils.get_dataset(get_tokenizer(str(TINY)), path, cache)["valid"][0]
 
 
 def test_two_processes_build_one_cache(tmp_path):

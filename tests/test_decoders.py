@@ -18,8 +18,9 @@ from corpora import read_corpus
 from inputs import Specials, TurnDataset, build_context, build_reply, collate
 from interact import ReplyStreamer, generate_replies, readable
 from metrics import split_words
-from model import add_special_tokens_, load_model, save_model
 from tables import tokenize
+from tokenization import get_tokenizer
+from weights import add_special_tokens_, load_model, save_model
 
 SHAPE = dict(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
              initializer_range=0.2, bos_token_id=0, eos_token_id=0)
@@ -89,7 +90,7 @@ def write_checkpoint(folder, config, tokenizer: Tokenizer, **settings):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return utils.get_tokenizer(str(write_checkpoint(tmp_path_factory.mktemp("bytes"), FAMILIES["llama"], byte_level())))
+    return get_tokenizer(str(write_checkpoint(tmp_path_factory.mktemp("bytes"), FAMILIES["llama"], byte_level())))
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +291,7 @@ def other_tokenizer(request, tmp_path):
         llama(tmp_path)
     else:
         write_checkpoint(tmp_path, FAMILIES["llama"], request.param())
-    return utils.get_tokenizer(str(tmp_path))
+    return get_tokenizer(str(tmp_path))
 
 
 def test_first_pieces_of_words_are_those_within_a_reply(other_tokenizer, small_corpus):
@@ -320,7 +321,7 @@ def test_tokenizers_of_other_families(other_tokenizer, tmp_path):
     assert ids == tokenize(tokenizer, [hostile])[0]
     tokenizer.save_pretrained(tmp_path / "again")
     FAMILIES["llama"].save_pretrained(tmp_path / "again")
-    again, elsewhere = utils.get_tokenizer(str(tmp_path / "again")), pickle.loads(pickle.dumps(tokenizer))
+    again, elsewhere = get_tokenizer(str(tmp_path / "again")), pickle.loads(pickle.dumps(tokenizer))
     assert again.encode(hostile) == elsewhere.encode(f" {hostile}") == ids
     assert type(again).__name__ == type(tokenizer).__name__ == type(elsewhere).__name__
 
@@ -387,7 +388,7 @@ def test_a_pretrained_folder_is_taken_as_it_is(tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(
         tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    model, tokenizer = load_model(str(tmp_path)), utils.get_tokenizer(str(tmp_path))
+    model, tokenizer = load_model(str(tmp_path)), get_tokenizer(str(tmp_path))
     add_special_tokens_(model, tokenizer)
     special = Specials.of(tokenizer)
     assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == 512 > max(special)

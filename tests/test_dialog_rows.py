@@ -9,8 +9,9 @@ import torch
 from conftest import SAMPLE, TINY, TINY_TOKENS, make_checkpoint
 
 from inputs import DialogDataset, Specials, TurnDataset, collate, pack_dialog, pack_turn
-from model import add_special_tokens_, load_model
-from utils import get_dataset, get_tokenizer
+from tokenization import get_tokenizer
+from utils import get_dataset
+from weights import add_special_tokens_, load_model
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 512, "vocab_size": TINY_TOKENS}

@@ -9,49 +9,51 @@ import tarfile
 import pytest
 from conftest import SAMPLE, TINY, error_line, script
 
-import utils
+import pretrained
 from cli import InputError
+from downloads import download
+from pretrained import published_or_persona, resolve_checkpoint
 
 
 def test_a_file_is_fetched_once(server):
     server.files["/data.json"] = (b"[1]", {})
-    first = utils.download(f"{server.address}/data.json")
+    first = download(f"{server.address}/data.json")
     assert first.read_bytes() == b"[1]" and first.name.endswith("data.json")
     asked = list(server.asked)
-    assert utils.download(f"{server.address}/data.json") == first
+    assert download(f"{server.address}/data.json") == first
     assert server.asked == asked
 
 
 def test_two_addresses_of_one_name_do_not_mix(server):
     server.files |= {"/a/data.json": (b"a", {}), "/b/data.json": (b"b", {})}
-    assert utils.download(f"{server.address}/a/data.json").read_bytes() == b"a"
-    assert utils.download(f"{server.address}/b/data.json").read_bytes() == b"b"
+    assert download(f"{server.address}/a/data.json").read_bytes() == b"a"
+    assert download(f"{server.address}/b/data.json").read_bytes() == b"b"
 
 
 def test_the_checksum_in_the_address_is_kept(server):
     body = b"something"
     server.files["/x"] = (body, {})
     right = hashlib.sha256(body).hexdigest()
-    assert utils.download(f"{server.address}/x#sha256={right}").read_bytes() == body
+    assert download(f"{server.address}/x#sha256={right}").read_bytes() == body
     server.files["/y"] = (body, {})
     with pytest.raises(InputError, match="hash"):
-        utils.download(f"{server.address}/y#sha256={'0' * 64}")
+        download(f"{server.address}/y#sha256={'0' * 64}")
 
 
 def test_the_checksum_s3_publishes_is_kept(server):
     body, s3 = b"something", {"Server": "AmazonS3"}
     server.files["/right"] = (body, s3 | {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
     server.files["/wrong"] = (body, s3 | {"ETag": f'"{"0" * 32}"'})
-    assert utils.download(f"{server.address}/right").read_bytes() == body
+    assert download(f"{server.address}/right").read_bytes() == body
     with pytest.raises(InputError, match="hash"):
-        utils.download(f"{server.address}/wrong")
+        download(f"{server.address}/wrong")
 
 
 def test_a_download_cut_short_is_refused_and_not_kept(server):
     server.files["/cut"] = (b"half", {"Content-Length": 8})
     for _ in range(2):
         with pytest.raises(InputError, match="cannot be downloaded"):
-            utils.download(f"{server.address}/cut")
+            download(f"{server.address}/cut")
 
 
 def test_unreachable_addresses_are_named(server, tmp_path):
@@ -92,18 +94,18 @@ def test_hostile_and_damaged_archives_are_refused(server, tmp_path):
     for name, complaint in (("escape", "not a usable .tar.gz"), ("cut", "not a usable .tar.gz"),
                             ("empty", "holds no config.json")):
         with pytest.raises(InputError, match=complaint):
-            utils.resolve_checkpoint(f"{server.address}/{name}.tar.gz")
+            resolve_checkpoint(f"{server.address}/{name}.tar.gz")
     assert not list(tmp_path.rglob("escaped"))
 
 
 def test_a_chat_without_a_checkpoint_is_the_published_model_where_it_can_be_had(server, monkeypatch):
-    monkeypatch.setattr(utils, "HF_FINETUNED_MODEL", f"{server.address}/model.tar.gz")
+    monkeypatch.setattr(pretrained, "HF_FINETUNED_MODEL", f"{server.address}/model.tar.gz")
     server.files["/model.tar.gz"] = b"an archive", {}
-    assert utils.published_or_persona("") == ""
-    assert utils.published_or_persona("gpt2") == "gpt2"
-    utils.download(f"{server.address}/model.tar.gz")
+    assert published_or_persona("") == ""
+    assert published_or_persona("gpt2") == "gpt2"
+    download(f"{server.address}/model.tar.gz")
     server.files.clear()
-    assert utils.published_or_persona("") == ""  # it has been downloaded
+    assert published_or_persona("") == ""  # it has been downloaded
 
 
 @pytest.mark.parametrize("fault", ["refused", "silent", "missing"])
@@ -113,14 +115,14 @@ def test_a_chat_without_a_checkpoint_is_persona_where_the_published_model_cannot
         if fault == "refused":
             silent.close()
         port = silent.getsockname()[1] if fault == "silent" else 9
-        monkeypatch.setattr(utils, "HF_FINETUNED_MODEL", f"{server.address}/model.tar.gz" if fault == "missing" else
-                            f"http://127.0.0.1:{port}/model.tar.gz")
-        assert utils.published_or_persona("") == "persona"
+        host = server.address if fault == "missing" else f"http://127.0.0.1:{port}"
+        monkeypatch.setattr(pretrained, "HF_FINETUNED_MODEL", f"{host}/model.tar.gz")
+        assert published_or_persona("") == "persona"
     assert len(caplog.records) == 1 and "cannot be reached" in caplog.text
 
 
 def test_a_figure_is_never_of_another_model_than_was_asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("TRANSFERTRANSFO_CACHE", str(tmp_path))
-    monkeypatch.setattr(utils, "HF_FINETUNED_MODEL", "http://127.0.0.1:9/model.tar.gz")
+    monkeypatch.setattr(pretrained, "HF_FINETUNED_MODEL", "http://127.0.0.1:9/model.tar.gz")
     with pytest.raises(InputError, match="cannot be downloaded .* --model_checkpoint persona"):
-        utils.resolve_checkpoint("")
+        resolve_checkpoint("")

@@ -15,14 +15,15 @@ from cli import InputError
 from inputs import Specials, TurnDataset, build_input_from_segments, collate, get_loader, pack_turn
 from interact import top_filtering
 from layers import candidate_mask
-from model import add_special_tokens_, load_model, save_model
+from tokenization import get_tokenizer
 from train import parse_args
+from weights import add_special_tokens_, load_model, save_model
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache") / "c")
-    return utils.get_dataset(utils.get_tokenizer(str(TINY)), str(templates()), cache)
+    return utils.get_dataset(get_tokenizer(str(TINY)), str(templates()), cache)
 
 
 @pytest.fixture(scope="module", params=["openai-gpt", "gpt2"])
@@ -65,7 +66,7 @@ def textbook(model, tokenizer, turns, pad):
 @pytest.mark.parametrize("candidates", [1, 2, 20])
 def test_losses_scores_and_every_gradient(pair, table, candidates):
     ours, own = pair
-    tokenizer = utils.get_tokenizer(str(TINY))
+    tokenizer = get_tokenizer(str(TINY))
     dataset = TurnDataset(table["valid"], tokenizer, 256, num_candidates=candidates, max_history=2)
     picked = [0, 3, 57, 100, 221]
     batch = collate([dataset[turn] for turn in picked], dataset.special.pad)
@@ -97,7 +98,7 @@ def test_losses_scores_and_every_gradient(pair, table, candidates):
 def test_totals_are_sums_over_turns(pair, table):
     """nll and tokens a turn add up to the batch's loss; a turn scores the same alone as in company."""
     model, _ = pair
-    dataset = TurnDataset(table["valid"], utils.get_tokenizer(str(TINY)), 256)
+    dataset = TurnDataset(table["valid"], get_tokenizer(str(TINY)), 256)
     rows = [dataset[turn] for turn in (1, 8, 90)]
     with torch.no_grad():
         together = model(**collate(rows, dataset.special.pad))
@@ -116,7 +117,7 @@ def test_the_compiled_network_computes_the_same(pair, table):
         pytest.skip("one family is enough for a minute of compiling")
     compiled = copy.deepcopy(model)
     compiled.transformer.compile(dynamic=True)
-    dataset = TurnDataset(table["valid"], utils.get_tokenizer(str(TINY)), 256, num_candidates=3)
+    dataset = TurnDataset(table["valid"], get_tokenizer(str(TINY)), 256, num_candidates=3)
     for turns in ([0, 3, 57], [100, 221]):
         batch = collate([dataset[turn] for turn in turns], dataset.special.pad)
         gradients = []
@@ -193,7 +194,7 @@ def test_candidate_mask_by_hand():
 
 
 def test_a_batch_holds_every_turn_once_and_little_padding(table):
-    dataset = TurnDataset(table["train"], utils.get_tokenizer(str(TINY)), 256, num_candidates=2, permutations=2)
+    dataset = TurnDataset(table["train"], get_tokenizer(str(TINY)), 256, num_candidates=2, permutations=2)
     lengths, too_long = dataset.lengths()
     assert too_long == 0
     assert [len(dataset[index].input_ids) for index in range(0, len(dataset), 37)] == lengths[::37].tolist()
@@ -209,7 +210,7 @@ def test_a_batch_holds_every_turn_once_and_little_padding(table):
 
 
 def test_rotations_and_candidates_kept(table):
-    tokenizer = utils.get_tokenizer(str(TINY))
+    tokenizer = get_tokenizer(str(TINY))
     dataset = TurnDataset(table["train"], tokenizer, 256, num_candidates=2, max_history=1, permutations=3)
     turn, turns = 4, table["train"].num_turns
     persona, history = dataset.context(turn)
@@ -223,7 +224,7 @@ def test_rotations_and_candidates_kept(table):
 
 @pytest.mark.parametrize("positions", [40, 60, 90])
 def test_a_long_turn_loses_its_oldest_context_never_the_reply(table, positions):
-    tokenizer = utils.get_tokenizer(str(TINY))
+    tokenizer = get_tokenizer(str(TINY))
     whole = TurnDataset(table["valid"], tokenizer, 256, max_history=5)
     short = TurnDataset(table["valid"], tokenizer, positions, max_history=5)
     cut = 0
@@ -240,7 +241,7 @@ def test_a_long_turn_loses_its_oldest_context_never_the_reply(table, positions):
 def test_vocabulary_of_another_tokenizer_is_refused(tmp_path):
     transformers.OpenAIGPTConfig(vocab_size=777, n_embd=16, n_layer=1, n_head=1).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"777 tokens and its tokenizer {TINY_TOKENS + 5:,}"):
-        add_special_tokens_(load_model(str(tmp_path)), utils.get_tokenizer(str(TINY)))
+        add_special_tokens_(load_model(str(tmp_path)), get_tokenizer(str(TINY)))
 
 
 def test_defaults_are_those_of_2019(monkeypatch):

@@ -26,8 +26,8 @@ from decoding import Decoding, fitted_context, generate_replies, load_checkpoint
 from export import export, push
 from gguf_file import LLAMA_3, write_gguf
 from inputs import Specials, build_context, build_reply
-from model import add_special_tokens_, load_model, save_model
-from utils import get_tokenizer
+from tokenization import get_tokenizer
+from weights import add_special_tokens_, load_model, save_model
 
 GPT2 = transformers.GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=1024, initializer_range=0.2)
 # (transformers reads every GPT-2 of a GGUF file as one of 1,024 positions)
@@ -111,7 +111,7 @@ def test_what_servers_lack_is_refused(exported, tmp_path, small_corpus):
 
 
 def test_llama_cpp_reads_the_same_tokens_and_gives_the_same_replies(exported):
-    pytest.importorskip("xllamacpp", reason="needs llama.cpp, of requirements-test.txt")
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp, of requirements/test.txt")
     run, folder, file = exported
     model, tokenizer = load_checkpoint(str(run))
     theirs, special = AutoTokenizer.from_pretrained(folder), Specials.of(tokenizer)
@@ -184,7 +184,7 @@ HARD = [
                              pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])],
     ids=["gpt-2", "smollm", "llama-bpe"])
 def test_llama_cpp_splits_words_as_the_tokenizer_does(split, tmp_path):
-    pytest.importorskip("xllamacpp", reason="needs llama.cpp, of requirements-test.txt")
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp, of requirements/test.txt")
     bpe = byte_level()
     bpe.pre_tokenizer = split
     run = untrained(tmp_path, bpe)

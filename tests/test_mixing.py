@@ -15,18 +15,21 @@ import transformers
 from conftest import TINY, make_checkpoint, script
 from test_corpora import BST, ED
 
+import downloads
 import utils
 from cli import InputError
+from downloads import unpack
 from inputs import LengthBatches, TurnDataset, get_loader, longest_persona
 from schedule import Decay, add_schedule_flags
 from tables import Split, TokenTable
+from tokenization import get_tokenizer
 
 EOU = "what {0} ? __eou__ a {0} . __eou__ i like a {0} . __eou__\n"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return utils.get_tokenizer(str(TINY))
+    return get_tokenizer(str(TINY))
 
 
 @pytest.fixture
@@ -98,7 +101,7 @@ def test_a_release_is_downloaded_where_it_is_missing(tmp_path, data_dir, tokeniz
         asked.append(address)
         return tmp_path / "blended_skill_talk.tar.gz"
 
-    monkeypatch.setattr(utils, "download", download)
+    monkeypatch.setattr(downloads, "download", download)
     table = utils.get_dataset(tokenizer, "", str(tmp_path / "cache"), "blended_skill_talk", str(tmp_path / "empty"))
     assert golds(table["valid"]) == ["no , bread .", "wheat .", "rye ?"]
     assert asked == ["http://parl.ai/downloads/blended_skill_talk/blended_skill_talk.tar.gz"]
@@ -233,7 +236,7 @@ def test_archives_of_archives_stay_in_their_folder_and_size(tmp_path):
 
     inner = zipped(**{"../../../out.txt": b"x", "deeper.zip": zipped(a=b"a")})
     (tmp_path / "good.zip").write_bytes(zipped(**{"inner.zip": inner, "/abs.txt": b"y"}))
-    folder = utils._unpack(tmp_path / "good.zip")
+    folder = unpack(tmp_path / "good.zip")
     assert {file.name for file in folder.rglob("*") if file.is_file()} == {
         "inner.zip", "abs.txt", "out.txt", "deeper.zip"}
     assert not (tmp_path / "out.txt").exists() and not (tmp_path.parent / "out.txt").exists()
@@ -242,4 +245,4 @@ def test_archives_of_archives_stay_in_their_folder_and_size(tmp_path):
         if name == "cut.zip":
             (tmp_path / name).write_bytes((tmp_path / "good.zip").read_bytes()[:-30])
         with pytest.raises(InputError, match=f"{name}: not a usable .tar.gz or .zip"):
-            utils._unpack(tmp_path / name)
+            unpack(tmp_path / name)

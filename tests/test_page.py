@@ -15,7 +15,8 @@ from conftest import ROOT, SAMPLE, TINY_TOKENS, make_checkpoint
 
 import example_entry
 from corpora import read_corpus
-from model import PostNormConfig, PostNormDoubleHeadsModel, save_model
+from model import PostNormConfig, PostNormDoubleHeadsModel
+from weights import save_model
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")

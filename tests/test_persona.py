@@ -10,7 +10,8 @@ from cli import InputError
 from consistency import judge, read_questions
 from decoding import Decoding, fitted_context, generate_replies, load_checkpoint, readable
 from inputs import Specials, TurnDataset, collate
-from utils import find_smollm2, get_dataset
+from pretrained import find_smollm2
+from utils import get_dataset
 
 PERPLEXITY = 11.38  # per token, of the gold replies of the first ten validation turns of the sample
 

@@ -11,8 +11,8 @@ from conftest import script, shared
 from safetensors.torch import save_file
 
 from inputs import Specials, collate, pack_turn
-from model import add_special_tokens_, load_model
-from utils import get_tokenizer
+from tokenization import get_tokenizer
+from weights import add_special_tokens_, load_model
 
 ORDER = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]  # of the published files; later <pad> came third
 

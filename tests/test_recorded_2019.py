@@ -8,9 +8,9 @@ import torch
 from convai_evaluation import WordShares
 from inputs import Specials, build_context, build_reply, collate, pack_turn
 from interact import sample_sequence, top_filtering
-from model import add_special_tokens_, load_model
+from tokenization import get_tokenizer
 from train import build_input_from_segments
-from utils import get_tokenizer
+from weights import add_special_tokens_, load_model
 
 
 @pytest.fixture(scope="module")

@@ -24,17 +24,11 @@ import demo
 from cli import InputError
 from decoding import Decoding, generate_replies, readable
 from inputs import Specials, build_context
-from model import (
-    DoubleHeadsModel,
-    GPT2DoubleHeads,
-    PostNormConfig,
-    PostNormDoubleHeadsModel,
-    decoder_class,
-    save_model,
-)
+from model import DoubleHeadsModel, GPT2DoubleHeads, PostNormConfig, PostNormDoubleHeadsModel, decoder_class
 from utils import get_dataset
 from web.batching import Bot, Busy, Decoder
 from web.page import MAX_SHARED, pack, unpack
+from weights import save_model
 
 WAIT = 240  # s; only a broken server ever takes as long
 LONG = 4096  # tokens: far more than are decoded while a test looks
@@ -446,7 +440,7 @@ def test_without_gradio_what_installs_it():
               f"runpy.run_path({str(ROOT / 'demo.py')!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "pip install -r requirements-web.txt" in done.stderr
+    assert "pip install -r requirements/web.txt" in done.stderr
 
 
 def test_a_port_in_use_and_other_places_that_cannot_be_listened_at():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from decoding import readable
 from metrics import f1_score
-from utils import get_tokenizer
+from tokenization import get_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from decoding import BeamSearch, Decoding, allowed_scores, choose_tokens, fitted
 from files import digest
 from inputs import Segment, Specials, build_reply
 from model import DoubleHeadsModel
-from utils import resolve_checkpoint
+from pretrained import resolve_checkpoint
 from web.keyvalues import KeyValues, Place, Row, Work, let_attend_by_row_
 
 MAX_TEXT = 2_000  # characters of a message, and of a personality

@@ -1,0 +1,377 @@
+"""Pairs of replies are collected, people are asked, and their answers read."""
+
+import json
+import math
+import os
+import pty
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from conftest import ROOT
+from feedback_world import answer, answered, flags, numbers
+
+from cli import InputError
+from feedback import annotate, browser, collect, metrics
+from feedback import answers as answers_of
+from feedback.pairs import held_out, read_pairs
+from inputs import Specials
+from interact import fitted_context, generate_replies
+from tokenization import get_tokenizer
+from weights import load_model
+
+
+def test_a_pair_can_be_made_again_from_its_line(world, pairs):
+    """From nothing but the line, the data and the model: both replies of a context, token by token."""
+    pair = list(pairs.values())[-1]
+    corpus = json.loads((world / "data.json").read_text())
+    turns = [(entry["personality"], turn["history"]) for entry in corpus["valid"] for turn in entry["utterances"]]
+    tokenizer, model = get_tokenizer(pair["checkpoint"]), load_model(pair["checkpoint"])
+    assert collect.model_hash(model) == pair["model"]
+    special = Specials.of(tokenizer)
+    seen = [([tokenizer.encode(text) for text in persona],
+             [tokenizer.encode(text) for text in history[-(2 * pair["max_history"] + 1):]])
+            for persona, history in turns]
+    decoding = pair["decoders"][0]
+    contexts = [fitted_context(model, *seen[turn], special, decoding["max_length"]) for turn in pair["batch"]]
+    torch.manual_seed(pair["seed"])
+    replies = generate_replies(model, contexts, special, Namespace(**decoding), samples=2)
+    place = pair["batch"].index(pair["turn"])
+    assert [reply["ids"] for reply in pair["replies"]] == replies[2 * place:2 * place + 2]
+    assert pair["history"] == turns[pair["turn"]][1][-3:] and pair["persona"] == turns[pair["turn"]][0]
+    for reply in pair["replies"]:
+        assert reply["ended"] == (len(reply["ids"]) < 6)
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.62, 0.999])
+def test_collecting_goes_on_where_it_was_killed(world, pairs, tmp_path, cut):
+    whole = (world / "pairs.jsonl").read_bytes()
+    part = tmp_path / "part.jsonl"
+    part.write_bytes(whole[:int(cut * len(whole))])
+    collect.collect(flags(world, pairs=str(part)))
+    assert part.read_bytes() == whole
+    collect.collect(flags(world, pairs=str(part)))  # and a finished file stays
+    assert part.read_bytes() == whole
+
+
+def test_collecting_does_not_mix_what_was_made_differently(world, pairs, tmp_path):
+    part = tmp_path / "part.jsonl"
+    whole = (world / "pairs.jsonl").read_bytes()
+    part.write_bytes(whole)
+    other_contexts = "of another choice of contexts"
+    for changed, complaint in [({"temperature": 0.5}, "made with another decoders"), ({"contexts": 29}, other_contexts),
+                               ({"seed": 8}, other_contexts), ({"max_history": 2}, "made with another max_history")]:
+        with pytest.raises(InputError, match=rf"line \d+ (is|was) {complaint}"):
+            collect.collect(flags(world, pairs=str(part), **changed))
+    part.write_bytes(b"what is this?\n" + whole)
+    with pytest.raises(InputError, match="line 1 is no pair"):
+        collect.collect(flags(world, pairs=str(part)))
+    assert part.read_bytes() == b"what is this?\n" + whole
+
+
+def test_decoders_compete(world, tmp_path):
+    """Two decoders, one reply each: greedy against sampled, and the greedy one is the model's greedy reply."""
+    path = tmp_path / "pairs.jsonl"
+    collect.collect(flags(world, pairs=str(path), contexts=6, replies=1, decoder=["--no_sample", "--temperature 3"]))
+    found = read_pairs(path)
+    assert found
+    tokenizer, model = get_tokenizer(str(world / "run")), load_model(str(world / "run"))
+    for pair in found.values():
+        assert [way["no_sample"] for way in pair["decoders"]] == [True, False]
+        assert [reply["decoder"] for reply in pair["replies"]] == [0, 1]
+        persona, history = ([tokenizer.encode(text) for text in pair[field]] for field in ("persona", "history"))
+        special = Specials.of(tokenizer)
+        context = fitted_context(model, persona, history, special, 6)
+        greedy = flags(world, no_sample=True)
+        assert generate_replies(model, [context], special, greedy)[0] == pair["replies"][0]["ids"]
+
+
+@pytest.mark.parametrize("max_history", [0, 2])
+def test_what_is_held_out_is_never_the_other_side_of_a_dialog_learnt_from(world, two_sided, tmp_path, max_history):
+    path = tmp_path / "pairs.jsonl"
+    collect.collect(flags(world, dataset_path=str(two_sided / "data.json"), dataset_cache=str(two_sided / "cache"),
+                          pairs=str(path), contexts=120, replies=3, max_history=max_history))
+    found, number = read_pairs(path), numbers(two_sided)
+    apart = held_out(found.values(), 0.4, 1)
+    kept, tests = ({number[pair["dialog"]] for name, pair in found.items() if (name in apart) == which}
+                   for which in (False, True))
+    assert len(kept) > 4 < len(tests) and not kept & tests
+    sides = {(number[pair["dialog"]], pair["dialog"]) for pair in found.values()}
+    assert len(sides) > 1.3 * len(dict(sides))  # many dialogs are there with both sides
+
+
+def test_pairs_of_an_earlier_version_are_divided_by_the_dialog_they_note(pairs):
+    old = [{name: value for name, value in pair.items() if name != "beginnings"} for pair in pairs.values()]
+    apart = held_out(old, 0.4, 1)
+    tests = {pair["dialog"] for pair in old if pair["pair"] in apart}
+    assert tests and not tests & {pair["dialog"] for pair in old if pair["pair"] not in apart}
+
+
+def test_pairs_edited_by_hand_are_named_and_left_out(world, pairs, tmp_path, caplog):
+    lines = (world / "pairs.jsonl").read_text().splitlines()
+    edited = json.loads(lines[1])
+    edited["replies"][0]["text"] += " or not"
+    path = tmp_path / "pairs.jsonl"
+    text = "\n".join([lines[0], json.dumps(edited), lines[2][:50], '{"pair": "x"}', *lines[3:]]) + "\n"
+    path.write_text(text)
+    assert list(read_pairs(path)) == list(pairs)[:1] + list(pairs)[3:]
+    assert "1 line edited since they were collected (line 2)" in caplog.text
+    assert "2 lines that are no pair (line 3, 4)" in caplog.text
+    assert path.read_text() == text
+    path.write_text("\n")
+    with pytest.raises(InputError, match="holds no pair"):
+        read_pairs(path)
+
+
+def test_answers_that_cannot_be_used_are_named_counted_and_kept(pairs, tmp_path, caplog):
+    names = list(pairs)
+    path = answered(tmp_path, answer(names[0], 1), answer(names[1], 0), answer(names[1], "tie"), answer("0" * 16, 0),
+                    answer(names[2], 3), answer(names[3], True), answer(names[4], 0, questions={"style": 1}),
+                    answer(names[5], 0), answer(names[5], 0), {"choice": 0})
+    with open(path, "a") as file:
+        file.write('{"pair": "half')
+    before = path.read_text()
+    answers = answers_of.read_answers([path], pairs)
+    assert set(answers) == {("anna", names[0]), ("anna", names[5])}
+    assert "5 lines that are no whole answer (line 5, 6, 7, 10, 11)" in caplog.text
+    assert "1 line about pairs that the file of pairs has not (another model's, or edited) (line 4)" in caplog.text
+    assert "2 lines that contradict each other, of one person about one pair (line 2, 3)" in caplog.text
+    assert path.read_text() == before
+
+
+def test_the_half_answer_of_a_kill_does_not_swallow_the_next(pairs, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"pair": "half')
+    session = annotate.Session(pairs, path, seed=0, questions=False)
+    assert session.answer("anna", list(pairs)[0], "t", {})
+    assert path.read_text().splitlines()[0] == '{"pair": "half'
+    assert list(answers_of.read_answers([path], pairs)) == [("anna", list(pairs)[0])]
+
+
+def test_what_most_people_prefer(pairs, tmp_path):
+    names = list(pairs)
+    """More than half of those who answered, whatever the others say; else there is no preference."""
+    votes = {0: [0], 1: [1, 1, 0], 2: [0, 1], 3: ["tie"], 4: ["bad"], 5: ["tie", 1], 6: ["tie"] * 9 + [0],
+             7: ["bad"] * 5 + [1], 8: [0, 0, 1, "tie"], 9: [0, 0, 0, "tie", "bad"], 10: ["tie", "bad"]}
+    answers = {(f"person {n}", names[pair]): answer(names[pair], choice)
+               for pair, choices in votes.items() for n, choice in enumerate(choices)}
+    better, without = answers_of.preferences(pairs, answers)
+    assert [(pair["pair"], best) for pair, best in better] == [(names[0], 0), (names[1], 1), (names[9], 0)]
+    assert without == {"not answered": len(names) - 11, "people who disagree": 4, "a tie": 2, "both bad": 2}
+
+
+def test_kappa_by_hand():
+    """50 pairs, the textbook's table: both yes 20, only the first 5, only the second 10, both no 15."""
+    first = [0] * 25 + [1] * 25
+    second = [0] * 20 + [1] * 5 + [0] * 10 + [1] * 15
+    assert answers_of.cohen_kappa(first, second) == pytest.approx((0.7 - 0.5) / (1 - 0.5))
+    assert answers_of.cohen_kappa(first, first) == 1
+    assert math.isnan(answers_of.cohen_kappa([0, 0], [0, 0]))
+    assert answers_of.cohen_kappa([0, 1], [1, 0]) == -1
+
+
+def test_agreement_counts_common_pairs_only(pairs):
+    names = list(pairs)[:5]
+    answers = {("anna", name): answer(name, n % 2, questions={"empathy": 0}) for n, name in enumerate(names)}
+    answers |= {("ben", name): answer(name, n % 2, "ben") for n, name in enumerate(names[:4])}
+    assert answers_of.agreement(answers) == ["anna and ben, choice: 4 pairs, kappa 1.00"]
+
+
+def test_sides_are_blind_and_the_answer_is_about_the_reply(pairs, tmp_path):
+    """Whoever always presses A chooses the first reply about half of the time; what they saw is what they chose."""
+    session = annotate.Session(pairs, tmp_path / "answers.jsonl", seed=0, questions=False)
+    chosen = []
+    while (question := session.question("anna"))["pair"]:
+        name = question["pair"]
+        assert sorted(question["replies"]) == sorted(reply["text"] for reply in pairs[name]["replies"])
+        assert session.answer("anna", name, "a", {})
+        record = json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[-1])
+        assert pairs[name]["replies"][record["choice"]]["text"] == question["replies"][0]
+        chosen.append(record["choice"])
+    assert len(chosen) == len(pairs) and 0.2 < sum(chosen) / len(chosen) < 0.8
+    again = annotate.Session(pairs, tmp_path / "other.jsonl", seed=0, questions=False)
+    assert again.order == session.order and again.sides("anna", again.order[0]) == session.sides("anna", again.order[0])
+    assert {tuple(session.sides(f"person {n}", again.order[0])) for n in range(20)} == {(0, 1), (1, 0)}
+
+
+def in_terminal(pairs_path: Path, answers: Path, typed: str, *more) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "feedback.annotate", "--pairs", pairs_path, "--answers", answers,
+                           "--annotator", "anna", *more], cwd=ROOT, input=typed.encode(), capture_output=True,
+                          timeout=300)
+
+
+def test_answering_through_a_pipe_and_going_on(world, pairs, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    done = in_terminal(world / "pairs.jsonl", path, "a\nz\nb\na\nt\n", "--questions")
+    assert done.returncode == 0, done.stderr
+    out = done.stdout.decode()
+    assert f"0 of {len(pairs)} answered" in out and "empathy: a, b, t?" in out and "'z' is none of a b t" in out
+    first = json.loads(path.read_text())
+    sides = first["shown"]
+    assert first["choice"] == sides[0]
+    assert first["questions"] == {"empathy": sides[1], "relevance": sides[0], "fluency": "tie"}
+    done = in_terminal(world / "pairs.jsonl", path, "x\nq\n")
+    assert f"2 of {len(pairs)} answered; the answers are in {path}" in done.stdout.decode()
+    assert [json.loads(line)["choice"] for line in path.read_text().splitlines()] == [sides[0], "bad"]
+
+
+def test_single_keys_and_each_answer_on_the_disk_before_the_next_question(world, pairs, tmp_path):
+    """In a real terminal, without Enter; when the second question is there, the first answer can be read."""
+    path = tmp_path / "answers.jsonl"
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-m", "feedback.annotate", "--pairs", world / "pairs.jsonl",
+                                "--answers", path, "--annotator", "anna"], cwd=ROOT, stdin=theirs, stdout=theirs,
+                               stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    seen = ""
+
+    def until(text: str) -> None:
+        nonlocal seen
+        while text not in seen:
+            assert select.select([terminal], [], [], 120)[0], seen
+            seen += os.read(terminal, 4096).decode(errors="replace")
+
+    try:
+        until("q stop?")
+        os.write(terminal, b"b")
+        until(f"1 of {len(pairs)} answered")
+        assert len(path.read_text().splitlines()) == 1
+        seen = seen.split(f"1 of {len(pairs)} answered")[1]
+        until("q stop?")
+        os.write(terminal, b"q")
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
+@pytest.fixture
+def served(pairs, tmp_path):
+    """A page about the pairs: its session and address."""
+    session = annotate.Session(pairs, tmp_path / "answers.jsonl", seed=0, questions=False)
+    server, listening = browser.web_server(session, 0)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    yield session, f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
+
+
+def test_the_page_asks_saves_and_refuses(served, tmp_path):
+    session, address = served
+
+    def post(**body) -> requests.Response:
+        return requests.post(address, json=body, timeout=120)
+
+    assert "Which reply is better?" in requests.get(address, timeout=120).text
+    question = post(annotator="anna").json()
+    assert question["replies"] and question["progress"].startswith("0 of")
+    sent = {"annotator": "anna", "pair": question["pair"], "key": "b", "questions": {}}
+    following = post(**sent)
+    assert following.status_code == 200 and following.json()["pair"] != question["pair"]
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+    assert post(**sent).status_code == 409  # answered already: two clicks make one answer
+    assert post(**sent | {"pair": following.json()["pair"], "key": "z"}).status_code == 409
+    assert post(**sent | {"annotator": " ", "pair": following.json()["pair"]}).status_code == 409
+    assert post(**sent | {"pair": ["?"]}).status_code == 400
+    assert requests.post(address, data=json.dumps(sent), timeout=120).status_code == 415  # a stranger's form
+    broken = requests.post(address, data="{", headers={"Content-Type": "application/json"}, timeout=120)
+    assert broken.status_code == 400
+    assert post(annotator="ben").json()["progress"].startswith("0 of")
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_page_is_for_this_machine_and_for_answers_alone(served, tmp_path):
+    """Other names, deep JSON, half letters, a closed tab, a body without end: an answer each, and nothing is kept."""
+    session, address = served
+
+    def post(body: bytes, kind: str = "application/json; charset=utf-8", **headers) -> requests.Response:
+        return requests.post(address, data=body, headers={"Content-Type": kind, **headers}, timeout=120)
+
+    name = post(b'{"annotator": "anna"}').json()["pair"]
+    for host in ("evil.example", "127.0.0.1.evil.example"):
+        assert post(b'{"annotator": "anna"}', Host=host).status_code == 400
+        assert requests.get(address, headers={"Host": host}, timeout=120).status_code == 400
+    sent = {"annotator": "anna", "pair": name, "key": "a", "questions": {}}
+    for wrong in ([], "x", None, sent | {"annotator": "\ud800"}, sent | {"annotator": ["anna"]}, sent | {"key": ["a"]},
+                  sent | {"key": None}, sent | {"questions": {"empathy": {}}}, sent | {"questions": 3},
+                  sent | {"pair": {"a": 1}}, {"pair": name}):
+        assert post(json.dumps(wrong).encode()).status_code == 400, wrong
+    for body in (b"[" * 5000, b'{"a":' * 1000, b"\xff", b"", b'{"annotator": "' + b"a" * 20_000 + b'"}'):
+        assert post(body).status_code == 400
+    where = ("127.0.0.1", int(address.rstrip("/").rpartition(":")[2]))
+    threads, closing = threading.active_count(), []
+    for number in range(200):  # half open, and closed in the middle of an answer
+        closing.append(socket.create_connection(where))
+        closing[-1].sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{"[:20 + number])
+    assert post(json.dumps(sent).encode()).status_code == 200
+    assert threading.active_count() <= threads + 2
+    for one in closing:
+        one.close()
+    assert post(json.dumps(sent).encode()).status_code == 409
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+
+
+def test_two_at_once_do_not_write_to_one_file(served, world, pairs, tmp_path):
+    done = in_terminal(world / "pairs.jsonl", tmp_path / "answers.jsonl", "a\n")
+    assert done.returncode == 2
+    assert b"another feedback.annotate writes to it" in done.stderr and done.stderr.count(b"\n") == 1
+    assert not (tmp_path / "answers.jsonl").read_text()
+
+
+def test_the_page_in_a_browser_by_keyboard(served, tmp_path):
+    """Name, Enter, then single keys; the page shows what is asked and how far one is."""
+    from playwright.sync_api import sync_playwright
+
+    if not os.path.exists("/usr/bin/chromium"):
+        pytest.skip("needs Chromium at /usr/bin/chromium")
+    session, address = served
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=[
+            "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync"])
+        page = browser.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(address)
+        page.fill("#name", "anna")
+        page.keyboard.press("Enter")
+        for count, key in enumerate("atx"):
+            page.wait_for_function("n => $('progress').textContent.startsWith(n + ' of') && !waiting", arg=str(count))
+            page.keyboard.press(key)
+        page.wait_for_function("$('progress').textContent.startsWith('3 of')")
+        browser.close()
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [record["choice"] for record in records] == [records[0]["shown"][0], "tie", "bad"]
+    assert [record["pair"] for record in records] == session.order[:3]
+
+
+def test_simulated_annotators(pairs, tmp_path):
+    """The rule prefers the higher score in all but the noise; the coin does not; both are the same a second time."""
+
+    def simulated(how: str, noise: float, seed: int = 0) -> list[tuple[str, object]]:
+        path = tmp_path / f"{how}-{noise}-{seed}-{time.monotonic_ns()}.jsonl"
+        session = annotate.Session(pairs, path, seed, questions=False)
+        annotate.simulate(session, how, how, noise)
+        return [(record["pair"], record["choice"]) for record in map(json.loads, path.read_text().splitlines())]
+
+    def right(choices) -> list[bool]:
+        score = {name: [metrics.rule_score(reply["text"]) for reply in pair["replies"]]
+                 for name, pair in pairs.items()}
+        return [score[name][choice] > score[name][1 - choice] for name, choice in choices if choice != "tie"]
+
+    assert all(right(simulated("rule", 0.0))) and not any(right(simulated("rule", 1.0)))
+    assert simulated("rule", 0.1) == simulated("rule", 0.1)
+    assert simulated("coin", 0.0, seed=0) != simulated("coin", 0.0, seed=1)
+    chosen = [choice for seed in range(20) for _, choice in simulated("coin", 0.0, seed)]
+    assert abs(sum(chosen) / len(chosen) - 0.5) < 0.1
+    flips = [one for seed in range(20) for one in right(simulated("rule", 0.1, seed))]
+    assert 0.85 < sum(flips) / len(flips) < 0.95

@@ -1,0 +1,55 @@
+"""The order of the house: a file imports only from those above it in the README's table, and no file grows too long."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TRACKED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True,
+                         text=True, check=True).stdout.split()
+OTHERS = ("tests/", "benchmarks/", "recipes/", "docs/", "data/", "models/")  # which may import anything
+SOURCES = [path for path in TRACKED if not path.startswith(OTHERS)]
+LONGEST = 600  # lines
+SCRIPTS = {"demo.py", "example_entry.py", "export.py", "train.py"}
+
+
+def imported(path: str) -> set[str]:
+    """The project's own modules that a file imports, at its top or within functions."""
+    modules = set()
+    for node in ast.walk(ast.parse(Path(ROOT, path).read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {f"{module.replace('.', '/')}.py" for module in modules} & set(TRACKED)
+
+
+def test_imports_follow_the_readmes_table():
+    table = Path(ROOT, "README.md").read_text("utf-8").partition("## Read the code")[2]
+    floors = {path: floor for floor, path in enumerate(dict.fromkeys(re.findall(r"\]\(([\w/]+\.py)\)", table)))}
+    ours = [path for path in SOURCES if not path.startswith("feedback/")]
+    assert set(ours) == set(floors), "each file has its line in the README, and each line its file"
+    backwards = [f"{path} imports {module}" for path in ours for module in imported(path)
+                 if floors.get(module, len(floors)) >= floors[path]]
+    assert not backwards
+
+
+def test_the_imports_of_feedback_run_in_no_circle():
+    waiting = {path: imported(path) for path in SOURCES}
+    while free := [path for path, needs in waiting.items() if not needs & waiting.keys()]:
+        for path in free:
+            del waiting[path]
+    assert not waiting, "these import each other"
+
+
+def test_nothing_imports_a_script():
+    importing = {path: imported(path) & SCRIPTS for path in SOURCES}
+    assert {path: scripts for path, scripts in importing.items() if scripts} == {
+        "feedback/reward.py": {"train.py"}}  # a script itself, which runs the trainer on pairs
+
+
+def test_no_file_grows_too_long():
+    lines = {path: len(Path(ROOT, path).read_text("utf-8").splitlines()) for path in TRACKED}
+    assert lines["train.py"] <= 250
+    assert {path for path, count in lines.items() if count > LONGEST} <= {"models/tiny_corpus.py", "tests/attack.py"}

@@ -1,0 +1,350 @@
+"""Policies learn from rewards and pairs: PPO, RLOO, DPO."""
+
+import json
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import make_checkpoint
+from feedback_world import Killed, answer, answered, flags, killed_after, numbers, policy_flags, reward_flags
+from torch.nn import functional as F
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+from cli import InputError
+from feedback import answers as answers_of
+from feedback import collect, metrics, policy, reward
+from feedback.pairs import held_out, read_pairs
+from inputs import Specials, build_context
+from interact import readable
+from tokenization import get_tokenizer
+from weights import load_model
+
+
+def test_advantages_by_hand():
+    """Three steps with γ = 0.9, λ = 0.5, and a reply of one step beside them."""
+    rewards = torch.tensor([[1.0, -2.0, 3.0], [5.0, 9.0, 9.0]])
+    values = torch.tensor([[0.5, 1.0, 2.0], [1.0, 7.0, 7.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    deltas = [1 + 0.9 * 1.0 - 0.5, -2 + 0.9 * 2.0 - 1.0, 3 - 2.0]
+    third = deltas[2]
+    second = deltas[1] + 0.45 * third
+    first = deltas[0] + 0.45 * second
+    got = policy.advantages(rewards, values, mask, gamma=0.9, lam=0.5)
+    assert torch.allclose(got, torch.tensor([[first, second, third], [4.0, 0.0, 0.0]]))
+    # with λ = γ = 1 it is what is still to come, less the value
+    got = policy.advantages(rewards, values, mask, gamma=1.0, lam=1.0)
+    assert torch.allclose(got[0], torch.tensor([2.0 - 0.5, 1.0 - 1.0, 3.0 - 2.0]))
+
+
+def test_leave_one_out_by_hand():
+    got = policy.leave_one_out(torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]]))
+    assert torch.allclose(got, torch.tensor([[1.0 - 4.0, 2.0 - 3.5, 6.0 - 1.5], [0.0, 0.0, 0.0]]))
+
+
+def test_ppo_gradient_by_hand():
+    """d/dlogp of -min(ratio·A, clipped·A) is -ratio·A inside the clip, 0 where clipping gains nothing more."""
+    old = torch.zeros(1, 4)
+    new = torch.tensor([[0.1, 0.5, 0.5, -0.5]], requires_grad=True)
+    advantage = torch.tensor([[2.0, 2.0, -2.0, 2.0]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    loss = policy.ppo_loss(new, old, advantage, mask, clip=0.2)
+    e = math.exp
+    assert loss.item() == pytest.approx(-(2 * e(0.1) + 2 * 1.2 - 2 * e(0.5) + 2 * e(-0.5)) / 4)
+    loss.backward()
+    assert torch.allclose(new.grad, torch.tensor([[-2 * e(0.1), 0.0, 2 * e(0.5), -2 * e(-0.5)]]) / 4)
+
+
+def test_value_loss_by_hand():
+    """A value that moved by more than 0.2 is held to the worse of both errors."""
+    values = torch.tensor([[1.0, 0.1, 9.0]], requires_grad=True)
+    mask = torch.tensor([[True, True, False]])
+    loss = policy.value_loss(values, torch.zeros(1, 3), torch.ones(1, 3), mask, clip=0.2)
+    assert loss.item() == pytest.approx(0.5 * ((0.2 - 1) ** 2 + (0.1 - 1) ** 2) / 2)
+    loss.backward()
+    assert torch.allclose(values.grad, torch.tensor([[0.0, (0.1 - 1) / 2, 0.0]]))
+
+
+def test_dpo_loss_is_that_of_trl():
+    """Numbers that `_compute_loss` of TRL 1.16.0's DPOTrainer gave for these log-probabilities of two pairs."""
+    ours = torch.tensor([[-1.0, -2.0, -0.5, 0.0], [-0.3, -0.7, 0.0, 0.0],
+                         [-2.0, -1.5, -1.0, -0.25], [-1.1, -0.4, -0.9, 0.0]]).sum(1).requires_grad_()
+    reference = torch.tensor([[-1.5, -2.1, -0.4, 0.0], [-0.2, -0.9, 0.0, 0.0],
+                              [-1.0, -1.5, -1.3, -0.5], [-1.4, -0.3, -0.8, 0.0]]).sum(1)
+    for beta, recorded in {0.1: 0.66996104, 0.5: 0.58836812}.items():
+        loss = policy.dpo_loss(ours[:2], ours[2:], reference[:2], reference[2:], beta)
+        assert loss.item() == pytest.approx(recorded, abs=1e-6)
+    # dloss/dbetter = -β σ(-β margin) a pair, over two pairs; margins by hand: 0.5 + 0.45 and 0.1 - 0.1
+    loss.backward()
+    by_hand = [-0.5 / (1 + math.exp(0.5 * margin)) / 2 for margin in (0.95, 0.0)]
+    assert torch.allclose(ours.grad, torch.tensor([*by_hand, *(-one for one in by_hand)]))
+
+
+def test_the_price_of_a_nat_is_steered():
+    kl = policy.AdaptiveKL(price=0.2, target=6.0, horizon=1000)
+    kl.update(kl=6.3, replies=100)  # 5 % too far
+    assert kl.price == pytest.approx(0.2 * (1 + 0.05 * 0.1))
+    kl.update(kl=60.0, replies=100)  # an error counts for 20 % at most
+    assert kl.price == pytest.approx(0.2 * 1.005 * 1.02)
+    kl = policy.AdaptiveKL(price=0.2, target=0.0, horizon=1000)
+    kl.update(kl=60.0, replies=100)
+    assert kl.price == 0.2
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A policy and a reference of 3 words and the control tokens, replies of at most 2 tokens, and a context."""
+    folder = tmp_path_factory.mktemp("small")
+    special = Specials(3, 4, 5, 6, 7)
+    models = []
+    for seed in (0, 1):
+        bare = make_checkpoint(folder / f"bare{seed}", n_layer=1, n_embd=8, n_head=2, n_positions=32, vocab_size=8,
+                               initializer_range=0.7)
+        torch.manual_seed(seed)
+        models.append(policy.PolicyNetwork(load_model(str(bare))))
+    return *models, special, policy.Turn([[0, 1]], [[2], [1, 1], [0]], ([], []), [])
+
+
+def likelihood(model, turn, reply: policy.Reply, special: Specials) -> float:
+    """Log-probability of a reply, token by token, as the decoder computes it: any control token ends it."""
+    context = build_context(turn.persona, turn.history, special)
+    ids, types, total = context.ids + [special.speaker1], context.types + [special.speaker1], 0.0
+    for token in [*reply.ids, None][:len(reply.ids) + reply.ended]:
+        with torch.no_grad():
+            out = model.model(torch.tensor([ids]), token_type_ids=torch.tensor([types]))
+        probabilities = out.logits[0, -1].double().softmax(-1)
+        total += math.log(probabilities[list(special)].sum() if token is None else probabilities[token])
+        ids, types = [*ids, token], [*types, special.speaker1]
+    return total
+
+
+def every_reply() -> list[policy.Reply]:
+    """All that can be said in at most 2 of 3 words."""
+    cut = [policy.Reply([one, other], False) for one in range(3) for other in range(3)]
+    return [policy.Reply([], True), *(policy.Reply([one], True) for one in range(3)), *cut]
+
+
+def measured(small, replies: list[policy.Reply]) -> tuple:
+    ours, reference, special, turn = small
+    actions = policy.pack_actions([turn._replace(replies=replies)], special, ours.model)
+    with torch.no_grad():
+        both = [policy.action_logprobs(network(actions.batch)[0], special) for network in (ours, reference)]
+    return actions, *both
+
+
+def test_log_probabilities_are_those_of_the_decoder(small):
+    """All replies in one packed row against each token by token; their probabilities add up to 1."""
+    replies = every_reply()
+    actions, ours, reference = measured(small, replies)
+    for network, logprobs in ((small[0], ours), (small[1], reference)):
+        got = policy.chosen(logprobs, actions).sum(1)
+        want = torch.tensor([likelihood(network, small[3], reply, small[2]) for reply in replies])
+        assert torch.allclose(got, want.float(), atol=1e-5)
+        assert got.exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_divergence_is_never_negative_and_unbiased(small):
+    """Its mean over all replies, weighted by their probability, is the KL of the two distributions over replies."""
+    replies = every_reply()
+    actions, ours, reference = measured(small, replies)
+    log_p, log_q = (policy.chosen(one, actions).sum(1).double() for one in (ours, reference))
+    exact = float((log_p.exp() * (log_p - log_q)).sum())
+    per_reply = (policy.divergence(ours, reference)[actions.place] * actions.mask).sum(1).double()
+    assert float((log_p.exp() * per_reply).sum()) == pytest.approx(exact, rel=1e-5)
+    assert (per_reply >= 0).all() and (log_p - log_q).min() < 0  # a mere log-ratio would be negative for some
+    torch.manual_seed(0)
+    for scale in (1e-4, 1e-2, 1.0, 30.0):
+        logits = torch.randn(200, 50)
+        near = (logits + scale * torch.randn(200, 50)).log_softmax(-1)
+        kl = policy.divergence(logits.log_softmax(-1), near)
+        exact = F.kl_div(near.double(), logits.double().log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        assert (kl >= 0).all() and torch.allclose(kl.double(), exact, rtol=1e-2, atol=2e-6)
+        assert (policy.divergence(near, near) == 0).all()
+
+
+def test_samples_are_the_models_own_distribution(small):
+    """How often each reply is said, of 4,000, against its probability; and the sampled divergence against the exact."""
+    ours, reference, special, turn = small
+    torch.manual_seed(0)
+    said = policy.sample_replies(ours.model, [turn], special, max_length=2, samples=4000)[0].replies
+    replies = every_reply()
+    for reply in replies:
+        probability = math.exp(likelihood(ours, turn, reply, special))
+        share = said.count(reply) / len(said)
+        assert abs(share - probability) < 4.5 * math.sqrt(probability * (1 - probability) / len(said)) + 1e-9
+    assert set(map(tuple, (reply.ids for reply in said))) <= set(map(tuple, (reply.ids for reply in replies)))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "dpo"])
+def test_a_killed_policy_goes_on_to_the_same_run_folder(algorithm, world, judged, tmp_path, monkeypatch):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    policy.train_policy(policy_flags(world, whole, judged, "--algorithm", algorithm))
+    arguments = policy_flags(world, part, judged, "--algorithm", algorithm)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, policy, 2)  # at step 4, one after an evaluation
+        policy.train_policy(arguments)
+    with open(part / "evaluations.jsonl", "a") as file:  # as if the kill had come after the next evaluation
+        file.write('{"step": 6, "kl": 99}\n')
+    policy.train_policy(arguments)
+    for name in ("model.safetensors", "evaluations.jsonl"):
+        assert (part / name).read_bytes() == (whole / name).read_bytes()
+    figures = [json.loads(line) for line in (whole / "evaluations.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in figures] == [0, 3, 6]
+    assert figures[0]["kl"] == 0 and all(one["kl"] > 0 for one in figures[1:])
+    with pytest.raises(InputError, match="--steps 7: .* was begun with 6"):
+        policy.train_policy(Namespace(**vars(arguments) | {"steps": 7}))
+
+
+def test_the_result_is_an_ordinary_run_folder(world, judged, tmp_path):
+    """The choice head is the fine-tuned model's still, plain transformers opens it, and the policy has moved."""
+    run = policy.train_policy(policy_flags(world, tmp_path / "run", judged, "--algorithm", "rloo", "--steps", 2))
+    before, after = load_model(str(world / "run")), load_model(str(run))
+    assert torch.equal(before.multiple_choice_head.summary.weight, after.multiple_choice_head.summary.weight)
+    assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+    from transformers import OpenAIGPTDoubleHeadsModel
+
+    plain = OpenAIGPTDoubleHeadsModel.from_pretrained(run)
+    assert torch.equal(plain.transformer.tokens_embed.weight, after.get_input_embeddings().weight)
+    collect.collect(flags(world, model_checkpoint=str(run), pairs=str(tmp_path / "pairs.jsonl"), contexts=4))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_a_policy_follows_its_reward(algorithm, world, judged, tmp_path):
+    """Paid by the question alone, it asks more: the reward at the end is above that at first."""
+    policy.train_policy(policy_flags(
+        world, tmp_path / "run", judged, "--algorithm", algorithm, "--reward_model", "", "--utterance_metrics", 4,
+        "--sentiment", 0, "--repetition", 0, "--similarity", 0, "--toxicity", 0, "--question", 1, "--steps", 15,
+        "--batch_size", 32, "--kl_coef", 0.01, "--lr", 1e-2, "--evaluate_every", 15, "--save_every", 100,
+        "--evaluation_contexts", 40))
+    first, last = map(json.loads, (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines())
+    assert last["reward"] > first["reward"] + 0.2, (first, last)
+
+
+def test_dpo_names_and_counts_the_pairs_it_cannot_learn_from(world, pairs, judged, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other").mkdir()
+    trainer = policy.Trainer(policy_flags(world, tmp_path / "run", judged, "--algorithm", "dpo"))
+    better, _ = answers_of.preferences(pairs, answers_of.read_answers([judged / "answers.jsonl"], pairs))
+    apart = held_out(pairs.values(), 0.15, 42)
+    kept = [(pair, best) for pair, best in better if pair["pair"] not in apart]
+    ended = [(pair, best) for pair, best in kept if pair["replies"][best]["ended"]]
+    assert 0 < len(trainer.pairs) == len(ended) < len(kept) < len(better)
+    assert f"{len(kept) - len(ended)} (better reply cut: from these it would learn never to end)" in caplog.text
+    assert f"{len(better) - len(kept)} (held out)" in caplog.text
+    first = trainer.pairs[0].replies
+    assert [reply.ids for reply in first] == [ended[0][0]["replies"][n]["ids"] for n in (1 - ended[0][1], ended[0][1])]
+    with pytest.raises(InputError, match="no pair is left to learn from"):
+        policy.Trainer(policy_flags(world, tmp_path / "other", judged, "--algorithm", "dpo", "--model_checkpoint",
+                                    judged / "reward"))
+    assert f"{len(kept)} (said by another model than --model_checkpoint)" in caplog.text
+
+
+def test_a_policy_is_evaluated_on_dialogs_that_nobody_who_teaches_it_has_seen(world, two_sided, tmp_path, caplog):
+    """By the reward model's pairs and by DPO's: neither turn nor other side of a dialog that a pair is from."""
+    found, number = read_pairs(two_sided / "pairs.jsonl"), numbers(two_sided)
+    answered(tmp_path, *(answer(name, n % 2) for n, name in enumerate(found)))
+    reward.train_reward(reward_flags(world, tmp_path, pairs=str(two_sided / "pairs.jsonl"), n_epochs=1))
+    learnt = {number[pair["dialog"]] for pair in found.values()}
+    data = ["--dataset_path", two_sided / "data.json", "--dataset_cache", two_sided / "cache",
+            "--pairs", two_sided / "pairs.jsonl", "--evaluation_contexts", 200]
+    for n, more in enumerate([["--algorithm", "rloo"], ["--algorithm", "dpo", "--reward_model", ""]]):
+        (tmp_path / str(n)).mkdir()
+        trainer = policy.Trainer(policy_flags(world, tmp_path / str(n), tmp_path, *data, *more))
+        turn_dialog = trainer.dataset("valid").split.turn_dialog
+        evaluated = {number[turn_dialog[turn]] for turn in trainer.evaluated}
+        assert evaluated and not evaluated & learnt
+        assert evaluated | learnt == set(number)  # nothing more is left out
+        assert len(trainer.evaluated) == sum(number[dialog] in evaluated for dialog in turn_dialog)
+    assert "of dialogs that no pair is from" in caplog.text and "fewer than --evaluation_contexts 200" in caplog.text
+
+    every = tmp_path / "every.jsonl"
+    collect.collect(flags(world, dataset_path=str(two_sided / "data.json"), dataset_cache=str(two_sided / "cache"),
+                          pairs=str(every), contexts=1000, replies=4))
+    answered(tmp_path, *(answer(name, int(pair["replies"][1]["ended"])) for name, pair in read_pairs(every).items()))
+    with pytest.raises(InputError, match="0 of .* collect pairs of fewer contexts, or of another split"):
+        policy.train_policy(policy_flags(world, tmp_path / "none", tmp_path, *data, "--algorithm", "dpo",
+                                         "--reward_model", "", "--pairs", every))
+
+
+def test_a_policy_begins_as_its_reference_whatever_the_checkpoint_lacks(world, tmp_path):
+    """A language model as others publish it, without choice head and control tokens: KL 0, and its pairs are its."""
+    bare = make_checkpoint(tmp_path / "bare", n_layer=1, n_embd=32, n_head=2, n_positions=96)
+    config = OpenAIGPTConfig.from_pretrained(bare)
+    torch.manual_seed(5)
+    OpenAIGPTLMHeadModel(config).save_pretrained(bare)
+    assert len(get_tokenizer(str(bare))) > config.vocab_size  # rows are missing
+    pairs_path = str(tmp_path / "pairs.jsonl")
+    torch.manual_seed(6)
+    collect.collect(flags(world, model_checkpoint=str(bare), pairs=pairs_path, dataset_cache=str(tmp_path / "cache"),
+                          max_length=60))  # at random it ends seldom
+    found = read_pairs(pairs_path)
+    answered(tmp_path, *(answer(name, int(pair["replies"][1]["ended"])) for name, pair in found.items()))
+    torch.manual_seed(7)
+    run = policy.train_policy(policy_flags(
+        world, tmp_path / "run", tmp_path, "--model_checkpoint", bare, "--algorithm", "dpo", "--reward_model", "",
+        "--pairs", pairs_path, "--steps", 1, "--dataset_cache", tmp_path / "cache", "--max_length", 60))
+    first, last = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+    assert first["kl"] == 0 < last["kl"]
+
+
+def test_rewards_read_the_history_that_they_learnt_from(world, judged, tmp_path):
+    """A policy that sees one utterance is paid by those who see more: DYME all, the reward model what its pairs had."""
+    arguments = policy_flags(world, tmp_path / "run", judged, "--max_history", 0, "--dyme", 1, "--dyme_dialogs", 20)
+    trainer = policy.Trainer(arguments)
+    dialogs = [entry["utterances"] for entry in json.loads((world / "data.json").read_text())["train"]]
+    turns = [trainer.turn(trainer.contexts, number) for number in range(len(trainer.contexts))]
+    assert [turn.texts[1] for turn in turns] == [turn["history"] for dialog in dialogs for turn in dialog]
+    assert all(len(turn.history) == 1 for turn in turns)
+    long = next(turn for turn in turns if len(turn.texts[1]) == 3)
+    model, longer = trainer.reward.model, ["i like tea .", "what happened ?", *long.texts[1]]
+    assert model([(long.texts[0], longer, ["yes ."])]) == model([(long.texts[0], longer[-3:], ["yes ."])])
+    assert model([(long.texts[0], longer, ["yes ."])]) != model([(long.texts[0], longer[-1:], ["yes ."])])
+
+
+def test_dyme_pays_people_nothing_on_average_and_cut_replies_less(world, judged, tmp_path):
+    """As the reward model is scaled: so what is charged for a cut reply is worse than what people's replies get."""
+    arguments = policy_flags(world, tmp_path / "run", judged, "--reward_model", "", "--dyme", 5, "--dyme_dialogs", 30)
+    trainer = policy.Trainer(arguments)
+    said = [[*dialog[-1]["history"], dialog[-1]["candidates"][-1]] for dialog in (
+        entry["utterances"] for entry in json.loads((world / "data.json").read_text())["train"])]
+    paid = torch.tensor([trainer.reward([([], dialog[:place], [dialog[place]])])[0][0]
+                         for dialog in said for place in range(1, len(dialog))])
+    assert paid.mean() == pytest.approx(0, abs=1e-5) and paid.std(unbiased=False) == pytest.approx(5, abs=1e-4)
+    turn = trainer.turn(trainer.contexts, 0)._replace(replies=[policy.Reply([1], False)])
+    assert trainer.rewards([turn]).tolist() == [-5]
+    assert (paid > -5).float().mean() > 0.75
+
+
+def test_a_cut_reply_is_worth_what_is_charged_for_it(world, judged, tmp_path):
+    trainer = policy.Trainer(policy_flags(world, tmp_path / "run", judged, "--unfinished_reward", -3.5))
+    turn = trainer.turn(trainer.contexts, 0)
+    ids = trainer.tokenizer.encode("hello there .")
+    turn = turn._replace(replies=[policy.Reply(ids, True), policy.Reply(ids, False)])
+    model = reward.RewardModel(str(judged / "reward"))
+    text = readable(trainer.tokenizer, ids)
+    assert trainer.rewards([turn]).tolist() == pytest.approx([model([(*turn.texts, [text])])[0][0], -3.5])
+
+
+def test_reward_terms_add_up(world, judged, tmp_path):
+    arguments = policy_flags(world, tmp_path / "run", judged, "--utterance_metrics", 2, "--dyme", 0.5, "--question", 1,
+                             "--dyme_dialogs", 20)
+    trainer = policy.Trainer(arguments)
+    turn = ([], ["hello there ."], ["what happened to you ?", "i like tea ."])
+    model = reward.RewardModel(str(judged / "reward"))([turn])[0]
+    weights = metrics.WEIGHTS | {"question": 1.0}
+    by_hand = [score + 2 * metrics.weighted(text, turn[1], weights) + 0.5 * trainer.reward.dyme.reward(text, turn[1])
+               for score, text in zip(model, turn[2], strict=True)]
+    assert trainer.reward([turn])[0] == pytest.approx(by_hand)
+
+
+def test_policies_say_what_they_lack(world, judged, tmp_path):
+    for more, complaint in [(["--reward_model", ""], "--algorithm ppo: follows a reward"),
+                            (["--algorithm", "rloo", "--samples", 1], "--samples 1: rloo compares"),
+                            (["--batch_size", 10], "--batch_size 10: is no multiple of --samples 4")]:
+        with pytest.raises(InputError, match=complaint):
+            policy_flags(world, tmp_path, judged, *more)
+    with pytest.raises(InputError, match="--max_length 95: the model has 96 positions"):
+        policy.train_policy(policy_flags(world, tmp_path / "run", judged, "--max_length", 95))
+    with pytest.raises(InputError, match="no finished reward model, it has no whole reward.json"):
+        policy.train_policy(policy_flags(world, tmp_path / "other", judged, "--reward_model", world / "run"))

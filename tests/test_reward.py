@@ -1,0 +1,123 @@
+"""Reward models learn what people prefer."""
+
+import json
+import math
+import random
+from argparse import Namespace
+
+import pytest
+import torch
+from feedback_world import Killed, answer, answered, killed_after, policy_flags, reward_flags
+
+from cli import InputError
+from feedback import answers as answers_of
+from feedback import policy, reward
+from feedback.pairs import held_out
+from feedback.snapshot import FILE
+
+
+def test_the_reward_is_scaled_on_held_out_replies_and_its_accuracy_is_theirs(world, pairs, judged):
+    """From the folder alone, by another way: one reply a row, the division drawn again."""
+    figures = json.loads((judged / "reward" / "reward.json").read_text())
+    better, _ = answers_of.preferences(pairs, answers_of.read_answers([judged / "answers.jsonl"], pairs))
+    apart = held_out(pairs.values(), 0.3, 1)
+    tests = [(pair, best) for pair, best in better if pair["pair"] in apart]
+    kept = [pair for pair, _ in better if pair["pair"] not in apart]
+    assert (figures["training_pairs"], figures["held_out_pairs"]) == (len(kept), len(tests))
+    assert not {pair["dialog"] for pair, _ in tests} & {pair["dialog"] for pair in kept}
+    model = reward.RewardModel(str(judged / "reward"))
+    scores = [[model([(pair["persona"], pair["history"], [reply["text"]])])[0][0] for reply in pair["replies"]]
+              for pair, _ in tests]
+    flat = torch.tensor(scores).flatten()
+    assert flat.mean() == pytest.approx(0, abs=1e-4) and flat.std(unbiased=False) == pytest.approx(1, abs=1e-4)
+    right = sum(two[best] > two[1 - best] for two, (_, best) in zip(scores, tests, strict=True))
+    assert figures["accuracy"] == pytest.approx(right / len(tests))
+    assert "Calibration" in (judged / "reward" / "reward.html").read_text()
+
+
+def test_the_reward_model_learns_what_people_prefer(pairs, judged):
+    """Of the pairs it has learnt from, it knows nearly all: the longer one."""
+    model = reward.RewardModel(str(judged / "reward"))
+    apart = held_out(pairs.values(), 0.3, 1)
+    kept = [pair for pair in pairs.values() if pair["pair"] not in apart]
+    scores = model([(pair["persona"], pair["history"], [reply["text"] for reply in pair["replies"]]) for pair in kept])
+    longer = [int(len(pair["replies"][1]["text"]) > len(pair["replies"][0]["text"])) for pair in kept]
+    assert sum(row[best] > row[1 - best] for row, best in zip(scores, longer, strict=True)) >= 0.9 * len(kept)
+
+
+def test_a_killed_reward_training_goes_on_to_the_same_weights(world, judged, tmp_path, monkeypatch):
+    (tmp_path / "answers.jsonl").write_bytes((judged / "answers.jsonl").read_bytes())
+    arguments = reward_flags(world, judged, reward=str(tmp_path / "reward"), save_every=5)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, reward, 3)
+        reward.train_reward(arguments)
+    assert not (tmp_path / "reward" / "reward.json").exists()
+    with pytest.raises(InputError, match="no finished reward model"):
+        reward.RewardModel(str(tmp_path / "reward"))
+    with pytest.raises(InputError, match="--lr 0.1: .* was begun with 0.003"):
+        reward.train_reward(Namespace(**vars(arguments) | {"lr": 0.1}))
+    reward.train_reward(arguments)
+    assert reward.train_reward(arguments) == json.loads((tmp_path / "reward" / "reward.json").read_text())
+    for name in ("model.safetensors", "reward.json"):
+        assert (tmp_path / "reward" / name).read_bytes() == (judged / "reward" / name).read_bytes()
+
+
+def test_a_damaged_snapshot_is_passed_over(world, judged, tmp_path, monkeypatch, caplog):
+    arguments = reward_flags(world, judged, reward=str(tmp_path / "reward"), save_every=2, n_epochs=1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, reward, 2)
+        reward.train_reward(arguments)
+    snapshot = tmp_path / "reward" / FILE
+    whole = snapshot.read_bytes()
+    snapshot.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    reward.train_reward(arguments)
+    assert "is damaged, it is not what was written; the training begins anew" in caplog.text
+    reward.train_reward(Namespace(**vars(arguments) | {"reward": str(tmp_path / "other")}))
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("reward", "other")]
+    assert models[0] == models[1]
+
+
+def test_no_slip_is_final(world, judged, tmp_path):
+    """A command that fails for a mistyped name leaves nothing behind that refuses the corrected one."""
+    missing = str(tmp_path / "missing.jsonl")
+    right = {"reward": str(tmp_path / "reward"), "n_epochs": 1}
+    for wrong in ({"model_checkpoint": missing}, {"pairs": missing}, {"answers": [missing]}, {"held_out": 1.0}):
+        with pytest.raises(InputError):
+            reward.train_reward(reward_flags(world, judged, **right | wrong))
+    assert reward.train_reward(reward_flags(world, judged, **right))["training_pairs"]
+
+    for algorithm, slips in (("rloo", ("--model_checkpoint", "--dataset_path", "--reward_model")),
+                             ("dpo", ("--model_checkpoint", "--pairs", "--answers", "--max_length"))):
+        right = ["--algorithm", algorithm, "--steps", 1, "--evaluation_contexts", 2]
+        for flag in slips:
+            wrong = 10_000 if flag == "--max_length" else missing
+            with pytest.raises(InputError):
+                policy.train_policy(policy_flags(world, tmp_path / algorithm, judged, *right, flag, wrong))
+        assert (policy.train_policy(policy_flags(world, tmp_path / algorithm, judged, *right)) / FILE).exists()
+
+
+def test_a_folder_with_a_model_that_was_made_otherwise_is_not_called_finished(world, judged):
+    with pytest.raises(InputError, match="run: holds a model that was made otherwise; name another folder"):
+        policy.train_policy(policy_flags(world, world / "run", judged))
+
+
+def test_a_reward_model_of_coin_flips_is_warned_of(world, pairs, tmp_path, caplog):
+    draw = random.Random(0)
+    answered(tmp_path, *(answer(name, draw.randrange(2)) for name in pairs))
+    arguments = reward_flags(world, tmp_path, n_epochs=1)
+    figures = reward.train_reward(arguments)
+    assert figures["accuracy_interval"][0] <= 0.5 and "what follows it follows noise" in caplog.text
+    answered(tmp_path, answer(next(iter(pairs)), 0))
+    with pytest.raises(InputError, match="was begun with other answers than there are now"):
+        reward.train_reward(arguments)
+    with pytest.raises(InputError, match="too few to learn from some and test on others"):
+        reward.train_reward(Namespace(**vars(arguments) | {"reward": str(tmp_path / "other")}))
+
+
+def test_wilson_interval():
+    """Against the definition: the shares at whose normal approximation the seen share is 1.96 deviations off."""
+    for right, total in [(0, 10), (7, 10), (447, 513), (10, 10)]:
+        low, high = reward.wilson_interval(right, total)
+        for bound in (low, high):
+            assert abs(right / total - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / total), abs=1e-9)
+        assert -1e-12 <= low <= right / total <= high <= 1 + 1e-12
