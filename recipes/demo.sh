@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if python -c "from utils import find_smollm2; find_smollm2()" 2> /dev/null; then
+if python -c "from pretrained import find_smollm2; find_smollm2()" 2> /dev/null; then
     model=persona data=data/sample_personachat.json
     evaluate="python convai_evaluation.py --eval_type all --dataset_path $data --fp16 bf16 --no_sample --batch_size 32"
 

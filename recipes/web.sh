@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if python -c "from utils import find_smollm2; find_smollm2()" 2> /dev/null; then
+if python -c "from pretrained import find_smollm2; find_smollm2()" 2> /dev/null; then
     exec python demo.py --model_checkpoint persona --dataset_path data/sample_personachat.json --fp16 bf16 "$@"
 fi
 newest() { ls -t runs/*_tiny*/model.safetensors 2> /dev/null | head -n 1; }
