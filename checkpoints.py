@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import devices
-from cli import InputError
+from cli import InputError, positive_number, whole_number
 from files import ARGUMENTS, each_once, read_header, step_files, write_checkpoint, write_text
 from tokenization import save_tokenizer
 from utils import make_logdir
@@ -311,10 +311,16 @@ def begin(args: Namespace, tokenizer) -> Path:
 
 
 def parse_resumable(parser: ArgumentParser) -> Namespace:
-    """The command line's arguments; with ``--resume`` those that the run began with, which most flags cannot change.
+    """Parse the command line, with the flags of checkpoints; a resumed run keeps most flags that it began with.
 
     Raises `InputError` when the run's own cannot be read, or the command line wants others.
     """
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--checkpoint_every", type=whole_number, default=0, metavar="N",
+        help="optimizer steps between checkpoints; 0: one per epoch, which there always is (default: %(default)s)")
+    add("--keep_checkpoints", type=positive_number, default=3, metavar="K",
+        help="keep the last K and the one of the lowest validation loss (default: %(default)s)")
+    add("--resume", default="", metavar="RUN", help="continue a run from its last checkpoint, with its own flags")
     args = parser.parse_args()
     if not args.resume:
         return args

@@ -236,9 +236,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
     figures: dict[str, float] = {}
 
     def dataset(num_candidates: int) -> TurnDataset:
-        return TurnDataset(split, tokenizer, model.max_positions, max_history=model.max_history,
-                           num_candidates=num_candidates, history_start=model.history_start,
-                           no_persona=model.no_persona)
+        return TurnDataset.for_model(model, split, tokenizer, num_candidates=num_candidates)
 
     def collect(stream: Iterator[tuple[int, dict]], name: str) -> list[dict]:
         """Records in the order of the turns."""

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import InputError
-from model import DoubleHeadsModel, DoubleHeadsOutput, autocast, half_dtype
+from cli import InputError, process_number
+from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, autocast, half_dtype
 from weights import linear_layers
 
 # A process that does not answer within a step's exchange is lost. Before the first step, and while one process writes
@@ -36,6 +36,15 @@ logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------------------------------------------- processes
+
+
+def add_flags(add: Callable) -> None:
+    """The flags of precision and processes; ``add``: the ``add_argument`` of a parser or of a group of flags."""
+    add("--fp16", default="", choices=["", "O0", *HALF],
+        help="half precision: bf16, or apex's O1 (autocast), O2 (with master weights) or O3 (pure; default: none)")
+    add("--shard", action="store_true", help="keep only a part of each weight in each process (FSDP2)")
+    add("--local_rank", "--local-rank", type=process_number, default=-1,
+        help="number of this process, set by a launcher of 2019")
 
 
 class _Groups:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from threading import Thread
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -263,6 +263,12 @@ class TurnDataset(Dataset):
         self.permutations = permutations
         # Each row has a length, a place in the order and one in the sorted order, of eight bytes each.
         require_memory(24 * split.num_turns * permutations, f"--personality_permutations {permutations}", "give fewer")
+
+    @classmethod
+    def for_model(cls, model, split: Split, tokenizer, **choices) -> Self:
+        """The dataset of ``split`` in the form that ``model`` was trained on; ``choices``: the other arguments."""
+        return cls(split, tokenizer, model.max_positions, max_history=model.max_history,
+                   history_start=model.history_start, no_persona=model.no_persona, **choices)
 
     def __len__(self) -> int:
         return self.split.num_turns * self.permutations

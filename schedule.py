@@ -1,7 +1,8 @@
 """How the weights move: the optimizer of 2019, and its learning rate over a run."""
 
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 from ignite.handlers import ParamScheduler
@@ -69,9 +70,8 @@ class Decay(ParamScheduler):
         return self.lr * ((self.iterations - self.event_index) / (self.iterations - self.warmup)) ** self.power
 
 
-def add_schedule_flags(parser: ArgumentParser) -> None:
-    """Flags of `Decay`."""
-    add = parser.add_argument
+def add_schedule_flags(add: Callable) -> None:
+    """The flags of `Decay`; ``add``: the ``add_argument`` of a parser or of a group of flags."""
     add("--lr", type=learning_rate, default=6.25e-5, help="learning rate, at its highest (default: %(default)s)")
     add("--warmup_ratio", type=share, default=0.0, metavar="R",
         help="share of all iterations over which it rises (default: %(default)s)")

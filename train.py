@@ -1,8 +1,10 @@
 """Fine-tune a double-heads GPT or GPT-2 on persona-grounded dialogue.
 
-Two losses are learnt at once over each turn: language modelling of the gold reply, and the choice of the gold reply
-among candidates (Wolf et al. 2019, "TransferTransfo"). Read this file from `training` downwards: data, model, trainer,
-evaluator, and what happens when. What a turn looks like is in inputs.py, the network in model.py.
+Each turn teaches two tasks at once: language modelling of the gold reply, and choosing the gold reply among candidates
+(Wolf et al. 2019, "TransferTransfo"). Read this file from `training` downwards: data, model, trainer, evaluator, and
+the events that connect them. inputs.py shows what a turn looks like, model.py the network.
+
+    python train.py --model_checkpoint gpt2 --dataset_path data/sample_personachat.json --n_epochs 1
 """
 
 import logging
@@ -21,11 +23,11 @@ from torch.utils.data import DataLoader
 
 import devices
 from checkpoints import Checkpoints, begin, parse_resumable
-from cli import coefficient, command, positive_number, positive_real, process_number, whole_number, worker_count
+from cli import coefficient, command, positive_number, positive_real, whole_number, worker_count
 from corpora import require_split
 from curves import BAR, Samples, attach_curves, attach_record
 from inputs import DialogDataset, TurnDataset, build_input_from_segments, get_loader, longest_persona
-from model import HALF, DoubleHeadsModel, DoubleHeadsOutput
+from model import DoubleHeadsModel, DoubleHeadsOutput
 from schedule import AdamW, Decay, add_schedule_flags
 from tables import TokenTable
 from tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, get_tokenizer
@@ -38,14 +40,14 @@ logger = logging.getLogger("train")
 
 
 def training(args: Namespace) -> Path | None:
-    """The whole run. Returns the run folder, or None when ``--n_epochs`` asked for an evaluation only."""
+    """Train from start to end. Returns the run folder, or None when ``--n_epochs 0`` asks only for an evaluation."""
     manual_seed(args.seed)
     with devices.first_of_each_machine():  # downloads and tokenises
         tokenizer = get_tokenizer(args.model_checkpoint)
         model = load_model(args.model_checkpoint, args.lora)
         table = dataset_of(args, tokenizer, of_run=False)
     add_special_tokens_(model, tokenizer)
-    model.config.no_token_types = args.no_token_types or model.no_token_types
+    note_training(model, table, args)
     if args.lora:
         add_lora_(model, tokenizer, args.lora, args.model_checkpoint)
     if args.gradient_checkpointing:
@@ -90,29 +92,33 @@ def training(args: Namespace) -> Path | None:
     return run
 
 
+def note_training(model: DoubleHeadsModel, table: TokenTable, args: Namespace) -> None:
+    """Write into the model's config how this run reads a turn, so that evaluation and chat read it the same way."""
+    config = model.config
+    config.update({"max_history": args.max_history, "trained_on": data_flags(args)})
+    config.no_token_types = args.no_token_types or model.no_token_types
+    if args.max_len:
+        config.max_len = args.max_len
+    longest = max(map(longest_persona, table.values()))
+    config.no_persona = args.no_persona or longest == 1
+    if args.history_first:
+        config.history_start = min(longest, model.max_positions // 2)
+
+
 def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel,
                  table: TokenTable) -> tuple[DataLoader, DataLoader]:
-    """Loaders of training and validation batches; training sees ``--num_candidates``, validation all.
+    """Loaders of training and validation batches; training sees ``--num_candidates``, validation sees all.
 
-    A batch has ``--train_batch_size`` turns for each process that the run began with, whoever computes them now.
+    A batch has ``--train_batch_size`` turns for each process that the run began with, however many there are now.
     """
-    # What evaluation and chat find in the run's config:
-    model.config.update({"max_history": args.max_history, "trained_on": data_flags(args)})
-    if args.max_len:
-        model.config.max_len = args.max_len
-    longest = max(map(longest_persona, table.values()))
-    model.config.no_persona = args.no_persona or longest == 1
-    if args.history_first:
-        model.config.history_start = min(longest, model.max_positions // 2)
     loaders, world = [], idist.get_world_size()
     for split in ("train", "valid"):
         require_split(table, split, args.dataset or args.dataset_path)
         training_only = {"num_candidates": args.num_candidates, "permutations": args.personality_permutations}
-        otherwise = {"num_candidates": 0 if args.mc_coef else 1}
+        validation_only = {"num_candidates": 0 if args.mc_coef else 1}
         rows = DialogDataset if args.pack_dialogs and split == "train" else TurnDataset
-        dataset = rows(table[split], tokenizer, model.max_positions, max_history=args.max_history,
-                              history_start=model.history_start, no_persona=model.no_persona,
-                              **(training_only if split == "train" else otherwise))
+        dataset = rows.for_model(model, table[split], tokenizer,
+                                 **(training_only if split == "train" else validation_only))
         lengths, too_long = dataset.lengths()
         logger.info("%s: %s rows, %.0f tokens each", split, f"{len(dataset):,}", lengths.mean())
         if too_long:
@@ -130,14 +136,14 @@ def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel,
 
 def create_trainer(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                    args: Namespace) -> Engine:
-    """An engine whose iteration is one batch; every ``--gradient_accumulation_steps`` of them make one step."""
+    """An engine that trains on one batch per iteration; ``--gradient_accumulation_steps`` of them make one step."""
     every = args.gradient_accumulation_steps
 
     def update(engine: Engine, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         network.train()
         state = engine.state
         total = state.max_epochs * state.epoch_length
-        group = every if state.iteration <= total // every * every else total % every  # the last one may be smaller
+        group = every if state.iteration <= total // every * every else total % every  # the last is smaller
         last_of_step = state.iteration % every == 0 or state.iteration == total
         batch = convert_tensor(batch, device=args.device, non_blocking=True)
         with devices.exchanging(network, now=last_of_step):
@@ -159,7 +165,7 @@ def create_trainer(network: nn.Module, optimizer: torch.optim.Optimizer, scaler:
 
 
 def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
-    """An engine that measures hits@1 and perplexity from totals over the whole split."""
+    """An engine that computes hits@1 and perplexity from totals over the whole split, in all processes."""
 
     @torch.inference_mode()
     def score(engine: Engine, batch: dict[str, torch.Tensor]) -> DoubleHeadsOutput:
@@ -170,10 +176,10 @@ def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
     mean, is_choice = devices.mean_over_turns, lambda out: (out.mc_logits != -torch.inf).sum(1) > 1
     nll, tokens, choices = mean(lambda out: out.nll), mean(lambda out: out.tokens), mean(is_choice)
     hits = mean(lambda out: is_choice(out) & (out.gold_rank == 1))
-    metrics = {  # nan: there was nothing to choose
+    metrics = {  # hits@1 is nan where no turn has a second candidate
         **({"hits@1": MetricsLambda(lambda *of: of[0] / (of[1] or torch.nan), hits, choices)} if args.mc_coef else {}),
-        "nll": nll / tokens,  # a token: total negative log-likelihood over total gold tokens
-        "ppl": MetricsLambda(lambda mean: float(torch.tensor(mean).double().exp()), nll / tokens),  # inf, if it must
+        "nll": nll / tokens,  # per token: total negative log-likelihood over total gold tokens
+        "ppl": MetricsLambda(lambda mean: float(torch.tensor(mean).double().exp()), nll / tokens),
     }
     for name, metric in metrics.items():
         metric.attach(evaluator, name)
@@ -187,45 +193,40 @@ def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
 def parse_args() -> Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_common_flags(parser, model_checkpoint="openai-gpt")
-    add = parser.add_argument
-    add("--num_candidates", type=positive_number, default=2, help="a turn, in training (default: %(default)s)")
+    add = parser.add_argument_group("turns and losses").add_argument
+    add("--num_candidates", type=positive_number, default=2, help="candidates per training turn (default: %(default)s)")
+    add("--personality_permutations", type=positive_number, default=1, metavar="N",
+        help="see each training turn N times, with the persona's sentences rotated (default: %(default)s)")
+    add("--lm_coef", type=coefficient, default=1.0, help="weight of the language-modelling loss (default: %(default)s)")
+    add("--mc_coef", type=coefficient, default=1.0,
+        help="weight of the choice loss; 0 also leaves the wrong candidates out (default: %(default)s)")
     add("--history_first", action="store_true",
         help="begin the dialog history at the same position whatever the persona's length, as in the competition")
-    add("--no_persona", action="store_true", help="leave personas out; evaluation and chat of the run then do, too")
+    add("--no_persona", action="store_true", help="leave personas out, here and when the run is evaluated or talked to")
     add("--no_token_types", action="store_true",
-        help="tell speakers apart by their control tokens alone, as other software that serves the model has to")
+        help="tell speakers apart by their control tokens alone, as software of others that serves the model has to")
     add("--pack_dialogs", action="store_true",
-        help="compute a dialog's turns together, in one row: fewer tokens where --max_history keeps the whole history; "
-             "--train_batch_size then counts rows")
-    add("--personality_permutations", type=positive_number, default=1, metavar="N",
-        help="see each training turn N times, the persona's sentences rotated (default: %(default)s)")
-    add("--train_batch_size", type=positive_number, default=4, help="turns (default: %(default)s)")
-    add("--valid_batch_size", type=positive_number, default=4, help="turns (default: %(default)s)")
+        help="put a whole dialog into each row, which saves tokens where --max_history keeps the whole history; "
+             "--train_batch_size then counts dialogs")
+    add = parser.add_argument_group("training").add_argument
+    add("--n_epochs", type=whole_number, default=3, help="epochs; 0: only evaluate (default: %(default)s)")
+    add("--train_batch_size", type=positive_number, default=4, help="turns per training batch (default: %(default)s)")
+    add("--valid_batch_size", type=positive_number, default=4, help="turns per validation batch (default: %(default)s)")
     add("--gradient_accumulation_steps", type=positive_number, default=8, metavar="N",
-        help="batches that make one optimizer step (default: %(default)s)")
-    add_schedule_flags(parser)
-    add("--lm_coef", type=coefficient, default=1.0, help="weight of the language-modelling loss (default: %(default)s)")
-    add("--mc_coef", type=coefficient, default=1.0, help="of the choice loss; 0: no distractors (default: %(default)s)")
-    add("--max_norm", type=positive_real, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
-    add("--n_epochs", type=whole_number, default=3, help="0: only evaluate (default: %(default)s)")
-    add("--epoch_batches", type=whole_number, default=0, metavar="N", help="an epoch (default: 0, every turn once)")
-    add("--eval_before_start", action="store_true", help="evaluate before the first epoch, too")
-    add("--fp16", default="", choices=["", "O0", *HALF],
-        help="half precision: bf16, or apex's O1 (autocast), O2 (with master weights) or O3 (pure; default: none)")
+        help="batches per optimizer step (default: %(default)s)")
+    add_schedule_flags(add)
+    add("--max_norm", type=positive_real, default=1.0, help="clip gradients to this norm (default: %(default)s)")
+    add("--epoch_batches", type=whole_number, default=0, metavar="N",
+        help="batches per epoch; 0: each turn once (default: %(default)s)")
+    add("--eval_before_start", action="store_true", help="evaluate before the first epoch as well")
+    add("--seed", type=whole_number, default=42, help="seed of weights, order and dropout (default: %(default)s)")
+    add = parser.add_argument_group("memory and speed").add_argument
+    devices.add_flags(add)
     add("--lora", type=whole_number, default=0, metavar="RANK",
-        help="train low-rank updates of the model instead of all of it, and save those alone (default: 0, off)")
-    add("--gradient_checkpointing", action="store_true", help="compute states twice to save memory")
-    add("--compile", action="store_true", help="compile the network first (gain not measured on GPUs)")
-    add("--shard", action="store_true", help="each process keeps a part of every weight only (FSDP2)")
-    add("--checkpoint_every", type=whole_number, default=0, metavar="N",
-        help="optimizer steps; 0: at each epoch's end, where there is always one (default: %(default)s)")
-    add("--keep_checkpoints", type=positive_number, default=3, metavar="K",
-        help="the last K stay, and the one of the lowest validation loss (default: %(default)s)")
-    add("--resume", default="", metavar="RUN", help="go on with a run, as it began, from its last checkpoint")
-    add("--local_rank", "--local-rank", type=process_number, default=-1,
-        help="this process's number, from a launcher of 2019")
+        help="train and save only low-rank updates of the model's weights; 0: off (default: %(default)s)")
+    add("--gradient_checkpointing", action="store_true", help="save memory by computing hidden states twice")
+    add("--compile", action="store_true", help="compile the network (its gain on GPUs is not measured)")
     add("--num_workers", type=worker_count, default=0, help="processes that build batches (default: %(default)s)")
-    add("--seed", type=whole_number, default=42, help="of weights, order and dropout (default: %(default)s)")
     parser.set_defaults(processes=None, max_history=2)
     args = parse_resumable(parser)
     if not args.mc_coef:
@@ -234,7 +235,7 @@ def parse_args() -> Namespace:
 
 
 def main() -> None:
-    """The command line, in this process, which may be one of many."""
+    """Run the command line in this process, which may be one of several."""
     args = parse_args()
     with devices.processes(args):
         training(args)

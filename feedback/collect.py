@@ -62,8 +62,7 @@ def collect(args: Namespace) -> int:
     require_memory(2 * 4 * rows * len(tokenizer), f"--replies {args.replies} to {rows // args.replies} contexts a time")
     table = dataset_of(args, tokenizer)
     split = require_split(table, args.split, args.dataset or args.dataset_path)
-    dataset = TurnDataset(split, tokenizer, model.max_positions, max_history=model.max_history,
-                          history_start=model.history_start, no_persona=model.no_persona)
+    dataset = TurnDataset.for_model(model, split, tokenizer)
     if args.contexts > len(dataset):
         logger.warning("--contexts %s: the '%s' split has only %s turns", args.contexts, args.split, len(dataset))
     order = np.random.default_rng(args.seed).permutation(len(dataset))[:args.contexts].tolist()

@@ -274,8 +274,7 @@ class Trainer:
     def dataset(self, name: str) -> TurnDataset:
         split = require_split(self.table, name, self.args.dataset or self.args.dataset_path)
         model = self.network.model
-        return TurnDataset(split, self.tokenizer, model.max_positions, max_history=model.max_history,
-                           history_start=model.history_start, no_persona=model.no_persona)
+        return TurnDataset.for_model(model, split, self.tokenizer)
 
     def turn(self, dataset: TurnDataset, number: int) -> Turn:
         """A context of the data, without replies."""

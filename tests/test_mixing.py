@@ -155,7 +155,7 @@ def test_empty_persona_one_candidate_and_unequal_numbers_of_candidates_make_batc
 @pytest.mark.parametrize("decay, power", [("linear", 1), ("polynomial", 2)])
 def test_the_learning_rate_is_that_of_transformers(decay, power):
     parser = ArgumentParser()
-    add_schedule_flags(parser)
+    add_schedule_flags(parser.add_argument)
     for ratio, iterations in ((0.0, 7), (0.25, 40)):
         args = parser.parse_args(["--lr", "0.5", "--warmup_ratio", str(ratio), "--lr_decay", decay])
         ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5) for _ in range(2))
