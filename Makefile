@@ -1,6 +1,7 @@
 # make demo    from a fresh clone to a trained, evaluated bot, on embedded defaults and without a hub
 # make web     the same bot on a web page, at http://127.0.0.1:7860
 # make test    the whole test suite
+# make test-fast  the tests that take less than two minutes together
 # make faults  kill a training run 40 times, resume it, compare the weights: some minutes; started again, it goes on
 # make attack  attack a running server, with honest clients beside: a quarter of an hour
 # make install the set-up alone: .venv
@@ -16,7 +17,7 @@ VENV := .venv
 TEST_PROCESSES := 2  # each computes on one thread, see tests/conftest.py
 BIN := $(VENV)/bin
 
-.PHONY: attack bench clean demo docker-check faults fuzz install lint parlai test web
+.PHONY: attack bench clean demo docker-check faults fuzz install lint parlai test test-fast web
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./recipes/demo.sh
@@ -26,6 +27,9 @@ web: $(VENV)/web-installed
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --durations 15
+
+test-fast: $(VENV)/test-installed
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal -m "not slow"
 
 fuzz: $(VENV)/fuzz-installed
 	$(BIN)/python tests/fuzz.py $(FUZZ_FLAGS)

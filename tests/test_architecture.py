@@ -1,4 +1,4 @@
-"""The order of the house: a file imports only from those above it in the README's table, and no file grows too long."""
+"""A file imports only from those above it in the table of docs/architecture.md, and no file grows too long."""
 
 import ast
 import re
@@ -25,11 +25,11 @@ def imported(path: str) -> set[str]:
     return {f"{module.replace('.', '/')}.py" for module in modules} & set(TRACKED)
 
 
-def test_imports_follow_the_readmes_table():
-    table = Path(ROOT, "README.md").read_text("utf-8").partition("## Read the code")[2]
-    floors = {path: floor for floor, path in enumerate(dict.fromkeys(re.findall(r"\]\(([\w/]+\.py)\)", table)))}
+def test_imports_follow_the_table_of_files():
+    table = Path(ROOT, "docs", "architecture.md").read_text("utf-8").partition("## Files")[2]
+    floors = {path: floor for floor, path in enumerate(dict.fromkeys(re.findall(r"\]\(\.\./([\w/]+\.py)\)", table)))}
     ours = [path for path in SOURCES if not path.startswith("feedback/")]
-    assert set(ours) == set(floors), "each file has its line in the README, and each line its file"
+    assert set(ours) == set(floors), "each file has its line in docs/architecture.md, and each line its file"
     backwards = [f"{path} imports {module}" for path in ours for module in imported(path)
                  if floors.get(module, len(floors)) >= floors[path]]
     assert not backwards
