@@ -1,15 +1,17 @@
-"""Judge whether the reply to a question about the bot's persona answers from it, contradicts it, or evades.
+"""Judge a reply to a question about the bot's persona: it answers from the persona, contradicts it, or evades.
 
-Questions stand in JSON lines, one per line, as in benchmarks/persona_questions.jsonl:
+A file of questions has one JSON object per line, as benchmarks/persona_questions.jsonl:
 
-    {"persona": ["i have two dogs .", …], "history": ["hi !", "hello , how are you ?"],     before it; may be []
+    {"persona": ["i have two dogs .", …],
+     "history": ["hi !", "hello , how are you ?"],          the dialog before the question; may be empty
      "question": "do you have any pets ?", "kind": "pet",
      "answers": ["yes", "dog"], "contradictions": ["no", "cat", "rabbit", …]}
 
-Answers and contradictions are patterns: words that follow each other in the reply, in any inflection that
-`normalized` and `_same` see through. ``#`` stands for any number, ``*`` for any word, ``|`` for the beginning or the
-end of a clause, and ``yes`` and ``no`` alone mean that the reply says so. This file knows words; nothing about models
-or tokens.
+Answers and contradictions are patterns. A pattern is a sequence of words that the reply contains in any inflection
+that `canonical_words` and `_matches` recognise. In it ``#`` stands for any number, ``*`` for any word and ``|`` for the
+beginning or the end of a clause. The patterns ``yes`` and ``no`` mean that the reply affirms or denies.
+
+This file knows words, but neither models nor tokens.
 """
 
 import json
@@ -23,7 +25,7 @@ from cli import InputError
 from readers import lines
 
 VERDICTS = ("answered", "contradicted", "evaded")
-# Kinds in which one person may well have several values: "pizza and pasta" is no contradiction of pizza.
+# Kinds of which one person may have several values: "pizza and pasta" does not contradict a persona that likes pizza.
 OPEN_KINDS = {"allergy", "animal", "dislike", "drink", "fear", "food", "health", "hobby", "instrument", "language",
               "music", "pet", "sport", "travel"}
 UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -43,10 +45,10 @@ REFUSING = [phrase.split() for phrase in ("no |", "no i", "no not", "no we", "no
                                           "i do not |", "i be not |", "i have not |", "i can not |", "not at all",
                                           "none", "not yet", "we do not |", "we be not |", "unfortunately not")]
 NEGATIONS = {"not", "no", "without", "neither", "nor", "none", "nothing"}
-# After these a claim is no claim of today: it neither contradicts the persona nor denies it.
+# A claim after these words is not about the present: it neither contradicts the persona nor denies it.
 UNREAL = {"want", "wish", "hope", "if", "might", "maybe", "would", "prefer"}
 PAST = {"used", "was", "were", "did", "had", "before"}
-# Negative words that negate nothing.
+# Negative phrases that deny nothing.
 EMPHATIC = ("can not get enough", "can not wait", "can not stop", "can not live without", "not only", "not get tired",
             "no doubt", "do not mind", "no problem", "can not go wrong", "not just")
 ASKING = (r"(?:what|how|where|who|which|why|when|you|yours?)\b|"
@@ -58,7 +60,7 @@ PEOPLE = set("mother mom father dad parent brother sister sibling twin wife husb
 
 
 class Question(NamedTuple):
-    """One line of a file of questions."""
+    """One line of a file of questions; the module's docstring explains the fields."""
 
     persona: list[str]
     history: list[str]
@@ -71,11 +73,11 @@ class Question(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- the words
 
 
-def normalized(text: str) -> list[str]:
-    """The words of a text in one spelling, with ``|`` wherever a clause ends or begins.
+def canonical_words(text: str) -> list[str]:
+    """Return the words of a text in a canonical spelling, with ``|`` wherever a clause begins or ends.
 
-    Contractions are spelt out, numbers are digits, hyphens are spaces, nouns are singular, forms of "to be" are "be",
-    "never" is "not"; articles and words that add nothing are left out.
+    Contractions are expanded ("don't" → "do not"), numbers become digits, hyphens become spaces, nouns become singular,
+    all forms of "to be" become "be", and "never" becomes "not". Articles and words of emphasis are left out.
     """
     text = text.lower().replace("’", "'").replace("-", " ")
     text = re.sub(r"(?<=\d) ?,(?=\d{3}\b)", "", text)
@@ -117,8 +119,8 @@ def _singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and re.search(r"[^sui]s$", word) else word
 
 
-def _same(word: str, pattern: str) -> bool:
-    """Whether a word is that of a pattern, or is inflected or derived of it by -ing, -ed or -er."""
+def _matches(word: str, pattern: str) -> bool:
+    """Return whether ``word`` is the pattern's word, or that word with the ending -ing, -ed or -er."""
     if word == pattern or pattern == "#" and word.isdigit() or pattern == "*" and word != "|":
         return True
     if len(pattern) < 3 or not word.startswith(pattern[:-1]):
@@ -129,10 +131,10 @@ def _same(word: str, pattern: str) -> bool:
     return any(word == stem + end for stem in stems for end in ("ing", "ed", "er"))
 
 
-def _places(pattern: list[str], words: list[str]) -> Iterator[tuple[int, int]]:
-    """Where a pattern stands in a clause: its first word and the one behind its last."""
+def _spans(pattern: list[str], words: list[str]) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, stop)`` of each place in a clause that matches the pattern."""
     for start in range(len(words) - len(pattern) + 1 if pattern else 0):
-        if all(map(_same, words[start:start + len(pattern)], pattern)):
+        if all(map(_matches, words[start:start + len(pattern)], pattern)):
             yield start, start + len(pattern)
 
 
@@ -140,31 +142,31 @@ def _places(pattern: list[str], words: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def judge(reply: str, question: Question) -> str:
-    """One of `VERDICTS` about ``reply``, which answers ``question``.
+    """Return the one of `VERDICTS` that fits ``reply``, which follows ``question``.
 
-    What the reply asks back, says of the other person, or, where the question is not about others, says of others,
-    does not count. An answer that is denied is a contradiction, a contradiction that is denied is none. Who says the
-    right thing and a wrong one has contradicted, but for `OPEN_KINDS`.
+    Three parts of a reply are ignored: questions, statements about the other person, and statements about third persons
+    unless the question is about them. A denied answer counts as a contradiction; a denied contradiction counts as
+    nothing. A reply that contains both an answer and a contradiction contradicts, except in `OPEN_KINDS`.
     """
     answers = [_pattern(text) for text in question.answers if text not in ("yes", "no")]
     contradictions = [_pattern(text) for text in question.contradictions if text not in ("yes", "no")]
-    asked = normalized(question.question)
+    asked = canonical_words(question.question)
     about_others = bool(PEOPLE & set(sum([*answers, *contradictions], asked)))
     about_past = bool(PAST & set(asked))
     right = wrong = denied = False
     for clause in _clauses(reply):
         if clause[1] in ("you", "your") or not about_others and _is_about_others(clause):
             continue
-        said = [span for pattern in answers for span in _places(pattern, clause)]
+        said = [span for pattern in answers for span in _spans(pattern, clause)]
         asserted = [span for span in said if not _is_negated(clause, span[0])]
         right |= bool(asserted)
-        denied |= any(not _within(span, asserted) and not _is_unreal(clause, span[0], about_past)
+        denied |= any(not _overlaps(span, asserted) and not _is_unreal(clause, span[0], about_past)
                       for span in said if span not in asserted)
-        wrong |= any(not (_within(span, said) or _is_negated(clause, span[0])
+        wrong |= any(not (_overlaps(span, said) or _is_negated(clause, span[0])
                           or _is_unreal(clause, span[0], about_past))
                      for pattern in contradictions
                      if not (right and set(pattern) == {"|", "#"})  # "three , they are 4 , 6 and 9"
-                     for span in _places(pattern, clause))
+                     for span in _spans(pattern, clause))
     polarity = _polarity(reply)
     if right and not denied and (not wrong or question.kind in OPEN_KINDS):
         return "answered"
@@ -174,19 +176,19 @@ def judge(reply: str, question: Question) -> str:
 
 
 def _pattern(text: str) -> list[str]:
-    """The words of a pattern, in the spelling of `normalized`; clause ends only where the pattern has them."""
-    words = normalized(text.replace("#", " anynumber ").replace("*", " anyword "))
+    """Return a pattern's `canonical_words`, with the ends of clauses only where the pattern itself has ``|``."""
+    words = canonical_words(text.replace("#", " anynumber ").replace("*", " anyword "))
     return [{"anynumber": "#", "anyword": "*"}.get(word, word)
             for word in words[not text.startswith("|"):len(words) - (not text.endswith("|"))]]
 
 
 def _clauses(reply: str) -> Iterator[list[str]]:
-    """The clauses of a reply in which something is said, each with ``|`` at both ends; questions are left out."""
+    """Yield the non-empty clauses of a reply, each with ``|`` at both ends; questions are left out."""
     for sentence in re.findall(r"[^.!?]+[.!?]*", reply.lower()):
         if "?" in sentence:
             sentence = re.split(rf"(?:^|(?<=[\s,]))(?:{ASKING})", sentence, maxsplit=1)[0]
         clause = ["|"]
-        for word in normalized(sentence)[1:]:
+        for word in canonical_words(sentence)[1:]:
             clause.append(word)
             if word == "|":
                 while len(clause) > 2 and clause[1] in OPENINGS:
@@ -197,7 +199,7 @@ def _clauses(reply: str) -> Iterator[list[str]]:
 
 
 def _polarity(reply: str) -> str:
-    """Whether the reply says yes or no, or neither (""). What it says first counts."""
+    """Return "yes" or "no", whichever the reply says first, or "" if it says neither."""
     for clause in _clauses(reply):
         if any(clause[1:1 + len(phrase)] == phrase for phrase in REFUSING) or clause[1] == "no":
             return "no"
@@ -207,6 +209,7 @@ def _polarity(reply: str) -> str:
 
 
 def _is_negated(clause: list[str], place: int) -> bool:
+    """Return whether an odd number of negations stands before ``place``."""
     before = " ".join(clause[1:place])
     for phrase in EMPHATIC:
         before = before.replace(phrase, "")
@@ -214,6 +217,7 @@ def _is_negated(clause: list[str], place: int) -> bool:
 
 
 def _is_unreal(clause: list[str], place: int, about_past: bool) -> bool:
+    """Return whether the words before ``place`` make it a wish, a guess or, unless ``about_past``, a memory."""
     before = set(clause[:place])
     return bool(before & UNREAL) or not about_past and bool(before & {"used", "was", "were"})
 
@@ -222,8 +226,8 @@ def _is_about_others(clause: list[str]) -> bool:
     return clause[1] in ("he", "she", "they") or clause[1] == "my" and clause[2] in PEOPLE
 
 
-def _within(span: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a span of words shares one with any of ``spans``."""
+def _overlaps(span: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
+    """Return whether a span of words shares a word with any of ``spans``."""
     return any(span[0] < end and start < span[1] for start, end in spans)
 
 
@@ -231,7 +235,7 @@ def _within(span: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """The questions of a file of JSON lines. Raises `InputError` naming the line that is none."""
+    """Read the questions of a file of JSON lines. Raises `InputError` that names the line of the first error."""
     questions = []
     for number, line in lines(path):
         if not line.strip():
@@ -239,22 +243,22 @@ def read_questions(path: str | Path) -> list[Question]:
         try:
             question = Question(**json.loads(line))
         except (TypeError, ValueError) as error:
-            raise InputError(f"{path}: line {number} is not a question ({error}); write persona, history, question, "
-                             "kind, answers and contradictions, as consistency.py says") from None
+            raise InputError(f"{path}: line {number} is not a question ({error}); write an object with persona, "
+                             "history, question, kind, answers and contradictions, as in consistency.py") from None
         for field in ("persona", "history", "answers", "contradictions"):
             value = getattr(question, field)
             if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-                raise InputError(f"{path}: line {number}: {field} is not a list of texts; write one")
+                raise InputError(f"{path}: line {number}: {field} is not a list of strings; write one")
         if not isinstance(question.question, str) or not isinstance(question.kind, str) or not question.answers:
-            raise InputError(f"{path}: line {number} lacks its question, its kind or an answer; write them")
+            raise InputError(f"{path}: line {number} lacks a question, a kind or an answer; add it")
         questions.append(question)
     if not questions:
-        raise InputError(f"{path}: holds no question; write one per line")
+        raise InputError(f"{path}: contains no question; write one per line")
     return questions
 
 
 def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share ``count / total`` by Wilson (1927), at 95 % unless ``z`` says otherwise."""
+    """Return the Wilson (1927) score interval of the share ``count / total``; ``z`` 1.96 gives 95 % confidence."""
     share, weight = count / total, z * z / total
     middle = share + weight / 2
     half = z * (share * (1 - share) / total + weight / (4 * total)) ** 0.5
@@ -262,6 +266,7 @@ def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def shares(verdicts: Sequence[str]) -> dict[str, tuple[float, float, float]]:
-    """Each of `VERDICTS` with its share and the interval of that."""
+    """Return the share of each of `VERDICTS` with its `wilson` interval: (share, lower bound, upper bound)."""
+
     count = Counter(verdicts)
     return {verdict: (count[verdict] / len(verdicts), *wilson(count[verdict], len(verdicts))) for verdict in VERDICTS}

@@ -16,7 +16,7 @@ import numpy as np
 
 from cli import InputError
 from corpora import LONGEST_SENTENCE
-from words import bare
+from words import text_key
 
 HISTORY = 100  # utterances kept before a turn, or 99, so that the list begins with the speaker who opened the dialog
 MOST_TURNS = 10_000  # of a dialog; each is kept with its history
@@ -150,7 +150,7 @@ class Side(NamedTuple):
             history = turn["history"]
             said += history[len(said):] if len(history) > len(said) else history[-1:]
             said.append(turn["candidates"][-1])
-        alike = tuple(map(bare, said))
+        alike = tuple(map(text_key, said))
         return cls(len(entry["utterances"][0]["history"]) % 2, len(said), hash(alike), hash(alike[:-1]))
 
 

@@ -123,14 +123,14 @@ def convert(source: Path, out: Path, target: str, distractors: str, train_frac: 
         unfinished.unlink(missing_ok=True)
 
 
-def add_distractors(entries: list[dict], how: str, seed: int) -> None:
+def add_distractors(entries: list[dict], method: str, seed: int) -> None:
     """Put distractors before the reply of every turn that has only its reply, in place, the hardest last."""
     numbers: dict[str, int] = {}
     turns = [turn for entry in entries for turn in entry["utterances"]]
     replies = [numbers.setdefault(turn["candidates"][-1], len(numbers)) for turn in turns]
     dialogs, texts = DialogNumbers(), list(numbers)
     of = [number for entry in entries for number in [dialogs.number(entry)] * len(entry["utterances"])]
-    drawn = draw_distractors(np.array(replies), dialogs.same()[of], texts, how, seed=seed)
+    drawn = draw_distractors(np.array(replies), dialogs.same()[of], texts, method, seed=seed)
     for turn, wrong in zip(turns, drawn[:, ::-1].tolist(), strict=True):
         if len(turn["candidates"]) == 1:
             turn["candidates"][:0] = [texts[number] for number in wrong if number >= 0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from words import bare, letters_apart, normalized
+from words import normalized, separate_letters, text_key
 
 if TYPE_CHECKING:
     from tables import Split, TokenTable
@@ -136,7 +136,7 @@ def f1_score(reply: str, gold: str) -> float:
     """
     reply_words, gold_words = normalized(reply), normalized(gold)
     common = sum((Counter(reply_words) & Counter(gold_words)).values())
-    if gold_words and bare(reply) == bare(gold):
+    if gold_words and text_key(reply) == text_key(gold):
         return 1.0
     return 2 * common / (len(reply_words) + len(gold_words)) if common else 0.0
 
@@ -163,9 +163,9 @@ def reply_metrics(records: list[dict], split: "Split", max_history: int) -> dict
     """
     copied, lengths, grams = [], [], {1: Counter(), 2: Counter()}
     for turn, record in enumerate(records):
-        reply = split_words(letters_apart(record["reply"]))
+        reply = split_words(separate_letters(record["reply"]))
         seen = split.texts("persona", split.turn_dialog[turn]) + split.texts("history", turn)[-(2 * max_history + 1):]
-        within = (f" {' '.join(split_words(letters_apart(text)))} ".lower() for text in seen)
+        within = (f" {' '.join(split_words(separate_letters(text)))} ".lower() for text in seen)
         copied.append(bool(reply) and any(f" {' '.join(reply)} ".lower() in text for text in within))
         lengths.append(len(reply))
         for n, counts in grams.items():

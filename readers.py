@@ -15,7 +15,7 @@ from typing import NamedTuple
 from cli import InputError, fraction
 from corpora import LONGEST_LINE, check_entry, lines, read_corpus
 from dialogs import HISTORY, TARGETS, Dialog, Turn, clean, divided, entries, merged, one_side, without_silence
-from distractors import HOW
+from distractors import METHODS
 from records import SPLIT_NAMES, is_entry, is_lines, is_record, peek, read_records, records, shape_of
 from releases import (
     RELEASES,
@@ -234,7 +234,7 @@ def add_reading_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--target", default="both", choices=TARGETS,
                         help="whose turns are learnt: both people's, or only the second or first speaker's (default: "
                              "%(default)s)")
-    parser.add_argument("--distractors", default="random", choices=HOW,
+    parser.add_argument("--distractors", default="random", choices=METHODS,
                         help="wrong candidates for turns that bring none: replies of other dialogs, by chance, or "
                              "those that share most with the right one (default: %(default)s)")
     parser.add_argument("--train_frac", type=fraction, metavar="F",

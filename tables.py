@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cli import short
 from dialogs import DialogNumbers
-from distractors import COUNT, draw_distractors
+from distractors import PER_TURN, draw_distractors
 from files import digest, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def build_table(tokenizer, splits: Mapping[str, Iterable[dict]], distractors: st
 
 
 def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[str], tokens: _Ragged,
-                     dialogs: np.ndarray, how: str) -> None:
+                     dialogs: np.ndarray, method: str) -> None:
     """Put distractors before the reply of every turn of a split that has only its reply, in place, the hardest last.
 
     ``dialogs`` (turns,): which dialog a turn is of. Training takes the last of a turn's candidates.
@@ -207,13 +207,13 @@ def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[st
     counts, golds = np.diff(offsets), candidates[offsets[1:] - 1]
     if not (counts == 1).any():
         return
-    drawn = np.full((len(golds), COUNT), -1)
+    drawn = np.full((len(golds), PER_TURN), -1)
     ids = {number: tuple(tokens[number]) for number in np.unique(golds).tolist()}
-    drawn[counts == 1] = draw_distractors(golds, dialogs, strings, how, of=np.flatnonzero(counts == 1),
+    drawn[counts == 1] = draw_distractors(golds, dialogs, strings, method, turns=np.flatnonzero(counts == 1),
                                           tokens=ids)[:, ::-1]
     added = (drawn >= 0).sum(1)
     logger.info("%s: %s turns bring no distractors; replies of other dialogs are drawn (%s)", split,
-                f"{(counts == 1).sum():,}", how)
+                f"{(counts == 1).sum():,}", method)
     new = np.append(0, np.cumsum(counts + added))
     values = np.empty(new[-1], np.int32)
     own = np.arange(len(candidates)) + np.repeat(np.cumsum(added), counts)
@@ -237,16 +237,16 @@ def tokenize_persona(tokenizer, sentences: list[str]) -> list[list[int]]:
     return tokenizer.encode_persona(sentences)
 
 
-def _tokenize_in_parallel(tokenizer, texts: list[str], how: Callable = tokenize,
+def _tokenize_in_parallel(tokenizer, texts: list[str], function: Callable = tokenize,
                           chunk: int = 4096) -> Iterator[list[list[int]]]:
-    """``how`` over chunks of ``texts``, in order; where they are many, in one process per core."""
+    """``function`` over chunks of ``texts``, in order; where they are many, in one process per core."""
     chunks = (texts[start:start + chunk] for start in range(0, len(texts), chunk))
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
                   len(texts) // (4 * chunk))
     if workers < 2:
-        yield from (how(tokenizer, texts) for texts in chunks)
+        yield from (function(tokenizer, texts) for texts in chunks)
         return
-    with multiprocessing.Pool(workers, _start_worker, (partial(how, tokenizer),)) as pool:
+    with multiprocessing.Pool(workers, _start_worker, (partial(function, tokenizer),)) as pool:
         yield from pool.imap(_tokenize_chunk, chunks)
 
 

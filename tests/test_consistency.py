@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, script
 
 from cli import InputError
-from consistency import Question, judge, normalized, read_questions, shares, wilson
+from consistency import Question, canonical_words, judge, read_questions, shares, wilson
 
 QUESTIONS = ROOT / "benchmarks" / "persona_questions.jsonl"
 
@@ -121,7 +121,7 @@ def test_a_reply_is_judged_as_a_person_would(asked, reply, verdict):
     ("the 10th grade", "| 10 grade |"),
 ])
 def test_words_have_one_spelling(text, words):
-    assert " ".join(normalized(text)) == words
+    assert " ".join(canonical_words(text)) == words
 
 
 def test_the_questions_are_many_and_answered_by_their_personas():

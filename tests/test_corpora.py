@@ -19,7 +19,7 @@ from dialogs import HISTORY, Dialog, DialogNumbers, Turn, divided, entries, one_
 from distractors import draw_distractors
 from example_entry import convert
 from readers import read_any
-from words import bare, normalized, words
+from words import normalized, text_key, words
 
 
 def entries_of(path, content: str, target: str = "both") -> list[dict]:
@@ -330,7 +330,7 @@ def test_the_right_reply_in_another_spelling_is_no_distractor(tmp_path, how):
     for *wrong, gold in found:
         assert wrong and normalized(gold) not in map(normalized, wrong)
         assert not any(one in spellings for one in wrong) or gold not in spellings
-        assert len({bare(one) for one in wrong}) == len(wrong)
+        assert len({text_key(one) for one in wrong}) == len(wrong)
 
 
 def test_words_that_a_tokenizer_cannot_tell_apart_are_no_distractors():
@@ -419,12 +419,13 @@ def test_what_a_later_split_repeats_is_left_out_of_training(tmp_path, caplog):
 
 def test_no_dialog_of_the_real_dailydialog_is_trained_on_and_evaluated():
     folder = shared("data/dailydialog")
-    evaluated = {tuple(bare(said) for said in line.split("__eou__") if said.strip()) for split in ("validation", "test")
+    evaluated = {tuple(text_key(said) for said in line.split("__eou__") if said.strip())
+                 for split in ("validation", "test")
                  for line in (folder / f"dialogues_{split}.txt").read_text("utf-8").split("\n") if line}
     splits = put_together([read_any(folder)], "dailydialog")
     trained = list(splits["train"])
     last = [entry["utterances"][-1] for entry in trained]
-    known = {tuple(map(bare, (*turn["history"], turn["candidates"][-1]))) for turn in last}
+    known = {tuple(map(text_key, (*turn["history"], turn["candidates"][-1]))) for turn in last}
     assert not evaluated & known and len(trained) > 20_000
     kept = put_together([read_any(folder)], "dailydialog", keep_repeated=True)["train"]
     assert len(list(kept)) > len(trained) + 400
