@@ -83,7 +83,7 @@ class Checkpoints:
 
     def _check_loss(self, engine: Engine, loader: DataLoader) -> None:
         state = engine.state
-        loss, norm = float(state.output["loss"]), float(devices.whole(torch.as_tensor(state.gradient_norm)))
+        loss, norm = float(state.output["loss"]), float(devices.unsharded(torch.as_tensor(state.gradient_norm)))
         # Under loss scaling infinite gradients are in order: their step is left out, and the scale lowered.
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
             return
@@ -101,7 +101,7 @@ class Checkpoints:
         self._stop_if_told()
 
     def _stop_if_told(self) -> None:
-        if number := devices.largest(self.signal):  # processes get it at different batches
+        if number := devices.max_over_processes(self.signal):  # processes get it at different batches
             self.save()
             logger.info("Stopped after step %d; --resume %s goes on", self.place["step"], self.run_folder)
             raise SystemExit(128 + number)
@@ -154,7 +154,7 @@ class Checkpoints:
         """
         header = self.place | self.facts | {
             "config": self.model.config.to_diff_dict(), "nll": nll, "scaler": self.scaler.state_dict(),
-            "streams": devices.collect(_to_json(self.streams))}
+            "streams": devices.gather(_to_json(self.streams))}
         path = self.folder / f"step-{header['step']}.safetensors"
 
         def write(tensors: dict[str, torch.Tensor]) -> None:
@@ -162,7 +162,7 @@ class Checkpoints:
             write_checkpoint(tensors, path, header)
             self._remove_old()
 
-        self._write(path.relative_to(self.run_folder), state_of(self.model, self.optimizer), write)
+        self._write(path.relative_to(self.run_folder), named_state(self.model, self.optimizer), write)
 
     def save_model(self) -> None:
         """Write the weights as they are now as the run folder's model, or keep the old one where the disk refuses."""
@@ -173,11 +173,11 @@ class Checkpoints:
         """Gather tensors by name, and let the first process ``write`` them. Returns whether that worked."""
         gathered = {}
         for name, tensor in tensors:
-            tensor = devices.whole(tensor)
+            tensor = devices.unsharded(tensor)
             if devices.is_first():
                 gathered[name] = tensor.cpu()
         worked = not devices.is_first() or self._attempt(what, lambda: write(gathered))
-        devices.wait()
+        devices.wait_for_all()
         return worked
 
     def _attempt(self, what: Path, write: Callable[[], None]) -> bool:
@@ -222,7 +222,7 @@ class Checkpoints:
                 raise InputError(f"{path}: this run cannot go on: its {name} was {header.get(name)} and is {now} now; "
                                  "give it what it began with")
         try:
-            put_back(path, self.model, self.optimizer)
+            restore_state(path, self.model, self.optimizer)
             self.scaler.load_state_dict(header["scaler"])
             self.schedule.load_state_dict(header["schedule"])
             _restore_streams(header["streams"], header["step"], self.args.device)
@@ -233,7 +233,7 @@ class Checkpoints:
         return header
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """What a checkpoint holds, by name: ``model.WEIGHT``, and ``optimizer.FIELD.WEIGHT``, what is kept of each weight.
 
     Lasting buffers are there as well, and tensors that are one under several names once.
@@ -246,27 +246,27 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tup
 
 
 @torch.no_grad()
-def put_back(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Set a model and its optimizer, in place, to what `state_of` said when the checkpoint was written.
+def restore_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Set a model and its optimizer, in place, to what `named_state` said when the checkpoint was written.
 
     Raises ``SafetensorError``, ``OSError``, ``RuntimeError``, ``LookupError`` or ``ValueError`` where it does not fit.
     """
     with safe_open(path, framework="pt") as file:
         for name, tensor in each_once(model).items():
-            tensor.copy_(devices.placed(file.get_tensor(f"model.{name}"), tensor))
+            tensor.copy_(devices.placed_like(file.get_tensor(f"model.{name}"), tensor))
         weights = dict(model.named_parameters())
         for key in file.keys():
             if key.startswith("optimizer."):
                 _, field, name = key.split(".", 2)
                 value, weight = file.get_tensor(key), weights[name]
                 if value.ndim:
-                    value = devices.placed(value, weight)
+                    value = devices.placed_like(value, weight)
                 elif optimizer.defaults.get("fused"):  # which counts steps beside the weights, others on the CPU
                     value = value.to(weight.device)
                 optimizer.state[weight][field] = value
 
 
-def find(resume: str) -> tuple[Path, Path]:
+def find_checkpoint(resume: str) -> tuple[Path, Path]:
     """The run folder and the checkpoint that ``--resume`` means: a run, whose last one is taken, or a checkpoint.
 
     A damaged last one is passed over with a warning. Raises `InputError` when there is none, or a named one is damaged.
@@ -295,7 +295,7 @@ def _run_of(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if len(checkpoint.parts) > 2 else checkpoint.absolute().parents[1]
 
 
-def begin(args: Namespace, tokenizer) -> Path:
+def open_run_folder(args: Namespace, tokenizer) -> Path:
     """The run folder, in all processes: that of ``--resume``, or a new one with tokenizer and arguments in it."""
     if args.resume:
         return _run_of(Path(args.resume))
@@ -324,7 +324,7 @@ def parse_resumable(parser: ArgumentParser) -> Namespace:
     args = parser.parse_args()
     if not args.resume:
         return args
-    run, checkpoint = find(args.resume)
+    run, checkpoint = find_checkpoint(args.resume)
     path = run / ARGUMENTS
     try:
         began = json.loads(path.read_text("utf-8"))

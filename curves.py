@@ -81,7 +81,7 @@ def attach_curves(run: Path, trainer: Engine, evaluator: Engine, optimizer: torc
 
     Where a reply would need all processes (``--shard``) or be compiled anew (``--compile``), there are none.
     """
-    curves = spared(TensorboardLogger(log_dir=run, write_to_disk=devices.is_first()))  # writes through tensorboardX
+    curves = tolerate_full_disk(TensorboardLogger(log_dir=run, write_to_disk=devices.is_first()))
     curves.attach_output_handler(trainer, Events.ITERATION_COMPLETED, tag="training", output_transform=lambda out: out)
     curves.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, optimizer, param_name="lr")
     curves.attach_output_handler(evaluator, Events.COMPLETED, tag="validation", metric_names="all",
@@ -94,7 +94,7 @@ def attach_curves(run: Path, trainer: Engine, evaluator: Engine, optimizer: torc
     return curves
 
 
-def spared(curves: TensorboardLogger) -> TensorboardLogger:
+def tolerate_full_disk(curves: TensorboardLogger) -> TensorboardLogger:
     """Let a full disk end the curves, not the run.
 
     tensorboardX writes in a thread that would die of it, or of a clock that jumps, and training would then wait for

@@ -101,7 +101,7 @@ def is_first() -> bool:
     return idist.get_rank() == 0
 
 
-def wait() -> None:
+def wait_for_all() -> None:
     """Return when all processes have come here, however long one of them takes."""
     if _Groups.agreement:
         dist.barrier(_Groups.agreement)
@@ -111,13 +111,13 @@ def wait() -> None:
 def first_of_each_machine() -> Iterator[None]:
     """One process of each machine does what is inside, a download, say; then the others, who find it done."""
     if idist.get_local_rank():
-        wait()
+        wait_for_all()
     yield
     if not idist.get_local_rank():
-        wait()
+        wait_for_all()
 
 
-def largest(number: int) -> int:
+def max_over_processes(number: int) -> int:
     """The largest of all processes' numbers, in every process."""
     if not _Groups.agreement:
         return number
@@ -126,7 +126,7 @@ def largest(number: int) -> int:
     return int(numbers)
 
 
-def collect(value: object) -> list:
+def gather(value: object) -> list:
     """All processes' values, by rank; in the others than the first, nothing."""
     if not _Groups.agreement:
         return [value]
@@ -225,12 +225,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def unsharded(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor gathered from all processes, each of which must ask for it; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def placed(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A whole tensor on the device of ``like`` and sharded as ``like`` is."""
     tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
@@ -243,7 +243,7 @@ def _of_choice(name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------- training
 
 
-def weigh(out: DoubleHeadsOutput) -> tuple[torch.Tensor, torch.Tensor]:
+def scale_losses(out: DoubleHeadsOutput) -> tuple[torch.Tensor, torch.Tensor]:
     """(lm_loss, mc_loss) twice: as this process should descend them, and of the whole batch, to be told.
 
     One is a mean over tokens and the other over turns, of which processes have different numbers; the gradient that

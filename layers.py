@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
            attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
            **kwargs) -> tuple[torch.Tensor, None]:
     """Attention in the form that transformers calls it: torch's SDPA, but for packed rows in bfloat16 on CPUs.
@@ -44,8 +44,8 @@ def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: tor
     return (weights @ value).view(batch, heads, queries, size).transpose(1, 2).contiguous(), None
 
 
-ATTENTION = "sdpa_or_products"  # the name of `attend` in a model's configuration; it is not saved
-AttentionInterface.register(ATTENTION, attend)
+ATTENTION = "sdpa_or_products"  # the name of `packed_attention` in a model's configuration; it is not saved
+AttentionInterface.register(ATTENTION, packed_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------------------------- hits@k
 
 
-def ranks(scores, right):
+def rank_of_right(scores, right):
     """The ranks, counted from 1, of the first candidates that are ``right``, (…,) integers.
 
     ``scores`` (…, candidates) and ``right``, booleans of that shape, are arrays of numpy or tensors of torch.
@@ -37,10 +37,10 @@ def ranks(scores, right):
     return (before | ~right[..., None, :]).all(-1).sum(-1) + 1
 
 
-def gold_rank(scores: Sequence[float], texts: Sequence[str]) -> int:
+def gold_rank_by_words(scores: Sequence[float], texts: Sequence[str]) -> int:
     """The rank of the gold reply, the last of ``texts``, or of the same words elsewhere, by ParlAI's normalisation."""
     gold = normalized(texts[-1])
-    return int(ranks(np.array(scores), np.array([normalized(text) == gold for text in texts])))
+    return int(rank_of_right(np.array(scores), np.array([normalized(text) == gold for text in texts])))
 
 
 def choice_metrics(records: list[dict], split: "Split") -> dict[str, float | None]:
@@ -56,7 +56,7 @@ def choice_metrics(records: list[dict], split: "Split") -> dict[str, float | Non
                        "the choice's figures leave them out" if chosen else "hits@k says nothing")
     if not chosen:
         return {"Hits@1": None}
-    places = [gold_rank(records[turn]["scores"], split.texts("candidates", turn)) for turn in chosen]
+    places = [gold_rank_by_words(records[turn]["scores"], split.texts("candidates", turn)) for turn in chosen]
     hits = {f"Hits@{k}": fmean(place <= k for place in places) for k in (1, 5, 10)}
     return hits | {"MRR": fmean(1 / place for place in places)} | text_metrics(records, split, chosen)
 
@@ -197,7 +197,8 @@ def intervals(records: dict[str, list[dict]], split: "Split") -> dict[str, tuple
     dialogs, found = np.asarray(split.turn_dialog), {}
     if "hits@1" in records:
         chosen = [turn for turn, record in enumerate(records["hits@1"]) if len(record["scores"]) > 1]
-        hits = [gold_rank(records["hits@1"][turn]["scores"], split.texts("candidates", turn)) == 1 for turn in chosen]
+        hits = [gold_rank_by_words(records["hits@1"][turn]["scores"], split.texts("candidates", turn)) == 1
+                for turn in chosen]
         if chosen:
             found["Hits@1"] = interval(hits, np.ones(len(hits)), dialogs[chosen])
     if "ppl" in records:

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from inputs import IGNORED, NO_CANDIDATE, places_before
 from layers import ATTENTION, additive, candidate_mask
-from metrics import ranks
+from metrics import rank_of_right
 
 
 @dataclass
@@ -33,7 +33,7 @@ class DoubleHeadsOutput(ModelOutput):
     gold candidate, mean over the turns; ``turns``: the number of turns, without those of a row of padding; ``nll`` and
     ``tokens``, both (rows,): a row's gold negative log-likelihood and the number of tokens that it is the sum of;
     ``mc_logits`` (turns, candidates), -inf where a turn has no such candidate; ``gold_rank`` (turns,): the rank of
-    the gold one, or of another of the same tokens, from 1 (`metrics.ranks`);
+    the gold one, or of another of the same tokens, from 1 (`metrics.rank_of_right`);
     ``logits``: (tokens, vocabulary), what the gold tokens were predicted with, row by row; or for decoding
     (batch, positions kept, vocabulary).
     """
@@ -57,7 +57,7 @@ class DoubleHeadsModel:
 
     architecture: str  # what plain transformers opens our folders as
     renamed: dict[str, str] = {}  # checkpoint's weight names → ours
-    apart: tuple[str, ...] = ()  # modules that the plain architecture lacks; saved in a file of their own
+    extra_modules: tuple[str, ...] = ()  # modules that the plain architecture lacks; saved in a file of their own
 
     @property
     def history_start(self) -> int:
@@ -85,7 +85,7 @@ class DoubleHeadsModel:
         """Whether the run was trained without token types; those that it is given are then left out."""
         return getattr(self.config, "no_token_types", False)
 
-    def read(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
+    def encode(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
         """The body's ``last_hidden_state`` (batch, positions, hidden) and ``past_key_values``."""
         raise NotImplementedError
 
@@ -108,7 +108,7 @@ class DoubleHeadsModel:
         if packed:
             attention_mask = self.layer_masks(candidate_mask(segment_ids, visible), position_ids, position_ids)
             use_cache = False
-        body = self.read(
+        body = self.encode(
             input_ids, token_type_ids=token_type_ids, position_ids=position_ids, attention_mask=attention_mask,
             past_key_values=past_key_values, use_cache=use_cache, **kwargs,
         )
@@ -140,7 +140,7 @@ class DoubleHeadsModel:
             first = (mc_token_ids[:, :, None] == mc_token_ids[:, None, :]).int().argmax(-1)
             scores = scores.gather(1, first)
             out.mc_logits = scores.masked_fill(mc_token_ids == NO_CANDIDATE, float("-inf"))
-            out.gold_rank = ranks(out.mc_logits, mc_token_ids == mc_token_ids.gather(1, mc_labels[:, None]))
+            out.gold_rank = rank_of_right(out.mc_logits, mc_token_ids == mc_token_ids.gather(1, mc_labels[:, None]))
             out.mc_loss = F.cross_entropy(out.mc_logits, mc_labels)
         return out
 
@@ -157,7 +157,7 @@ class DoubleHeadsModel:
         if config._attn_implementation.startswith("eager"):  # which adds its mask to the scores
             masks = {kind: additive(mask, self.dtype) for kind, mask in masks.items()}
         elif config._attn_implementation.startswith(ATTENTION) and torch.is_autocast_enabled(mask.device.type) and \
-                mask.device.type == "cpu":  # `attend` adds it, in every layer
+                mask.device.type == "cpu":  # `packed_attention` adds it, in every layer
             masks = {kind: additive(mask, torch.get_autocast_dtype("cpu")) for kind, mask in masks.items()}
         kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
         masks = {kind: masks[kind] for kind in set(kinds)}
@@ -173,7 +173,7 @@ class GPT2DoubleHeads(DoubleHeadsModel, GPT2DoubleHeadsModel):
         super().__init__(config)
         self._fuse_activations()
 
-    def read(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
+    def encode(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
         return self.transformer(input_ids, token_type_ids=None if self.no_token_types else token_type_ids, **inputs)
 
     def _fuse_activations(self) -> None:
@@ -246,7 +246,7 @@ class AnyDecoder(DoubleHeadsModel):
     training begins at exactly the pretrained model. ``config.speaker_ids`` says which ids the types are.
     """
 
-    apart = ("multiple_choice_head", "token_types")
+    extra_modules = ("multiple_choice_head", "token_types")
 
     def __init__(self, config):
         super().__init__(config)
@@ -260,7 +260,7 @@ class AnyDecoder(DoubleHeadsModel):
         else:
             super()._init_weights(module)
 
-    def read(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
+    def encode(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
         return self.base_model(inputs_embeds=self.embed(input_ids, token_type_ids), **inputs)
 
     def embed(self, input_ids, token_type_ids=None) -> torch.Tensor:

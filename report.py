@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import printable
-from metrics import calibration, calibration_error, gold_rank, softmax
+from metrics import calibration, calibration_error, gold_rank_by_words, softmax
 from tables import Split
 
 WORST = 20
@@ -54,7 +54,7 @@ def worst_turns(records: list[dict], split: Split, max_history: int) -> list[dic
         candidates = [{"text": text, "score": score, "gold": number == len(texts) - 1}
                       for number, (text, score) in enumerate(zip(texts, scores, strict=True))]
         turns.append({
-            "turn": turn, "dialog": int(split.turn_dialog[turn]), "rank": gold_rank(scores, texts),
+            "turn": turn, "dialog": int(split.turn_dialog[turn]), "rank": gold_rank_by_words(scores, texts),
             "probability": float(chance[turn]), "persona": split.texts("persona", split.turn_dialog[turn]),
             "history": split.texts("history", turn)[-(2 * max_history + 1):],
             "candidates": sorted(candidates, key=lambda one: -one["score"]),
@@ -73,7 +73,7 @@ def write_report(folder: Path, figures: dict[str, float], settings: dict, split:
     folder.mkdir(parents=True, exist_ok=True)
     report: dict = {"figures": figures, "settings": settings, "turns": split.num_turns}
     if several := {turn: record["scores"] for turn, record in enumerate(choices or []) if len(record["scores"]) > 1}:
-        ranks = [gold_rank(scores, split.texts("candidates", turn)) for turn, scores in several.items()]
+        ranks = [gold_rank_by_words(scores, split.texts("candidates", turn)) for turn, scores in several.items()]
         bins = calibration(several.values(), [rank == 1 for rank in ranks])
         report |= {"ranks": np.bincount(ranks)[1:].tolist(), "calibration": bins,
                    "calibration_error": calibration_error(bins), "worst": worst_turns(choices, split, max_history)}

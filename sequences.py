@@ -107,7 +107,7 @@ class Sequences:
                 mask: torch.Tensor | dict) -> torch.Tensor:
         """The last hidden states of one row of tokens, (1, tokens, hidden)."""
         if self.layers is None:
-            return self.model.read(ids, token_type_ids=types, position_ids=positions, use_cache=True,
+            return self.model.encode(ids, token_type_ids=types, position_ids=positions, use_cache=True,
                                    past_key_values=self, attention_mask=mask).last_hidden_state
         states, body = self.model.embed(ids, types), self.model.base_model
         cosines, sines = (table[0, :, None] for table in body.rotary_emb(states, position_ids=positions))
@@ -147,7 +147,7 @@ class Sequences:
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__) -> tuple:
         """Take in the keys and values of a pass, (1, heads, tokens, size) each; attention calls it.
 
-        What it returns tells `attend` where to look.
+        What it returns tells `decoding_attention` where to look.
         """
         states, rows, width = self.of_replies, len(self.lengths) * self.copies, self.longest
         if self.parts:
@@ -211,7 +211,7 @@ def _additive(mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
-def attend(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+def decoding_attention(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
            attention_mask: torch.Tensor | None, scaling: float | None = None, softcap: float | None = None,
            **how) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention in the interface of transformers: that of `Sequences` in its passes, ``attention`` otherwise."""
@@ -321,5 +321,5 @@ class PaddedSequences:
 
 def sequences_for(model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int):
     """`Sequences`, or `PaddedSequences` for families whose attention cannot be replaced."""
-    kind = Sequences if extend_attention_(model, IN_STEP, attend) else PaddedSequences
+    kind = Sequences if extend_attention_(model, IN_STEP, decoding_attention) else PaddedSequences
     return kind(model, contexts, copies, longest)

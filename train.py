@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 import devices
-from checkpoints import Checkpoints, begin, parse_resumable
+from checkpoints import Checkpoints, open_run_folder, parse_resumable
 from cli import coefficient, command, positive_number, positive_real, whole_number, worker_count
 from corpora import require_split
 from curves import BAR, Samples, attach_curves, attach_record
@@ -77,7 +77,7 @@ def training(args: Namespace) -> Path | None:
     RunningAverage(output_transform=lambda out: out["loss"]).attach(trainer, "loss")
     ProgressBar(persist=True, bar_format=BAR, disable=not devices.is_first()).attach(trainer, metric_names=["loss"])
 
-    run = begin(args, tokenizer)
+    run = open_run_folder(args, tokenizer)
     checkpoints = Checkpoints(run, model, optimizer, scaler, decay, args)
 
     @trainer.on(Events.EPOCH_COMPLETED)
@@ -147,7 +147,7 @@ def create_trainer(network: nn.Module, optimizer: torch.optim.Optimizer, scaler:
         last_of_step = state.iteration % every == 0 or state.iteration == total
         batch = convert_tensor(batch, device=args.device, non_blocking=True)
         with devices.exchanging(network, now=last_of_step):
-            (lm_loss, mc_loss), (lm_of_all, mc_of_all) = devices.weigh(network(**batch))
+            (lm_loss, mc_loss), (lm_of_all, mc_of_all) = devices.scale_losses(network(**batch))
             loss = args.lm_coef * lm_loss + args.mc_coef * mc_loss
             scaler.scale(loss / group).backward()
         if last_of_step:

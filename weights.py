@@ -83,7 +83,8 @@ def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> 
             if gguf:  # its weights are plain float32 now; the library would refuse to save or train "quantized" ones
                 del model.config.quantization_config
                 model.hf_quantizer, model.is_quantized = None, False
-            elif model.apart and (heads := cached_file(checkpoint, HEADS, _raise_exceptions_for_missing_entries=False)):
+            elif model.extra_modules and (
+                    heads := cached_file(checkpoint, HEADS, _raise_exceptions_for_missing_entries=False)):
                 model.load_state_dict(load_file(heads), strict=False)
                 missing -= load_file(heads).keys()
     except UnpicklingError:
@@ -352,7 +353,7 @@ def save_model(model: DoubleHeadsModel, folder: str | Path, state: dict[str, tor
     weights, heads = {}, {}
     for name, tensor in (state or model.state_dict()).items():
         if name not in model.all_tied_weights_keys:
-            file = heads if name.split(".")[0] in model.apart else weights
+            file = heads if name.split(".")[0] in model.extra_modules else weights
             file[".".join(names.get(part, part) for part in name.split("."))] = tensor.contiguous().cpu().float()
     write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
     if heads:

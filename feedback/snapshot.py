@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from checkpoints import put_back, state_of
+from checkpoints import named_state, restore_state
 from cli import InputError
 from files import read_header, write_checkpoint, write_text
 
@@ -67,7 +67,8 @@ def _noted(run: Path) -> dict:
 
 def save_snapshot(run: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Write weights, optimizer and ``state``, which JSON can hold, complete or not at all."""
-    write_checkpoint({name: tensor.detach().cpu() for name, tensor in state_of(network, optimizer)}, run / FILE, state)
+    tensors = {name: tensor.detach().cpu() for name, tensor in named_state(network, optimizer)}
+    write_checkpoint(tensors, run / FILE, state)
 
 
 def restore_snapshot(run: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
@@ -84,7 +85,7 @@ def restore_snapshot(run: Path, network: nn.Module, optimizer: torch.optim.Optim
         logger.warning("%s; the training begins anew", str(error).partition(";")[0])
         return None
     try:
-        put_back(run / FILE, network, optimizer)
+        restore_state(run / FILE, network, optimizer)
     except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{run / FILE}: no snapshot of this training ({str(error).splitlines()[0][:160]}); delete it "
                          "to start anew") from None

@@ -29,7 +29,7 @@ from transformers import GPT2Config
 
 import devices
 import train
-from checkpoints import Checkpoints, find, read_header, step_files
+from checkpoints import Checkpoints, find_checkpoint, read_header, step_files
 from cli import InputError
 from schedule import AdamW, Decay
 from tokenization import get_tokenizer
@@ -205,7 +205,7 @@ def test_a_folder_that_may_not_be_read_or_written(undisturbed, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o700)
     with nobody(), pytest.raises(InputError, match="cannot be read .Permission denied."):
-        find(str(undisturbed))
+        find_checkpoint(str(undisturbed))
     with nobody(), pytest.raises(InputError, match="cannot be made .Permission denied."):
         make_logdir("model")
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import devices
 from inputs import TurnDataset, collate
-from layers import attend, candidate_mask
+from layers import candidate_mask, packed_attention
 from tokenization import get_tokenizer
 from utils import get_dataset
 from weights import add_special_tokens_, load_model
@@ -83,7 +83,7 @@ def test_products_in_bfloat16_are_as_near_to_exact_attention_as_torchs_kernel(ke
 
     exact = gradients(kernel, torch.float32)
     theirs = gradients(kernel, torch.bfloat16)
-    ours = gradients(lambda *states: attend(None, *states, mask)[0], torch.bfloat16)
+    ours = gradients(lambda *states: packed_attention(None, *states, mask)[0], torch.bfloat16)
     for name, right, kernels, products in zip(("out", "query", "key", "value"), exact, theirs, ours, strict=True):
         scale = right.abs().max()
         assert (products - right).abs().max() <= 2 * (kernels - right).abs().max() + 0.004 * scale, name

@@ -24,9 +24,9 @@ from metrics import (
     calibration_error,
     choice_metrics,
     count_words,
-    gold_rank,
+    gold_rank_by_words,
     perplexities,
-    ranks,
+    rank_of_right,
     reply_metrics,
     split_words,
 )
@@ -153,9 +153,9 @@ def test_a_rank_is_the_place_of_the_first_right_candidate_as_parlai_counts(candi
     scores, right = [score for score, _ in candidates], [right for _, right in candidates[:-1]] + [True]
     ranked = sorted(range(len(scores)), key=lambda number: -scores[number])
     wanted = 1 + [right[number] for number in ranked].index(True)
-    assert ranks(np.array(scores), np.array(right)) == wanted
-    assert ranks(torch.tensor([scores, scores]), torch.tensor([right, right])).tolist() == [wanted] * 2
-    assert gold_rank(scores, ["The Gold!" if one else f"wrong {n}" for n, one in enumerate(right)]) == wanted
+    assert rank_of_right(np.array(scores), np.array(right)) == wanted
+    assert rank_of_right(torch.tensor([scores, scores]), torch.tensor([right, right])).tolist() == [wanted] * 2
+    assert gold_rank_by_words(scores, ["The Gold!" if one else f"wrong {n}" for n, one in enumerate(right)]) == wanted
 
 
 def test_the_gold_reply_listed_twice_is_a_hit_in_every_figure(tmp_path):

@@ -111,7 +111,7 @@ class KeyValues:
 
         one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         seen = model.layer_masks(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device), one, one)
-        model.read(one, token_type_ids=one, position_ids=one, attention_mask=seen, past_key_values=Asked(),
+        model.encode(one, token_type_ids=one, position_ids=one, attention_mask=seen, past_key_values=Asked(),
                    use_cache=True)
         return cls(shapes, like[0])
 
@@ -210,7 +210,7 @@ class KeyValues:
         self.columns = flat(range(row.length, row.length + new) for row, new in work)
         self.slots = flat([row.place.slot] * new for row, new in work)
         seen = torch.arange(width, device=model.device)
-        body = model.read(
+        body = model.encode(
             flat(row.ids[:new] for row, new in work)[None],
             token_type_ids=flat(row.types[:new] for row, new in work)[None],
             position_ids=(self.columns + flat([row.start] * new for row, new in work))[None],
