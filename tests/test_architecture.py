@@ -49,6 +49,28 @@ def test_nothing_imports_a_script():
         "feedback/reward.py": {"train.py"}}  # a script itself, which runs the trainer on pairs
 
 
+def definitions(path: str) -> set[str]:
+    """The functions and classes of a file, and methods as ``Class.method``."""
+    names = set()
+    for node in ast.parse(Path(ROOT, path).read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{method.name}" for method in node.body if isinstance(method, ast.FunctionDef)}
+    return names
+
+
+def test_the_newcomers_walk_names_what_is_there():
+    text = Path(ROOT, "docs/architecture.md").read_text("utf-8")
+    walk = text.partition("## A walk for newcomers\n")[2].partition("\n## ")[0]
+    steps = re.findall(r"^\d+\..*(?:\n {3}.*)*", walk, re.M)
+    named = [re.findall(r"`([\w./]+\.py)`((?:,? (?:or )?`[\w.]+`)*)", step) for step in steps]
+    assert all(named) and len(steps) > 20, "each step has its file"
+    missing = [f"{path} {name}" for step in named for path, names in step
+               for name in re.findall(r"`([\w.]+)`", names) or ["a function"] if name not in definitions(path)]
+    assert not missing
+
+
 def test_no_file_grows_too_long():
     lines = {path: len(Path(ROOT, path).read_text("utf-8").splitlines()) for path in TRACKED}
     assert lines["train.py"] <= 250
