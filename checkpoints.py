@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 import devices
 from cli import InputError, positive_number, whole_number
-from files import ARGUMENTS, each_once, read_header, step_files, write_checkpoint, write_text
+from files import ARGUMENTS, distinct_tensors, read_header, step_files, write_checkpoint, write_text
 from tokenization import save_tokenizer
 from utils import make_logdir
 from weights import save_model
@@ -238,7 +238,7 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
 
     Lasting buffers are there as well, and tensors that are one under several names once.
     """
-    for name, tensor in each_once(model).items():
+    for name, tensor in distinct_tensors(model).items():
         yield f"model.{name}", tensor
     for name, weight in model.named_parameters():
         for field, tensor in optimizer.state.get(weight, {}).items():
@@ -252,7 +252,7 @@ def restore_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     Raises ``SafetensorError``, ``OSError``, ``RuntimeError``, ``LookupError`` or ``ValueError`` where it does not fit.
     """
     with safe_open(path, framework="pt") as file:
-        for name, tensor in each_once(model).items():
+        for name, tensor in distinct_tensors(model).items():
             tensor.copy_(devices.placed_like(file.get_tensor(f"model.{name}"), tensor))
         weights = dict(model.named_parameters())
         for key in file.keys():

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli import InputError
-from readers import lines
+from corpora import read_lines
 
 VERDICTS = ("answered", "contradicted", "evaded")
 # Kinds of which one person may have several values: "pizza and pasta" does not contradict a persona that likes pizza.
@@ -237,7 +237,7 @@ def _overlaps(span: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
 def read_questions(path: str | Path) -> list[Question]:
     """Read the questions of a file of JSON lines. Raises `InputError` that names the line of the first error."""
     questions = []
-    for number, line in lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         try:

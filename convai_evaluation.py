@@ -47,7 +47,7 @@ from metrics import choice_metrics, count_words, intervals, perplexities, reply_
 from model import DoubleHeadsModel, autocast, half_dtype
 from report import figure, write_report
 from tables import tokenize
-from utils import add_common_flags, dataset_of
+from utils import add_common_flags, open_dataset
 from words import UNSPACED, normalized
 
 try:
@@ -229,7 +229,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
             Path(args.report).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
                                        max_history=args.max_history)
-    table = dataset_of(args, tokenizer)
+    table = open_dataset(args, tokenizer)
     split = require_split(table, "valid", args.dataset or args.dataset_path)
     kinds = ["hits@1", "ppl", "f1"] if args.eval_type == "all" else [args.eval_type]
     records: dict[str, list[dict]] = {}
@@ -425,7 +425,7 @@ class TransformerAgent(Agent):
         The dictionary is that of ``--dataset_path``.
         """
         if not hasattr(self, "shares"):
-            table = dataset_of(self.args, self.tokenizer)
+            table = open_dataset(self.args, self.tokenizer)
             self.shares = word_shares(count_words(table), self.tokenizer, self.args.legacy_gpt2_words)
         beginning = tokenize(self.tokenizer, [" ".join(partial_out)])[0] if partial_out else []
         context = fitted_context(self.model, *self._ids(self.observation), self.special, len(beginning) + 1)

@@ -45,7 +45,7 @@ def read_corpus(path: str | Path) -> dict[str, list[dict]]:
     Raises `InputError` when the file is missing, cut short, not UTF-8, not JSON, not in the format or beyond the
     limits at the top of this file.
     """
-    corpus, text = {}, Json(read_pieces(path), path)
+    corpus, text = {}, JsonReader(read_pieces(path), path)
     if text.next_letter() != "{":
         check_splits(text.value(), path)  # and is refused
     for split in text.members():
@@ -73,7 +73,7 @@ def open_data(path: str | Path, largest: int = LARGEST_FILE) -> Iterator[BinaryI
     try:
         with open(path, "rb") as file:
             gzipped = file.peek(2)[:2] == b"\x1f\x8b"
-            yield io.BufferedReader(_Bounded(gzip.open(file) if gzipped else file, file, path, largest), PIECE)
+            yield io.BufferedReader(_BoundedReader(gzip.open(file) if gzipped else file, file, path, largest), PIECE)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; name one that is there") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -82,7 +82,7 @@ def open_data(path: str | Path, largest: int = LARGEST_FILE) -> Iterator[BinaryI
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
 
 
-class _Bounded(io.RawIOBase):
+class _BoundedReader(io.RawIOBase):
     """What comes out of a file, given up when it is more than there is use for."""
 
     def __init__(self, unpacked: BinaryIO, file: BinaryIO, path: str | Path, largest: int):
@@ -113,7 +113,7 @@ def read_pieces(path: str | Path, largest: int = LARGEST_FILE) -> Iterator[str]:
         _decoded(decoder, b"", done, path)  # refuses a letter that was not whole
 
 
-def lines(path: str | Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """A text file's lines, numbered from 1, whichever of LF, CR LF and CR ends them.
 
     Raises `InputError` naming the first that is not UTF-8, or too long.
@@ -144,7 +144,7 @@ def _decoded(decoder: codecs.IncrementalDecoder, piece: bytes, done: int, name: 
         raise InputError(f"{name}: not UTF-8 at byte {place}; save the file as UTF-8") from None
 
 
-class Json:
+class JsonReader:
     """JSON text taken apart value by value, so that a file need not be in memory both as text and as values."""
 
     def __init__(self, pieces: Iterator[str], name: str | Path):

@@ -38,7 +38,7 @@ from cli import InputError, command, port_number, positive_number, whole_number
 from decoding import add_decoding_flags
 from pretrained import published_or_persona
 from tables import TokenTable
-from utils import add_common_flags, dataset_of
+from utils import add_common_flags, open_dataset
 from web.batching import MEMORY, Bot, Busy, Client, Reply
 from web.connections import Connection, Server, allow_many_files, listen
 from web.events import check
@@ -338,7 +338,9 @@ def main() -> int:
     with listen(args.host, args.port) as listening:  # before the model is loaded, which can take long
         args.model_checkpoint = published_or_persona(args.model_checkpoint)
         bot = Bot(args)
-        app = build_app(bot, dataset_of(args, bot.tokenizer), host_names(args.host, args.allow_host), args.allow_origin)
+        app = build_app(bot, open_dataset(args, bot.tokenizer), host_names(args.host, args.allow_host),
+                        args.allow_origin)
+
         host, port = listening.getsockname()[:2]
         print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends.", flush=True)
         server = serve(bot, app, args.drain)

@@ -1,6 +1,6 @@
 """Dialogs into entries of the data format, an entry per side, and entries into splits.
 
-Knows speakers and utterances, neither files nor tokens. Training and conversion share `put_together`.
+Knows speakers and utterances, neither files nor tokens. Training and conversion share `combine_corpora`.
 """
 
 import logging
@@ -25,7 +25,7 @@ TRAIN_FRAC = 0.85  # of the dialogs of a file without splits
 logger = logging.getLogger("dialogs")
 
 
-class Turn(NamedTuple):
+class Utterance(NamedTuple):
     speaker: object
     text: str
     distractors: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Dialog(NamedTuple):
     """The utterances of a dialog with their speakers, in order."""
 
     place: str  # where in the file, for messages
-    turns: list[Turn]
+    utterances: list[Utterance]
     personas: dict[object, list[str]] = {}  # speaker → sentences
     bot: object = None  # whose turns are to be learnt; None: everybody's
     notes: tuple[str, ...] = ()  # what a person wants to know of it, "with a system message"; they are counted
@@ -52,9 +52,9 @@ def clean(text: str) -> str:
     return " ".join(text.split())
 
 
-def merged(turns: Iterable[Turn]) -> list[Turn]:
+def merge_utterances(turns: Iterable[Utterance]) -> list[Utterance]:
     """Join consecutive utterances of one speaker; leave out empty ones."""
-    out: list[Turn] = []
+    out: list[Utterance] = []
     spoken = [turn._replace(text=text) for turn in turns if (text := clean(turn.text))]
     for _, of_one in groupby(spoken, key=lambda turn: turn.speaker):
         first, *more = of_one
@@ -62,7 +62,7 @@ def merged(turns: Iterable[Turn]) -> list[Turn]:
     return out
 
 
-def entries(dialogs: Iterable[Dialog], path: str | Path) -> Iterator[dict]:
+def make_entries(dialogs: Iterable[Dialog], path: str | Path) -> Iterator[dict]:
     """An entry per side of each dialog: the second speaker's, then that of who opened it.
 
     The opening has nothing before it and is nobody's turn. A dialog without a turn, or of more than two people, is
@@ -70,8 +70,8 @@ def entries(dialogs: Iterable[Dialog], path: str | Path) -> Iterator[dict]:
     """
     left_out, first = Counter(), {}
     for dialog in dialogs:
-        check_length(dialog.turns, path, dialog.place)
-        turns = merged(dialog.turns)
+        check_length(dialog.utterances, path, dialog.place)
+        turns = merge_utterances(dialog.utterances)
         if (longest := max([len(turn.text) for turn in turns], default=0)) > LONGEST_SENTENCE:
             raise InputError(f"{path}: in the dialog of {dialog.place} somebody says {longest:,} letters at once, more "
                              f"than {LONGEST_SENTENCE:,}; split that")
@@ -95,7 +95,7 @@ def check_length(turns: list, path: str | Path, place: str) -> None:
                          "text by an empty line")
 
 
-def _sides(dialog: Dialog, turns: list[Turn]) -> Iterator[dict]:
+def _sides(dialog: Dialog, turns: list[Utterance]) -> Iterator[dict]:
     said = [turn.text for turn in turns]
     for side in (1, 2):
         places = range(side, len(said), 2)
@@ -109,7 +109,7 @@ def _sides(dialog: Dialog, turns: list[Turn]) -> Iterator[dict]:
             }
 
 
-def one_side(entries: Iterable[dict], target: str) -> Iterator[dict]:
+def keep_target(entries: Iterable[dict], target: str) -> Iterator[dict]:
     """The turns of one of `TARGETS`. The second speaker's turns follow an odd number of utterances."""
     for entry in entries:
         turns = [turn for turn in entry["utterances"]
@@ -118,13 +118,15 @@ def one_side(entries: Iterable[dict], target: str) -> Iterator[dict]:
             yield entry | {"utterances": turns}
 
 
-def without_silence(corpus: Iterable[dict]) -> Iterator[dict]:
+def drop_silence(corpus: Iterable[dict]) -> Iterator[dict]:
     """Entries of the published JSON, which writes ``__ SILENCE __`` where the bot opens the dialog."""
     for entry in corpus:
         turns = []
         for turn in entry["utterances"]:
             history = turn["history"]
-            said = merged(Turn(back % 2, text) for back, text in zip(range(len(history), 0, -1), history, strict=True))
+            said = merge_utterances(Utterance(back % 2, text)
+                                    for back, text in zip(range(len(history), 0, -1), history, strict=True))
+
             if said and said[-1].speaker == 1:
                 turns.append({"history": [text for _, text, _ in said], "candidates": turn["candidates"]})
         if turns:
@@ -200,13 +202,13 @@ class DialogNumbers:
 # ------------------------------------------------------------------------------------------------------------ splits
 
 
-def put_together(parts: Iterable[Mapping[str | None, Iterable[dict]]], name: str | Path, target: str = "both",
-                 train_frac: float | None = None, seed: int = 0, keep_repeated: bool = False,
-                 ) -> dict[str, Iterable[dict]]:
+def combine_corpora(parts: Iterable[Mapping[str | None, Iterable[dict]]], name: str | Path, target: str = "both",
+                    train_frac: float | None = None, seed: int = 0, keep_repeated: bool = False,
+                    ) -> dict[str, Iterable[dict]]:
     """Corpora as one, split by split, of their turns those of ``target``.
 
     Dialogs without a split, and with ``train_frac`` those of training and validation too, are divided by chance. What
-    a later split repeats is left out of training (`without_repeated`), unless ``keep_repeated``.
+    a later split repeats is left out of training (`drop_repeated`), unless ``keep_repeated``.
     """
     parts = list(parts)
     splits = {split: chain.from_iterable([part.get(split, []) for part in parts])
@@ -215,14 +217,14 @@ def put_together(parts: Iterable[Mapping[str | None, Iterable[dict]]], name: str
         train_frac = TRAIN_FRAC if train_frac is None else train_frac
         logger.info("%s: %g of the dialogs are for training, the others for validation", name, train_frac)
         dialogs = chain.from_iterable(splits.pop(split, []) for split in (None, "train", "valid"))
-        splits = divided(dialogs, train_frac, seed, name, target) | splits
+        splits = divide_dialogs(dialogs, train_frac, seed, name, target) | splits
     if "train" in splits and not keep_repeated:
-        splits = without_repeated(splits, name)
-    return {split: one_side(entries, target) for split, entries in splits.items()}
+        splits = drop_repeated(splits, name)
+    return {split: keep_target(entries, target) for split, entries in splits.items()}
 
 
-def divided(entries: Iterable[dict], train_frac: float, seed: int, name: str | Path,
-            target: str = "both") -> dict[str, list[dict]]:
+def divide_dialogs(entries: Iterable[dict], train_frac: float, seed: int, name: str | Path,
+                   target: str = "both") -> dict[str, list[dict]]:
     """``train`` and ``valid``, by chance; both sides of a dialog fall to the same. Raises `InputError` for one dialog.
 
     ``train_frac``: the share of dialogs that is for training, at least one and never all. Dialogs in which the same is
@@ -231,7 +233,7 @@ def divided(entries: Iterable[dict], train_frac: float, seed: int, name: str | P
     numbers, kept = DialogNumbers(), []
     for entry in entries:
         number = numbers.number(entry)
-        kept += ((number, one) for one in one_side([entry], target))
+        kept += ((number, one) for one in keep_target([entry], target))
     same, dialogs = numbers.same().tolist(), {}
     for number, entry in kept:
         dialogs.setdefault(same[number], []).append(entry)
@@ -244,7 +246,7 @@ def divided(entries: Iterable[dict], train_frac: float, seed: int, name: str | P
             for split, keys in (("train", order[:cut]), ("valid", order[cut:]))}
 
 
-def without_repeated(splits: Mapping[str, Iterable[dict]], name: str | Path) -> dict[str, Iterable[dict]]:
+def drop_repeated(splits: Mapping[str, Iterable[dict]], name: str | Path) -> dict[str, Iterable[dict]]:
     """The splits, of ``train`` without the dialogs in which the same is said as in one of another split.
 
     These are counted in the log. Training is still read once, an entry at a time; the other splits are kept in memory.

@@ -36,7 +36,7 @@ def download(address: str) -> Path:
     `LARGEST_DOWNLOAD`.
     """
     url, _, fragment = address.partition("#")
-    place = _place(url)
+    place = _cache_path(url)
     folder, name = place.parent, place.name
     try:
         checksum = fragment.replace("=", ":", 1) or None
@@ -57,10 +57,10 @@ def download(address: str) -> Path:
 
 def is_downloaded(address: str) -> bool:
     """Whether `download` would find the address in the cache."""
-    return _place(address.partition("#")[0]).exists()
+    return _cache_path(address.partition("#")[0]).exists()
 
 
-def _place(url: str) -> Path:
+def _cache_path(url: str) -> Path:
     """Where the download of an address is kept."""
     folder = Path(os.environ.get("TRANSFERTRANSFO_CACHE") or pooch.os_cache("transfertransfo"))
     return folder / f"{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()[:16]}-{Path(url).name[-80:]}"
@@ -90,7 +90,7 @@ def _published_md5(url: str) -> str | None:
     return f"md5:{tag}" if from_s3 and re.fullmatch("[0-9a-f]{32}", tag) else None
 
 
-def answers(url: str, within: float) -> bool:
+def is_reachable(url: str, within: float) -> bool:
     """Whether a server says within so many seconds that it has ``url``. Looking up a host's name has no time limit of
     its own, hence the thread."""
     found = Queue()
@@ -141,10 +141,10 @@ def _unpack_into(folder: Path, archive: Path, nested: bool = True) -> None:
     Raises ``TarError`` when it holds what no run folder or corpus does, or more.
     """
     folder.mkdir()
-    room = max(100 << 20, MOST_GROWTH * archive.stat().st_size)
+    budget = max(100 << 20, MOST_GROWTH * archive.stat().st_size)
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
-            if sum(member.file_size for member in file.infolist()) > room or len(file.infolist()) > MOST_MEMBERS:
+            if sum(member.file_size for member in file.infolist()) > budget or len(file.infolist()) > MOST_MEMBERS:
                 raise tarfile.TarError(f"it holds more than {MOST_MEMBERS:,} files or {MOST_GROWTH} times its size")
             file.extractall(folder)  # what lies outside by its name lands inside; links come as files
         for inner in sorted(folder.rglob("*.zip")) if nested else []:
@@ -152,8 +152,8 @@ def _unpack_into(folder: Path, archive: Path, nested: bool = True) -> None:
         return
     with _SmallReads(archive) as file, tarfile.open(fileobj=file, mode="r:", copybufsize=file.LARGEST) as tar:
         for number, member in enumerate(tar):
-            room -= member.size
-            if room < 0:
+            budget -= member.size
+            if budget < 0:
                 raise tarfile.TarError(f"it unpacks to more than {MOST_GROWTH} times its size")
             if number == MOST_MEMBERS:
                 raise tarfile.TarError(f"it holds more than {MOST_MEMBERS:,} files")

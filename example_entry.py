@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from cli import InputError, command, printable, whole_number
 from corpora import read_corpus, require_split
-from dialogs import DialogNumbers, put_together
+from dialogs import DialogNumbers, combine_corpora
 from distractors import draw_distractors
-from readers import add_reading_flags, convertible, read_any
+from readers import add_reading_flags, convertible_layout, read_any
 from releases import RELEASES
 
 # A dialog of two people, A and the bot, written from the bot's side. Each of the bot's turns is one element of
@@ -65,7 +65,7 @@ def describe(path: str) -> None:
     try:
         corpus = read_corpus(path)
     except InputError:
-        if name := convertible(Path(path)):
+        if name := convertible_layout(Path(path)):
             raise InputError(f"{path}: is not in the data format but looks like {name}; convert it with --convert "
                              f"{path} OUT.json, or train on it as it is") from None
         raise
@@ -99,7 +99,7 @@ def convert(source: Path, out: Path, target: str, distractors: str, train_frac: 
     """
     if out.exists() and source.exists() and out.samefile(source):
         raise InputError(f"{out}: would be written over what it is made of; give the converted file another name")
-    splits = put_together([read_any(source, layout, columns)], source, target, train_frac, seed, keep_repeated)
+    splits = combine_corpora([read_any(source, layout, columns)], source, target, train_frac, seed, keep_repeated)
     splits = {split: list(entries) for split, entries in splits.items()}
     if missing := {"train", "valid"} - splits.keys():
         raise InputError(f"{source}: has no {' or '.join(sorted(missing))} split; add it beside the others, or let "

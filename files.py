@@ -85,7 +85,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dic
         unfinished.chmod(mode)
 
 
-def digest(tensors: Iterable[tuple[str, torch.Tensor]], text: str = "") -> str:
+def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]], text: str = "") -> str:
     """Hash ``tensors``, in the order given, and a text.
 
     The same names, types, shapes and numbers have the same hash, whichever file they lie in.
@@ -98,7 +98,7 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]], text: str = "") -> str:
     return hashed.hexdigest()
 
 
-def each_once(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def distinct_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A model's weights and lasting buffers by name, those that are one under several names under the first."""
     state, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -114,7 +114,7 @@ def each_once(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def write_checkpoint(tensors: Mapping[str, torch.Tensor], path: Path, header: dict) -> None:
     """Write tensors and ``header``, which JSON can hold, with a hash of both. Raises ``OSError`` as `write_tensors`."""
     state = json.dumps(header | {"format": FORMAT})
-    write_tensors(tensors, path, {"state": state, "digest": digest(sorted(tensors.items()), state)})
+    write_tensors(tensors, path, {"state": state, "digest": hash_tensors(sorted(tensors.items()), state)})
 
 
 def read_header(path: Path, whole: bool = False) -> dict:
@@ -128,7 +128,7 @@ def read_header(path: Path, whole: bool = False) -> dict:
             header = json.loads(metadata.get("state", "{}"))
             if not isinstance(header, dict) or header.get("format") not in (FORMAT, WITHOUT_HASH):
                 raise InputError(f"{path}: is not a checkpoint of this program's; take another one")
-            if whole and header["format"] == FORMAT and metadata.get("digest") != digest(
+            if whole and header["format"] == FORMAT and metadata.get("digest") != hash_tensors(
                     ((name, file.get_tensor(name)) for name in sorted(file.keys())), metadata["state"]):
                 raise InputError(f"{path}: is damaged, it is not what was written; take another checkpoint")
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -142,7 +142,7 @@ def step_files(run: Path) -> list[Path]:
     return sorted(files, key=lambda path: int(path.stem[5:]))
 
 
-def unfinished(run: Path) -> str | None:
+def describe_unfinished(run: Path) -> str | None:
     """In words, how a run goes on that was stopped before its end; None where no checkpoint says that it was."""
     try:
         epochs = json.loads((run / ARGUMENTS).read_text("utf-8"))["n_epochs"]

@@ -75,7 +75,7 @@ def build_reply(reply: Sequence[int], special: Specials, with_eos: bool = True) 
     return Segment(ids, [special.speaker1] * len(ids))
 
 
-def fit_context(persona: list, history: list, room: int, history_start: int = 0) -> tuple[list, list]:
+def fit_context(persona: list, history: list, budget: int, history_start: int = 0) -> tuple[list, list]:
     """Leave out the oldest of the context until `build_context` needs at most ``room`` positions.
 
     Whole utterances go first, the oldest first and never the last one; then persona sentences from the end; then the
@@ -85,7 +85,7 @@ def fit_context(persona: list, history: list, room: int, history_start: int = 0)
     before_history = 1 + sum(map(len, persona))
     while history_start and before_history > history_start:
         before_history -= len(persona.pop())
-    excess = (history_start or before_history) + sum(1 + len(utterance) for utterance in history) - room
+    excess = (history_start or before_history) + sum(1 + len(utterance) for utterance in history) - budget
     left_out = 0
     while excess > 0 and left_out < len(history) - 1:
         excess -= 1 + len(history[left_out])
@@ -141,8 +141,8 @@ def pack_turn(persona, history, candidates, special: Specials, max_positions: in
     ``history_start`` as in `build_context`.
     """
     candidates = [tuple(reply[:max_reply(max_positions, history_start)]) for reply in candidates]
-    room = max_positions - 2 - max(map(len, candidates))
-    context = build_context(*fit_context(persona, history, room, history_start), special, history_start)
+    budget = max_positions - 2 - max(map(len, candidates))
+    context = build_context(*fit_context(persona, history, budget, history_start), special, history_start)
     length, start = len(context.ids), context.start + len(context.ids)
     row = Row(context.ids, context.types, list(range(context.start, start)), [0] * length, [IGNORED] * length, [],
               [length] * length)
@@ -173,25 +173,25 @@ def pack_dialog(persona, history, turns, special: Specials, max_positions: int, 
     turns = [(length, [tuple(reply[:max_reply(max_positions, history_start)]) for reply in candidates])
              for length, candidates in turns]
     if len(turns) == 1:
-        room = max_positions - 2 - max(map(len, turns[0][1]))
-        persona, history = fit_context(persona, history, room, history_start)
+        budget = max_positions - 2 - max(map(len, turns[0][1]))
+        persona, history = fit_context(persona, history, budget, history_start)
         turns = [(len(history), turns[0][1])]
     before, last = build_context(persona, history, special, history_start), turns[-1][1][-1]
     reply = build_reply(last, special, with_eos=False)
     # Where each utterance begins in the row, the last gold reply included.
     sizes = [1 + len(utterance) for utterance in history]
-    begins = list(accumulate(sizes, initial=len(before.ids) - sum(sizes)))
+    offsets = list(accumulate(sizes, initial=len(before.ids) - sum(sizes)))
     length = len(before.ids) + len(reply.ids)
     row = Row(before.ids + reply.ids, before.types + reply.types, list(range(before.start, before.start + length)),
               [0] * length, [IGNORED] * length, [], [length] * length)
-    ends_of_gold = []
+    gold_ends = []
     for history_length, candidates in turns:
-        begin = begins[history_length] + 1  # behind <speaker1>
-        gold, end, last_token = candidates[-1], begin + len(candidates[-1]), {}
-        row.labels[begin:end] = gold
-        ends_of_gold.append(end)
+        reply_start = offsets[history_length] + 1  # behind <speaker1>
+        gold, end, last_token = candidates[-1], reply_start + len(candidates[-1]), {}
+        row.labels[reply_start:end] = gold
+        gold_ends.append(end)
         for candidate in dict.fromkeys([gold, *candidates]):
-            sees, ids = (end, [special.eos]) if candidate == gold else (begin, [*candidate, special.eos])
+            sees, ids = (end, [special.eos]) if candidate == gold else (reply_start, [*candidate, special.eos])
             row.input_ids.extend(ids)
             row.token_type_ids.extend([special.speaker1] * len(ids))
             row.position_ids.extend(range(before.start + sees, before.start + sees + len(ids)))
@@ -200,12 +200,12 @@ def pack_dialog(persona, history, turns, special: Specials, max_positions: int, 
             row.visible.extend([sees] * len(ids))
             last_token[candidate] = len(row.input_ids) - 1
         row.mc_token_ids.append([last_token[candidate] for candidate in candidates])
-    for end in ends_of_gold:  # the gold reply's last token predicts <eos>, whatever stands behind it in the row
+    for end in gold_ends:  # the gold reply's last token predicts <eos>, whatever stands behind it in the row
         row.labels[end] = special.eos
     return row
 
 
-def places_before(labels: torch.Tensor) -> torch.Tensor:
+def find_gold_places(labels: torch.Tensor) -> torch.Tensor:
     """Where the tokens stand that predict gold tokens: (gold tokens,) indices into ``labels`` (rows, positions), flat.
 
     Each predicts the label behind it; a row's first token is predicted by none.
@@ -220,7 +220,7 @@ def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> dict[str, torch
     ``multiple``: make the number of positions a multiple of this, which the matrix units of GPUs like to be 8.
     ``input_ids``, ``token_type_ids``, ``position_ids``, ``segment_ids`` (-1: padding), ``labels`` and ``visible`` are
     (rows, positions); ``mc_token_ids`` (-1: no candidate) is (turns, candidates); ``mc_labels``, the gold candidate's
-    number, and ``mc_rows``, the row that a turn is in, are (turns,); ``gold_places`` is that of `places_before`. All
+    number, and ``mc_rows``, the row that a turn is in, are (turns,); ``gold_places`` is that of `find_gold_places`. All
     int64. Whatever the network would otherwise have to look for is here, so that a GPU never waits for the CPU.
     """
 
@@ -239,7 +239,7 @@ def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> dict[str, torch
     batch = {field: padded([getattr(row, field) for row in rows], fill, multiple) for field, fill in fills.items()}
     turns = [candidates for row in rows for candidates in row.mc_token_ids]
     return batch | {
-        "gold_places": places_before(batch["labels"]),
+        "gold_places": find_gold_places(batch["labels"]),
         "mc_token_ids": padded(turns, NO_CANDIDATE),
         "mc_labels": torch.tensor([len(candidates) - 1 for candidates in turns]),
         "mc_rows": torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.mc_token_ids) for row in rows])),
@@ -296,7 +296,7 @@ class TurnDataset(Dataset):
         context = self.context(turn, rotation)
         return pack_turn(*context, candidates, self.special, self.max_positions, self.history_start)
 
-    STRETCH = 1 << 16  # turns whose lengths are computed at once
+    CHUNK = 1 << 16  # turns whose lengths are computed at once
 
     def lengths(self) -> tuple[np.ndarray, int]:
         """Tokens in each row (at most), (len(self),) int64, and how many turns lose some of their context.
@@ -304,8 +304,8 @@ class TurnDataset(Dataset):
         From the table's offsets alone: no row is built.
         """
         turns = np.arange(self.split.num_turns)
-        stretches = [self._lengths(turns[start:start + self.STRETCH]) for start in range(0, len(turns), self.STRETCH)]
-        lengths, too_long = zip(*stretches, strict=True) if stretches else ([turns], [0])
+        chunks = [self._lengths(turns[start:start + self.CHUNK]) for start in range(0, len(turns), self.CHUNK)]
+        lengths, too_long = zip(*chunks, strict=True) if chunks else ([turns], [0])
         return np.tile(np.concatenate(lengths), self.permutations), sum(too_long)
 
     def _lengths(self, turns: np.ndarray) -> tuple[np.ndarray, int]:
@@ -421,7 +421,7 @@ class LengthBatches(Sampler):
     that one process would. Of a batch smaller than ``world`` some shares are empty.
     """
 
-    STRETCH = 50
+    SORTED_TOGETHER = 50  # batches
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int | None = None, epoch_batches: int = 0,
                  rank: int = 0, world: int = 1):
@@ -447,10 +447,11 @@ class LengthBatches(Sampler):
         batches = []
         while len(batches) < len(self):
             order, once = rng.permutation(len(self.lengths)), []
-            for start in range(0, len(order), self.STRETCH * self.batch_size):
-                stretch = order[start:start + self.STRETCH * self.batch_size]
-                stretch = stretch[np.argsort(self.lengths[stretch], kind="stable")]
-                once += np.split(stretch, range(self.batch_size, len(stretch), self.batch_size))
+            for start in range(0, len(order), self.SORTED_TOGETHER * self.batch_size):
+                group = order[start:start + self.SORTED_TOGETHER * self.batch_size]
+                group = group[np.argsort(self.lengths[group], kind="stable")]
+                once += np.split(group, range(self.batch_size, len(group), self.batch_size))
+
             batches += [once[index] for index in rng.permutation(len(once))]
         return batches[:len(self)]
 
@@ -466,20 +467,20 @@ def get_loader(dataset: TurnDataset, lengths: np.ndarray, batch_size: int, seed:
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=partial(_leave_signals_to_the_trainer, trainer=os.getpid()),
+        worker_init_fn=partial(_ignore_signals, trainer=os.getpid()),
         generator=torch.Generator(),  # its own, or starting to load would move the dropout's
     )
 
 
-def _leave_signals_to_the_trainer(worker: int, trainer: int) -> None:
+def _ignore_signals(worker: int, trainer: int) -> None:
     """Ctrl-C and a cluster's SIGTERM come to loading processes, too; they go on until the trainer itself ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_end_when_told_by, args=(trainer,), daemon=True).start()
+        Thread(target=_exit_on_sigterm_from, args=(trainer,), daemon=True).start()
 
 
-def _end_when_told_by(trainer: int) -> None:
+def _exit_on_sigterm_from(trainer: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)

@@ -30,8 +30,8 @@ from decoding import (  # noqa: F401  some for 2019 code, which imports them fro
 from inputs import Specials
 from model import DoubleHeadsModel
 from pretrained import published_or_persona
-from records import who_somebody_is
-from utils import add_common_flags, dataset_of
+from records import read_persona
+from utils import add_common_flags, open_dataset
 
 LARGEST_PERSONALITY = 1 << 20  # bytes of a file; no model has positions for a tenth of it
 logger = logging.getLogger("interact")
@@ -92,7 +92,7 @@ def choose_personality(args: Namespace, model: DoubleHeadsModel, tokenizer) -> l
     if args.personality is None and model.no_persona:
         return []
     if args.personality is None:
-        table = dataset_of(args, tokenizer)
+        table = open_dataset(args, tokenizer)
         split, dialog = random.choice([(split, dialog) for split in table.values() for dialog in range(len(split))])
         return split.texts("persona", dialog)
     text, name = args.personality, "--personality"
@@ -106,7 +106,7 @@ def choose_personality(args: Namespace, model: DoubleHeadsModel, tokenizer) -> l
             raise InputError(f"--personality {str(error).partition(';')[0]}; {cure}") from None
         if "\0" in text:
             raise InputError(f"{name}: has zero bytes, as UTF-16 has; save the file as UTF-8")
-    return who_somebody_is(text, name)
+    return read_persona(text, name)
 
 
 def main() -> None:

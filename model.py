@@ -20,7 +20,7 @@ from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.utils import ModelOutput
 
-from inputs import IGNORED, NO_CANDIDATE, places_before
+from inputs import IGNORED, NO_CANDIDATE, find_gold_places
 from layers import ATTENTION, additive, candidate_mask
 from metrics import rank_of_right
 
@@ -121,7 +121,7 @@ class DoubleHeadsModel:
         if labels is not None:
             # The state at one position predicts the token at the next. Only gold tokens need the vocabulary's logits.
             if gold_places is None:  # on a GPU, to look for them here would wait for all work before
-                gold_places = places_before(labels)
+                gold_places = find_gold_places(labels)
             out.logits = self.vocabulary_logits(states.flatten(0, 1)[gold_places]).float()
             token_nll = F.cross_entropy(out.logits, labels.flatten()[gold_places + 1], reduction="none")
             out.tokens = (labels[:, 1:] != IGNORED).sum(1)

@@ -13,8 +13,8 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cli import InputError, require_memory, short
-from downloads import answers, download, is_downloaded, unpack
-from files import ARGUMENTS, hash_file, read_header, unfinished
+from downloads import download, is_downloaded, is_reachable, unpack
+from files import ARGUMENTS, describe_unfinished, hash_file, read_header
 
 TEXTS = (".json", ".txt", ".model", ".jinja")  # what transformers reads whole of a model's folder,
 LARGEST_TEXT = 256 << 20  # in bytes; the tokenizers of the largest vocabularies have 35 MB
@@ -85,7 +85,7 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
         return str(path)
     if os.path.isdir(path):
         if os.path.isfile(path / ARGUMENTS) and not os.path.isfile(path / "config.json"):
-            left = unfinished(path) or "stopped before its first checkpoint; train anew"
+            left = describe_unfinished(path) or "stopped before its first checkpoint; train anew"
             raise InputError(f"{path}: has no model yet, this run is {left}")
         if not os.path.isfile(path / "config.json") and not adapter_base(str(path)):
             raise InputError(f"{path}: has no config.json; --model_checkpoint takes a run folder, or a folder with a "
@@ -124,7 +124,7 @@ def published_or_persona(model_checkpoint: str) -> str:
     Where that has not been downloaded and its address does not answer within four seconds, one line says so and the
     result is ``persona``, the bot that comes with this project.
     """
-    if model_checkpoint or is_downloaded(HF_FINETUNED_MODEL) or answers(HF_FINETUNED_MODEL, within=4):
+    if model_checkpoint or is_downloaded(HF_FINETUNED_MODEL) or is_reachable(HF_FINETUNED_MODEL, within=4):
         return model_checkpoint
     logger.warning("The published model of 2019 cannot be reached; this is `--model_checkpoint persona` instead, the "
                    "bot that comes with this project")

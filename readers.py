@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli import InputError, fraction
-from corpora import LONGEST_LINE, check_entry, lines, read_corpus
-from dialogs import HISTORY, TARGETS, Dialog, Turn, clean, divided, entries, merged, one_side, without_silence
+from corpora import check_entry, read_corpus
+from dialogs import (
+    TARGETS,
+    Dialog,
+    make_entries,
+)
 from distractors import METHODS
 from records import SPLIT_NAMES, is_entry, is_lines, is_record, peek, read_records, records, shape_of
 from releases import (
@@ -32,21 +36,20 @@ from releases import (
 )
 from rows import is_table, read_table
 from texts import (
-    looks_otherwise,
+    foreign_format,
     read_delimited,
     read_labelled,
     read_numbered,
     read_parlai_fields,
     read_plain,
+    read_sample,
     sample_lines,
-    sample_of,
     text_layout,
 )
 
-__all__ = ["HISTORY", "LONGEST_LINE", "TARGETS", "Dialog", "Turn", "clean", "divided", "entries", "lines", "merged",
-           "one_side", "read_any", "without_silence"]
-JSON = re.compile(r'\{\s*($|["\'}])|\[\s*($|[{\["\]]|-?[0-9.]+\s*[,\]]|true|false|null)')  # how its first line begins
-MARKUP = re.compile(r"<(\?xml|!doctype|html|body|head|div)", re.IGNORECASE)
+# How the first line of a JSON file begins.
+JSON_START = re.compile(r'\{\s*($|["\'}])|\[\s*($|[{\["\]]|-?[0-9.]+\s*[,\]]|true|false|null)')
+MARKUP_START = re.compile(r"<(\?xml|!doctype|html|body|head|div)", re.IGNORECASE)
 logger = logging.getLogger("readers")
 
 
@@ -78,7 +81,7 @@ FORMATS = {
     "topical_chat": Format("Topical-Chat", read_topical_chat),
     "multi_session_chat": Format("Multi-Session Chat", read_multi_session_chat),
 }
-NAMES_OF_FORMATS = {  # what people call them besides
+FORMAT_ALIASES = {  # what people call them besides
     "openai": "json", "messages": "json", "sharegpt": "json", "nanochat": "json", "alpaca": "json", "jsonl": "json",
     "parquet": "json", "csv": "table", "tsv": "table", "text": "plain", "txt": "plain", "tabs": "delimited",
     "dialogpt": "delimited", "labels": "labelled", "speakers": "labelled"}
@@ -121,24 +124,25 @@ def _read_file(path: Path, layout: str, columns: str) -> dict[str | None, Iterab
     if layout == "corpus":
         return read_corpus(path)
     if layout == "entries":
-        return {None: _entries_as_they_are(path)}
+        return {None: _read_entries(path)}
     if layout == "json" and peek(path)[0]:  # a file of splits is taken apart in memory
         splits: dict[str | None, list] = {}
         name = ""
         for split, shape, dialog in read_records(path):
             name = name or shape
             splits.setdefault(split, []).append(dialog)
-        return {split: entries(_counted(dialogs, f"{path}, {split}", name), path) for split, dialogs in splits.items()}
+        return {split: make_entries(_count(dialogs, f"{path}, {split}", name), path)
+                for split, dialogs in splits.items()}
     if layout == "json":
         found = read_records(path)
         first = next(found, None)
         dialogs = (dialog for _, _, dialog in chain([first] if first else [], found))
-        return {None: entries(_counted(dialogs, path, first[1] if first else "JSON"), path)}
+        return {None: make_entries(_count(dialogs, path, first[1] if first else "JSON"), path)}
     read = FORMATS[layout].read(path, columns) if layout == "table" else FORMATS[layout].read(path)
-    return {None: entries(_counted(read, path, FORMATS[layout].name), path)}
+    return {None: make_entries(_count(read, path, FORMATS[layout].name), path)}
 
 
-def _counted(dialogs: Iterable[Dialog], path: str | Path, name: str) -> Iterator[Dialog]:
+def _count(dialogs: Iterable[Dialog], path: str | Path, name: str) -> Iterator[Dialog]:
     """The dialogs; at their end it is said how many there were, in which layout, and what was notable."""
     count, notes = 0, Counter()
     for dialog in dialogs:
@@ -149,7 +153,7 @@ def _counted(dialogs: Iterable[Dialog], path: str | Path, name: str) -> Iterator
     logger.info("%s: %s, %s dialog%s%s", path, name, f"{count:,}", "s" * (count != 1), noted)
 
 
-def _entries_as_they_are(path: Path) -> Iterator[dict]:
+def _read_entries(path: Path) -> Iterator[dict]:
     """Entries of the data format as a list or as JSON lines."""
     for number, (_, _, entry) in enumerate(records(path)):
         check_entry(entry, f"entry {number}", path)
@@ -161,7 +165,7 @@ def layout_of(path: Path) -> str:
 
     Raises `InputError` naming what it looks like where it is none of them.
     """
-    start = sample_of(path)
+    start = read_sample(path)
     if start[:4] == b"PAR1":
         return "json"
     if start[:2] == b"PK" or start[257:262] == b"ustar":
@@ -174,9 +178,9 @@ def layout_of(path: Path) -> str:
         raise InputError(f"{path}: is not UTF-8 but another encoding, as UTF-16, or no text; save the file as UTF-8")
     found = sample_lines(path)
     first = next((line for line in found if line.strip()), "").lstrip()
-    if JSON.match(first):
+    if JSON_START.match(first):
         return _json_layout(path, first)
-    if MARKUP.match(first):
+    if MARKUP_START.match(first):
         raise InputError(f"{path}: is XML or HTML; save its dialogs as text or JSON lines")
     if first.startswith("conv_id,utterance_idx,context,prompt"):
         return "empathetic_dialogues"
@@ -185,13 +189,13 @@ def layout_of(path: Path) -> str:
     if is_table(found, path.name):
         return "table"
     layout = text_layout(found)
-    if layout == "plain" and (what := looks_otherwise(found)):
+    if layout == "plain" and (what := foreign_format(found)):
         raise InputError(f"{path}: looks like {what}, not like dialogs in plain text; convert it to one of the layouts "
                          "that python example_entry.py --help names, or say which it is with --format")
     return layout
 
 
-def convertible(path: Path) -> str | None:
+def convertible_layout(path: Path) -> str | None:
     """The layout, in words, of a file of dialogs that is not in the data format; None for all other files."""
     try:
         layout = layout_of(path)
@@ -250,7 +254,7 @@ def add_reading_flags(parser: ArgumentParser) -> None:
 def format_name(text: str) -> str:
     """A name of `FORMATS`, for argparse."""
     name = text.strip().casefold().replace("-", "_")
-    name = NAMES_OF_FORMATS.get(name, name)
+    name = FORMAT_ALIASES.get(name, name)
     if name and name not in FORMATS:
         raise ArgumentTypeError(f"no layout is called {text[:40]!r}; known are {', '.join(FORMATS)}")
     return name

@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli import InputError, short
-from corpora import LONGEST_LINE, Json, lines, open_data, read_pieces
-from dialogs import Dialog, Turn
-from releases import checked_dialog, sentences
-from texts import ASSISTANTS, LABELLED, labelled_dialog, sample_of, share_of, who_answers
+from corpora import LONGEST_LINE, JsonReader, open_data, read_lines, read_pieces
+from dialogs import Dialog, Utterance
+from releases import checked_dialog, split_sentences
+from texts import ASSISTANTS, LABELLED, answering_speaker, labelled_dialog, read_sample, share_of
 
-LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogs", "utterances", "turns", "chat",
-         "contents", "items", "talk", "script")
-TEXTS = ("content", "value", "text", "utterance", "message", "body", "parts", "sentence", "msg")
-ROLES = ("role", "from", "speaker", "author", "sender", "user", "agent", "speaker_id", "participant", "who", "name",
-         "id")
-SYSTEM = {"system", "developer", "context"}
-TOOLS = {"tool", "tools", "function", "function_call", "function-call", "observation", "ipython", "tool_call",
-         "tool_calls", "tool_response", "tool_result", "environment"}
-USERS = {"user", "human", "prompter", "customer", "client"}
-PERSONAS = ("personas", "persona", "personality")  # in all places where a file says who somebody is
+LIST_KEYS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogs", "utterances", "turns",
+             "chat", "contents", "items", "talk", "script")
+TEXT_KEYS = ("content", "value", "text", "utterance", "message", "body", "parts", "sentence", "msg")
+ROLE_KEYS = ("role", "from", "speaker", "author", "sender", "user", "agent", "speaker_id", "participant", "who", "name",
+             "id")
+SYSTEM_ROLES = {"system", "developer", "context"}
+TOOL_ROLES = {"tool", "tools", "function", "function_call", "function-call", "observation", "ipython", "tool_call",
+              "tool_calls", "tool_response", "tool_result", "environment"}
+USER_ROLES = {"user", "human", "prompter", "customer", "client"}
+PERSONA_KEYS = ("personas", "persona", "personality")  # in all places where a file says who somebody is
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
-PROMPTS = ("instruction", "question", "prompt", "query", "input", "context", "user", "human")
-REPLIES = ("output", "response", "answer", "completion", "reply", "target", "assistant", "bot", "gpt")
+PROMPT_KEYS = ("instruction", "question", "prompt", "query", "input", "context", "user", "human")
+REPLY_KEYS = ("output", "response", "answer", "completion", "reply", "target", "assistant", "bot", "gpt")
 DEEPEST = 8  # lists within lists
 
 
@@ -44,13 +44,13 @@ class Shape(NamedTuple):
 
 def is_message(value: object) -> bool:
     """Whether this says something, or could."""
-    return isinstance(value, dict) and any(key in value for key in (*TEXTS, "tool_calls", "function_call"))
+    return isinstance(value, dict) and any(key in value for key in (*TEXT_KEYS, "tool_calls", "function_call"))
 
 
 def _messages(record: object) -> list | None:
     """The list of messages of a record, nested ones end to end; None where there is none."""
     if isinstance(record, dict):
-        record = next((record[key] for key in LISTS if isinstance(record.get(key), list)), None)
+        record = next((record[key] for key in LIST_KEYS if isinstance(record.get(key), list)), None)
         exchanges = isinstance(record, list) and [None if is_message(one) else pair_keys(one) for one in record]
         if exchanges and all(exchanges):  # {"user": …, "assistant": …}
             return [{"role": key, "content": one[key]} for one, keys in zip(record, exchanges, strict=True)
@@ -73,21 +73,21 @@ def read_chat(place: str, record: object) -> Dialog:
     """
     messages = _messages(record)
     if messages is None:
-        raise ValueError(f"no list of messages, such as \"{LISTS[0]}\"")
-    turns: list[Turn] = []
+        raise ValueError(f"no list of messages, such as \"{LIST_KEYS[0]}\"")
+    turns: list[Utterance] = []
     persona, others, notes = [], [], set()
     for number, message in enumerate(messages):
         if not is_message(message):
             raise ValueError(f"message {number} has no text, such as \"content\"")
-        text, whole = _text(next((message[key] for key in TEXTS if key in message), None), number)
+        text, whole = _text(next((message[key] for key in TEXT_KEYS if key in message), None), number)
         role = _role(message, number)
         if not whole:
             notes.add("with parts that are no text and are left out")
-        if role in SYSTEM:
+        if role in SYSTEM_ROLES:
             notes |= {"with a system message"} if text.strip() else set()
-        if role in TOOLS or message.get("tool_calls") or message.get("function_call"):
+        if role in TOOL_ROLES or message.get("tool_calls") or message.get("function_call"):
             notes.add("with calls of tools that are left out")
-        if role in TOOLS:
+        if role in TOOL_ROLES:
             continue
         said = []
         for line in text.split("\n"):  # as ParlAI's tasks send personas
@@ -95,25 +95,26 @@ def read_chat(place: str, record: object) -> Dialog:
                 (persona if line.startswith("your") else others).append(line.partition(":")[2])
             else:
                 said.append(line)
-        if role in SYSTEM:
+        if role in SYSTEM_ROLES:
             persona += said
         else:
-            turns.append(Turn(role, "\n".join(said)))
-    speakers = {turn.speaker for turn in turns}
-    if len(speakers) > 2:  # spellings of two roles
-        turns = [turn._replace(speaker="user" if turn.speaker in USERS else "assistant" if _is_assistant(turn.speaker)
-                               else turn.speaker) for turn in turns]
-    return _with_personas(Dialog(place, turns, notes=tuple(sorted(notes))), record, sentences("\n".join(persona)),
-                          sentences("\n".join(others)))
+            turns.append(Utterance(role, "\n".join(said)))
+    if len({turn.speaker for turn in turns}) > 2:  # several spellings of two roles
+        turns = [turn._replace(speaker=_usual_role(turn.speaker)) for turn in turns]
+    return _with_personas(Dialog(place, turns, notes=tuple(sorted(notes))), record, split_sentences("\n".join(persona)),
+                          split_sentences("\n".join(others)))
 
 
-def _is_assistant(role: object) -> bool:
-    return isinstance(role, str) and (role in ASSISTANTS or role.startswith("gpt"))
+def _usual_role(role: object) -> object:
+    """Return "user" or "assistant" for another spelling of it; other roles stay as they are."""
+    if role in USER_ROLES:
+        return "user"
+    return "assistant" if isinstance(role, str) and (role in ASSISTANTS or role.startswith("gpt")) else role
 
 
 def _role(message: dict, number: int) -> object:
     """Return the speaker of a message; without a role the two speakers take turns."""
-    for key in ROLES:
+    for key in ROLE_KEYS:
         value = message.get(key)
         if isinstance(value, dict):
             value = value.get("role") or value.get("name")
@@ -121,7 +122,7 @@ def _role(message: dict, number: int) -> object:
             return value.strip().casefold()
         if isinstance(value, int):
             return value
-    if any(key in message for key in ROLES):
+    if any(key in message for key in ROLE_KEYS):
         raise ValueError(f"message {number} has an empty role")
     return number % 2
 
@@ -135,7 +136,7 @@ def _text(value: object, number: int, depth: int = 0) -> tuple[str, bool]:
     if isinstance(value, str):
         return value, True
     if isinstance(value, dict):
-        inner = next((value[key] for key in TEXTS if key in value), None)
+        inner = next((value[key] for key in TEXT_KEYS if key in value), None)
         return _text(inner, number, depth + 1) if inner is not None else ("", False)
     if isinstance(value, list):
         parts = [_text(part, number, depth + 1) for part in value]
@@ -149,17 +150,17 @@ def _with_personas(dialog: Dialog, record: object, persona: list[str], others: l
 
     ``system``: under which keys a system message may stand.
     """
-    personas, notes, speakers = {}, set(dialog.notes), list(dict.fromkeys(turn.speaker for turn in dialog.turns
+    personas, notes, speakers = {}, set(dialog.notes), list(dict.fromkeys(turn.speaker for turn in dialog.utterances
                                                                           if turn.text.strip()))
-    answers = who_answers(dialog.turns)
+    answers = answering_speaker(dialog.utterances)
     if isinstance(record, dict):
         for key in system:
             if isinstance(record.get(key), str) and record[key].strip():
-                persona = [*sentences(record[key]), *persona]
+                persona = [*split_sentences(record[key]), *persona]
                 notes.add("with a system message")
-        named = next((record[key] for key in PERSONAS if record.get(key)), None)
+        named = next((record[key] for key in PERSONA_KEYS if record.get(key)), None)
         if named is not None:
-            two = personas_of(named)
+            two = parse_personas(named)
             notes.add("with a persona")
             if len(two) == 1:
                 persona = [*two[0], *persona]
@@ -173,7 +174,7 @@ def _with_personas(dialog: Dialog, record: object, persona: list[str], others: l
     return dialog._replace(personas=personas, notes=tuple(sorted(notes)))
 
 
-def personas_of(value: object, depth: int = 0) -> list[list[str]]:
+def parse_personas(value: object, depth: int = 0) -> list[list[str]]:
     """Return the personas that a record names: one, or the opening speaker's and the answering one's.
 
     ``value``: a text, a list of sentences, two of either, or an object of two. Raises ``ValueError``.
@@ -181,36 +182,36 @@ def personas_of(value: object, depth: int = 0) -> list[list[str]]:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, str):
-        return [sentences(value)]
+        return [split_sentences(value)]
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
-        return [[sentence for one in value for sentence in sentences(one)]]
+        return [[sentence for one in value for sentence in split_sentences(one)]]
     if isinstance(value, list) and 1 <= len(value) <= 2 and depth < DEEPEST:
-        two = [personas_of(one, depth + 1) for one in value]
+        two = [parse_personas(one, depth + 1) for one in value]
         if all(len(one) == 1 for one in two):
             return [one[0] for one in two]
     raise ValueError("the persona is no list of sentences, nor two of them")
 
 
-def who_somebody_is(text: str, name: str) -> list[str]:
+def read_persona(text: str, name: str) -> list[str]:
     """The sentences of a persona: a line each; or JSON, a list of them, an entry, or an object that has one.
 
     Of two personas in a dialog, the second speaker's is taken. Raises `InputError` for other JSON; ``name``: of the
     text, for messages.
     """
     if not re.match(r'\s*(\[\s*["\[]|\[\s*\]|\{\s*["}])', text):
-        return sentences(text)
-    value = Json(iter([text]), name).only_value()
+        return split_sentences(text)
+    value = JsonReader(iter([text]), name).only_value()
     if isinstance(value, dict):
-        named = next((value[key] for key in (*PERSONAS, *SYSTEM_KEYS) if key in value), None)
+        named = next((value[key] for key in (*PERSONA_KEYS, *SYSTEM_KEYS) if key in value), None)
         if named is None and is_chat(value):
             found = read_chat("", value).personas
             named = next(iter(found.values()), [])
         if named is None:
-            raise InputError(f"{name}: is {looks(value)}, without a persona; write {{\"personality\": [\"i …\", …]}} "
-                             "or a sentence per line")
+            raise InputError(f"{name}: is {describe_record(value)}, without a persona; write "
+                             "{\"personality\": [\"i …\", …]} or one sentence per line")
         value = named
     try:
-        return personas_of(value)[-1]
+        return parse_personas(value)[-1]
     except ValueError:
         raise InputError(f"{name}: is no list of sentences; write [\"i …\", …] or a sentence per line") from None
 
@@ -223,9 +224,9 @@ def read_own(place: str, record: object) -> Dialog:
     if not isinstance(record, dict) or "turns" not in record:
         raise ValueError("no \"turns\"")
     dialog = checked_dialog(place, record.get("personas", []), record["turns"], record.get("speakers"))
-    if not any(record.get(key) for key in PERSONAS[1:]):
+    if not any(record.get(key) for key in PERSONA_KEYS[1:]):
         return dialog
-    two = personas_of(next(record[key] for key in PERSONAS[1:] if record.get(key)))
+    two = parse_personas(next(record[key] for key in PERSONA_KEYS[1:] if record.get(key)))
     return dialog._replace(personas={1: two[0]} if len(two) == 1 else dict(enumerate(two)))
 
 
@@ -233,14 +234,15 @@ def read_strings(place: str, record: object) -> Dialog:
     """A list of utterances, or an object that has one; two people take turns. ``response`` and the like come last."""
     said = record
     if isinstance(record, dict):
-        said = next((record[key] for key in (*LISTS, "history", "context") if isinstance(record.get(key), list)), None)
+        keys = (*LIST_KEYS, "history", "context")
+        said = next((record[key] for key in keys if isinstance(record.get(key), list)), None)
         if isinstance(said, list) and said and all(isinstance(one, list) for one in said):  # exchanges
             said = list(chain.from_iterable(said))
     if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
         raise ValueError("no list of utterances")
-    if isinstance(record, dict) and (reply := _first_text(record, REPLIES)):
+    if isinstance(record, dict) and (reply := _first_text(record, REPLY_KEYS)):
         said = [*said, reply]
-    return _with_personas(Dialog(place, [Turn(index % 2, text) for index, text in enumerate(said)]), record, [],
+    return _with_personas(Dialog(place, [Utterance(index % 2, text) for index, text in enumerate(said)]), record, [],
                           system=SYSTEM_KEYS[1:])
 
 
@@ -270,7 +272,7 @@ def read_pair(place: str, record: object) -> Dialog:
     said = [*chain.from_iterable(history), prompt, reply]
     if not all(isinstance(text, str) for text in said):
         raise ValueError(f"{keys[0]} or {keys[1]} is not text")
-    return _with_personas(Dialog(place, [Turn(index % 2, text) for index, text in enumerate(said)]), record, [])
+    return _with_personas(Dialog(place, [Utterance(index % 2, text) for index, text in enumerate(said)]), record, [])
 
 
 def pair_keys(record: object) -> tuple[str, str] | None:
@@ -278,13 +280,13 @@ def pair_keys(record: object) -> tuple[str, str] | None:
     if not isinstance(record, dict):
         return None
     prompt, reply = (next((key for key in keys if isinstance(record.get(key), (str, list))), None)
-                     for keys in (PROMPTS, REPLIES))
+                     for keys in (PROMPT_KEYS, REPLY_KEYS))
     return (prompt, reply) if prompt and reply else None
 
 
 def read_transcript(place: str, record: object) -> Dialog:
     """A whole dialog as one text: ``Anna: hello`` a line, ChatML's, or a line an utterance."""
-    text = record if isinstance(record, str) else _first_text(record, (*LISTS, "transcript", "text"))
+    text = record if isinstance(record, str) else _first_text(record, (*LIST_KEYS, "transcript", "text"))
     marked = re.split(r"<\|im_start\|>\s*(\w+)\n|<\|(user|assistant|system)\|>\s*\n?|"
                       r"### ?(Human|Assistant|System|User|Instruction|Response): ?", text)
     if len(marked) > 4:
@@ -295,7 +297,7 @@ def read_transcript(place: str, record: object) -> Dialog:
     said = [line for line in text.replace("\r", "\n").split("\n") if line.strip()]
     if share_of(said, LABELLED.fullmatch) >= 0.5:
         return _with_personas(labelled_dialog(place, said), record, [])._replace(notes=())
-    return _with_personas(Dialog(place, [Turn(index % 2, line) for index, line in enumerate(said)]), record, [])
+    return _with_personas(Dialog(place, [Utterance(index % 2, line) for index, line in enumerate(said)]), record, [])
 
 
 def is_entry(record: object) -> bool:
@@ -310,7 +312,7 @@ def read_entry(place: str, record: object) -> Dialog:
     *_, last = turns
     said = [*last["history"], last["candidates"][-1]]
     distractors = {len(turn["history"]): tuple(turn["candidates"][:-1]) for turn in turns}
-    return Dialog(place, [Turn(index % 2, text, distractors.get(index, ())) for index, text in enumerate(said)],
+    return Dialog(place, [Utterance(index % 2, text, distractors.get(index, ())) for index, text in enumerate(said)],
                   {len(last["history"]) % 2: record.get("personality", [])}, len(last["history"]) % 2)
 
 
@@ -335,17 +337,17 @@ def shape_of(record: object) -> Shape | None:
     if is_entry(record) or isinstance(record.get("history"), list) and isinstance(record.get("candidates"), list):
         return Shape("entries", read_entry)
     if is_chat(record):
-        key = next(key for key in LISTS if isinstance(record.get(key), list))
+        key = next(key for key in LIST_KEYS if isinstance(record.get(key), list))
         messages = record[key]
         nested = isinstance(messages[0], list)
         name = {"messages": "OpenAI messages", "conversations": "ShareGPT"}.get(key, "messages")
         return Shape("ParlAI conversations" if nested else name, read_chat)
-    if any(_are_texts(record.get(key)) for key in LISTS) or _first_text(record, REPLIES) and any(
+    if any(_are_texts(record.get(key)) for key in LIST_KEYS) or _first_text(record, REPLY_KEYS) and any(
             _are_texts(record.get(key)) and isinstance(record[key][0], str) for key in ("history", "context")):
         return Shape("lists of utterances", read_strings)
     if pair_keys(record):
         return Shape("Alpaca" if "instruction" in record else "pairs of prompt and reply", read_pair)
-    if text := _first_text(record, (*LISTS, "transcript")):
+    if text := _first_text(record, (*LIST_KEYS, "transcript")):
         return Shape("transcripts", read_transcript)
     if (text := _first_text(record, ("text",))) and (len(re.findall(
             r"<\|im_start\|>|<\|user\|>|<\|assistant\|>|### ?(?:Human|Assistant|User):", text)) > 1 or
@@ -357,7 +359,7 @@ def shape_of(record: object) -> Shape | None:
 # ------------------------------------------------------------------------------------------------------ JSON files
 
 
-WRAPPERS = ("data", "dialogs", "dialogues", "conversations", "items", "rows", "examples", "records", "chats")
+WRAPPER_KEYS = ("data", "dialogs", "dialogues", "conversations", "items", "rows", "examples", "records", "chats")
 SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid",
                "dev": "valid", "test": "test", "testing": "test"}
 
@@ -374,24 +376,24 @@ def records(path: str | Path) -> Iterator[tuple[str | None, str, object]]:
     """Split, place and value of each record of a JSON file: of lines, a list, objects one after the other, or what an
     object wraps, ``{"data": […]}`` or ``{"train": […], "valid": […]}``. The split is None where there is none.
 
-    Raises `InputError` as `corpora.Json`.
+    Raises `InputError` as `corpora.JsonReader`.
     """
-    if sample_of(path)[:4] == b"PAR1":
+    if read_sample(path)[:4] == b"PAR1":
         for number, record in enumerate(parquet_rows(path)):
             yield None, f"dialog {number}", record
         return
     if is_lines(path):
-        for number, line in lines(path):
+        for number, line in read_lines(path):
             if line.strip():
-                yield None, f"line {number}", Json(iter([line]), f"{path}: line {number}").only_value()
+                yield None, f"line {number}", JsonReader(iter([line]), f"{path}: line {number}").only_value()
         return
-    text = Json(read_pieces(path), path)
+    text = JsonReader(read_pieces(path), path)
     number = 0
     while letter := text.next_letter():
         if letter == "[":
             elements = text.elements()
             first = next(elements, None)
-            alone = is_message(first) and not is_record(first) and any(key in first for key in ROLES[:-1])
+            alone = is_message(first) and not is_record(first) and any(key in first for key in ROLE_KEYS[:-1])
             if alone or isinstance(first, str):
                 yield None, f"dialog {number}", [first, *elements]
                 number += 1
@@ -430,13 +432,13 @@ def _unwrapped(value: object) -> Iterator[tuple[str | None, object]]:
     """The records of a value: itself, the elements of its list, or of its lists by split, or its values by name."""
     if not isinstance(value, dict) or is_record(value) and not any(
             isinstance(value.get(key), list) and value[key] and is_record(value[key][0])
-            and not is_message(value[key][0]) for key in WRAPPERS):
+            and not is_message(value[key][0]) for key in WRAPPER_KEYS):
         yield None, value
         return
     found = False
     for key, inner in value.items():
         split = SPLIT_NAMES.get(key)
-        if isinstance(inner, list) and (split or key in WRAPPERS):
+        if isinstance(inner, list) and (split or key in WRAPPER_KEYS):
             yield from ((split, _row(one)) for one in inner)
         elif is_record(inner):
             yield None, inner
@@ -454,7 +456,7 @@ def is_lines(path: str | Path) -> bool:
         while first and not first.strip():
             first = file.readline(LONGEST_LINE)
     try:
-        value = Json(iter([first.decode("utf-8-sig", "replace")]), path).only_value()
+        value = JsonReader(iter([first.decode("utf-8-sig", "replace")]), path).only_value()
     except InputError as error:
         return any(what in str(error) for what in ("Extra data", "a number that long")) or (
             "nested too deeply" in str(error) and first[:1] == b"{")
@@ -467,7 +469,7 @@ def peek(path: str | Path) -> tuple[str | None, object]:
     """The first record of a JSON file and its split, without the rest; (None, None) where that cannot be read."""
     try:
         if not is_lines(path):
-            text = Json(read_pieces(path), path)
+            text = JsonReader(read_pieces(path), path)
             if text.next_letter() == "{":
                 for key in text.members():
                     if text.next_letter() == "[":
@@ -491,13 +493,14 @@ def read_records(path: str | Path, wanted: str | None = None) -> Iterator[tuple[
         counted = f"{place}, counted from 0," if place.startswith("dialog") else place
         try:
             shape = shape or shape_of(record)
-            if not shape and isinstance(record, dict) and any(record.get(key) == [] for key in LISTS):
+            if not shape and isinstance(record, dict) and any(record.get(key) == [] for key in LIST_KEYS):
                 yield split, "empty lists", Dialog(place, [])
                 continue
             if not shape:
                 raise InputError(
-                    f"{path}: {counted} is not as in the releases and layouts that are read here ({looks(record)}); "
+                    f"{path}: {counted} has no layout that can be read ({describe_record(record)}); "
                     'write {"personas": [["i …"], ["i …"]], "turns": ["…", "…"]}, or name the layout with --format')
+
             yield split, shape.name, shape.read(place, record)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             what = f"has no {error}" if isinstance(error, KeyError) else f"is not a dialog ({error})"
@@ -506,9 +509,9 @@ def read_records(path: str | Path, wanted: str | None = None) -> Iterator[tuple[
             raise InputError(f"{path}: {counted} {what}; {cure}") from None
 
 
-def looks(record: object) -> str:
+def describe_record(record: object) -> str:
     """What a record looks like, in a few words."""
-    if is_message(record) and any(key in record for key in ROLES):
+    if is_message(record) and any(key in record for key in ROLE_KEYS):
         return "one message, where a list of a dialog's messages should be"
     if isinstance(record, dict):
         return "an object of " + (", ".join(repr(key[:40]) for key in list(record)[:6]) or "nothing")

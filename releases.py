@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli import InputError
-from corpora import LONGEST_SENTENCE, Json, lines, read_corpus, read_pieces
-from dialogs import Dialog, Turn, check_length, clean, entries, without_silence
+from corpora import LONGEST_SENTENCE, JsonReader, read_corpus, read_lines, read_pieces
+from dialogs import Dialog, Utterance, check_length, clean, drop_silence, make_entries
 
 # ------------------------------------------------------------------------------------------------ readers of files
 
@@ -24,7 +24,7 @@ def read_parlai(path: str | Path) -> Iterator[Dialog]:
     ``1 your persona: i have two dogs.`` are the bot's persona, its full stops set apart as in the published JSON.
     """
     turns, persona, place, last = [], [], "", 0
-    for number, line in lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         numbered = re.fullmatch(r"([0-9]{1,9}) (.*)", line)
@@ -47,24 +47,24 @@ def read_parlai(path: str | Path) -> Iterator[Dialog]:
         yield Dialog(place, turns, {"bot": persona}, "bot")
 
 
-def _parlai_turn(text: str) -> Iterator[Turn]:
+def _parlai_turn(text: str) -> Iterator[Utterance]:
     """What a line says: the other person's words and the bot's, if it has any."""
     said, reply, _, candidates = (text.split("\t") + ["", "", ""])[:4]
-    yield Turn("other", said.replace("\\n", " "))
+    yield Utterance("other", said.replace("\\n", " "))
     gold = clean(reply.split("|")[0].replace("\\n", " "))
     others = (clean(candidate) for candidate in candidates.split("|"))
-    yield Turn("bot", gold, tuple(candidate for candidate in others if candidate not in ("", gold)))
+    yield Utterance("bot", gold, tuple(candidate for candidate in others if candidate not in ("", gold)))
 
 
 def read_dailydialog(path: str | Path) -> Iterator[Dialog]:
     """DailyDialog's text: a line per dialog, ``__eou__`` after each utterance; two people take turns."""
-    for number, line in lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         if "__eou__" not in line:
             raise InputError(f"{path}: line {number} has no __eou__ after an utterance; name the release's "
                              "dialogues_….txt, not its topic, act or emotion files")
-        yield Dialog(f"line {number}", [Turn(index % 2, text) for index, text in enumerate(line.split("__eou__"))])
+        yield Dialog(f"line {number}", [Utterance(index % 2, text) for index, text in enumerate(line.split("__eou__"))])
 
 
 def read_empathetic_dialogues(path: str | Path) -> Iterator[Dialog]:
@@ -75,7 +75,7 @@ def read_empathetic_dialogues(path: str | Path) -> Iterator[Dialog]:
     header = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance"
 
     def rows() -> Iterator[tuple[int, list[str]]]:
-        for number, line in lines(path):
+        for number, line in read_lines(path):
             if number == 1 and not line.startswith(header):
                 raise InputError(f"{path}: line 1 is not the release's header, {header},…; name its train.csv, "
                                  "valid.csv or test.csv")
@@ -88,12 +88,12 @@ def read_empathetic_dialogues(path: str | Path) -> Iterator[Dialog]:
 
     for _, dialog in groupby(rows(), key=lambda row: row[1][0]):
         (number, fields), *rest = dialog
-        yield Dialog(f"line {number}", [Turn(row[4], row[5]) for row in (fields, *(row for _, row in rest))])
+        yield Dialog(f"line {number}", [Utterance(row[4], row[5]) for row in (fields, *(row for _, row in rest))])
 
 
 def read_blended_skill_talk(path: str | Path) -> Iterator[Dialog]:
     """BlendedSkillTalk's JSON: ``personas`` of two people, an utterance of each to begin with, and their ``dialog``."""
-    text = Json(read_pieces(path), path)
+    text = JsonReader(read_pieces(path), path)
     if text.next_letter() != "[":
         raise InputError(f"{path}: is not a list of dialogs; name the release's train.json, valid.json or test.json")
     for number, dialog in enumerate(text.elements()):
@@ -122,12 +122,12 @@ def checked_dialog(place: str, personas: object, texts: object, speakers: object
     if not isinstance(speakers, list) or len(speakers) != len(texts) or not all(who in (0, 1) for who in speakers):
         raise ValueError("speakers is not a list of 0 and 1, one a turn")
     known = {number: check(persona, f"personas[{number}]") for number, persona in enumerate(personas)}
-    return Dialog(place, [Turn(*turn) for turn in zip(speakers, texts, strict=True)], known)
+    return Dialog(place, [Utterance(*turn) for turn in zip(speakers, texts, strict=True)], known)
 
 
 def read_synthetic_persona_chat(path: str | Path) -> Iterator[Dialog]:
     """Synthetic-Persona-Chat's CSV: the personas of two people, a sentence per line, and their talk, ``User 1: …``."""
-    rows = table_rows(path)
+    rows = read_rows(path)
     _, header = next(rows, (1, []))
     names = [name.strip().casefold() for name in header]
     wanted = ["user 1 personas", "user 2 personas", "best generated conversation"]
@@ -137,22 +137,22 @@ def read_synthetic_persona_chat(path: str | Path) -> Iterator[Dialog]:
     columns = [names.index(name) for name in wanted]
     for number, row in rows:
         first, second, talk = (row[column] if column < len(row) else "" for column in columns)
-        turns: list[Turn] = []
+        turns: list[Utterance] = []
         for line in talk.splitlines():
             if spoken := re.fullmatch(r"\s*User (1|2)\s*:(.*)", line, re.IGNORECASE):
-                turns.append(Turn(int(spoken[1]), spoken[2]))
+                turns.append(Utterance(int(spoken[1]), spoken[2]))
             elif turns:  # an utterance of several lines
                 turns[-1] = turns[-1]._replace(text=f"{turns[-1].text} {line}")
-        yield Dialog(f"line {number}", turns, {1: sentences(first), 2: sentences(second)})
+        yield Dialog(f"line {number}", turns, {1: split_sentences(first), 2: split_sentences(second)})
 
 
-def table_rows(path: str | Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+def read_rows(path: str | Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file that are not empty, each with the line that it begins in; fields may hold line breaks.
 
     Raises `InputError` where a quotation mark is never closed or a field is too long.
     """
     begun = 1
-    text = csv.reader((f"{line}\n" for _, line in lines(path)), delimiter=delimiter, strict=True)
+    text = csv.reader((f"{line}\n" for _, line in read_lines(path)), delimiter=delimiter, strict=True)
     csv.field_size_limit(4 * LONGEST_SENTENCE)
     try:
         for row in text:
@@ -163,21 +163,21 @@ def table_rows(path: str | Path, delimiter: str = ",") -> Iterator[tuple[int, li
         raise InputError(f"{path}: line {begun} is no row of a table ({error}); close its quotation marks") from None
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """A persona that is written a sentence per line."""
     return [line for line in map(clean, text.splitlines()) if line]
 
 
 def read_topical_chat(path: str | Path) -> Iterator[Dialog]:
     """Topical-Chat's JSON: by their names, dialogs whose ``content`` is a list of ``message`` and ``agent``."""
-    text = Json(read_pieces(path), path)
+    text = JsonReader(read_pieces(path), path)
     if text.next_letter() != "{":
         raise InputError(f"{path}: is not an object of conversations; name the release's train.json, valid_freq.json "
                          "and so on")
     for name in text.members():
         dialog = text.value()
         try:
-            yield Dialog(f"conversation {name}", [Turn(str(turn["agent"]), _text(turn["message"]))
+            yield Dialog(f"conversation {name}", [Utterance(str(turn["agent"]), _text(turn["message"]))
                                                   for turn in dialog["content"]])
         except (KeyError, TypeError, ValueError) as error:
             what = f"has no {error}" if isinstance(error, KeyError) else f"is not as in the release ({error})"
@@ -196,10 +196,10 @@ def read_multi_session_chat(path: str | Path) -> Iterator[Dialog]:
     ``personas``, first of who opens the session; the two take turns in ``dialog``. The sessions before it, which a line
     repeats, are lines of their own in other files, or dialogs of PERSONA-CHAT.
     """
-    for number, line in lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
-        session = Json(iter([line]), f"{path}: line {number}").only_value()
+        session = JsonReader(iter([line]), f"{path}: line {number}").only_value()
         try:
             said = [turn["text"] for turn in session["dialog"]]
             yield checked_dialog(f"line {number}", session["personas"], said, None)
@@ -286,7 +286,7 @@ def corpus_name(text: str) -> str | None:
     return None
 
 
-def corpora_known() -> str:
+def describe_corpora() -> str:
     """The published corpora with size and licence, a line each."""
     width = max(map(len, ABOUT))
     return "\n".join(f"{name:{width}}  {about.size}; licence: {about.licence}" for name, about in ABOUT.items())
@@ -312,6 +312,6 @@ def known_release(folder: Path) -> str | None:
 def read_release(release: Release, files: dict[str, list[Path]]) -> dict[str, Iterable[dict]]:
     """The splits that `find_release` found, each to be read once."""
     if not release.read:
-        return {split: without_silence(corpus) for split, corpus in read_corpus(files[""][0]).items()}
-    return {split: chain.from_iterable(entries(release.read(path), path) for path in paths)
+        return {split: drop_silence(corpus) for split, corpus in read_corpus(files[""][0]).items()}
+    return {split: chain.from_iterable(make_entries(release.read(path), path) for path in paths)
             for split, paths in files.items()}

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cli import short
 from dialogs import DialogNumbers
 from distractors import PER_TURN, draw_distractors
-from files import digest, write_tensors
+from files import hash_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class TokenTable(Mapping):
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    return digest((name, torch.from_numpy(arrays[name])) for name in sorted(arrays))
+    return hash_tensors((name, torch.from_numpy(arrays[name])) for name in sorted(arrays))
 
 
 class Split(Sequence):

@@ -9,36 +9,36 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from cli import InputError
-from corpora import lines, open_data
-from dialogs import Dialog, Turn, check_length, clean
+from corpora import open_data, read_lines
+from dialogs import Dialog, Utterance, check_length, clean
 
-SAMPLE = 1 << 16  # bytes looked at
-MOSTLY = 0.6  # of the lines: then the file is in that layout
+SAMPLE_SIZE = 1 << 16  # bytes looked at
+MAJORITY = 0.6  # of the lines: then the file is in that layout
 SEPARATORS = {name: re.compile(re.escape(name)) for name in (
     "__eot__", "__eou__", "</t>", "<|endoftext|>", "</s>", "<eos>", "<EOS>", "[EOS]", "[SEP]", "<sep>", "<SEP>", "|||")}
 SEPARATORS |= {"EOS": re.compile(r"(?:^|(?<=\s))EOS(?=\s|$)"), "\t": re.compile(r"\t")}
-RULE = re.compile(r"\s*([-=*_#~])\1{2,}\s*")  # a line drawn between dialogs
+DIVIDER = re.compile(r"\s*([-=*_#~])\1{2,}\s*")  # a line drawn between dialogs
 NUMBERED = re.compile(r"\s*[\[(]?([0-9]{1,9})(?:[.):\]](?![0-9])\s*|[\t ]\s*)(.*)")
 DAY, HOUR = r"\d{1,4}[/.-]\d{1,2}[/.-]\d{1,4}", r"\d{1,2}:\d{2}(?::\d{2})?(?:\s?[AaPp]\.?[Mm]\.?)?"
 TIME = rf"(?:[\[(]?{DAY},?\s{{1,3}}{HOUR}[\])]?\s{{0,3}}(?:-\s{{0,3}})?|[\[(]{HOUR}[\])]\s{{0,3}})?"
 NAME = r"[0-9]|[^\W\d_][\w.'’-]{0,30}(?: [\w.'’-]{1,30}){0,3}"
 LABELLED = re.compile(rf"[\s\u200e]{{0,8}}{TIME}(?:<({NAME})>\s*|"
                       rf"[\s#>*_\[(]{{0,8}}({NAME})\s{{0,3}}[\])*_]{{0,3}}\s{{0,3}}[:：](?!//)[*_]{{0,3}}\s*)(.*)")
-OF_SYSTEM = {"system", "developer", "persona", "personality", "your persona"}
+SYSTEM_LABELS = {"system", "developer", "persona", "personality", "your persona"}
 DASH = re.compile(r"\s*[-–—]\s+(.*)")
 
 
-def sample_of(path: str | Path) -> bytes:
+def read_sample(path: str | Path) -> bytes:
     """How a file begins."""
     with open_data(path) as file:
-        return file.read(SAMPLE)
+        return file.read(SAMPLE_SIZE)
 
 
 def sample_lines(path: str | Path) -> list[str]:
     """The whole lines among them, whatever their encoding."""
-    start = sample_of(path)
+    start = read_sample(path)
     found = start.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return found[:-1] if len(start) == SAMPLE and len(found) > 1 else found
+    return found[:-1] if len(start) == SAMPLE_SIZE and len(found) > 1 else found
 
 
 def share_of(found: Iterable[str], fits: Callable[[str], object]) -> float:
@@ -53,8 +53,8 @@ def share_of(found: Iterable[str], fits: Callable[[str], object]) -> float:
 def blocks(path: str | Path, at_empty_lines: bool = True) -> Iterator[list[tuple[int, str]]]:
     """Lines up to an empty one, or one that is drawn, each with its number."""
     block: list[tuple[int, str]] = []
-    for number, line in lines(path):
-        if line.strip() and not RULE.fullmatch(line):
+    for number, line in read_lines(path):
+        if line.strip() and not DIVIDER.fullmatch(line):
             block.append((number, line))
             check_length(block, path, f"line {block[0][0]}")
         elif block and (at_empty_lines or line.strip()):
@@ -78,7 +78,7 @@ def read_plain(path: str | Path) -> Iterator[Dialog]:
                          "out within a dialog")
     for block in blocks(path):
         said = [DASH.sub(r"\1", line) if dashes else line for _, line in block]
-        yield Dialog(f"line {block[0][0]}", [Turn(index % 2, line) for index, line in enumerate(said)])
+        yield Dialog(f"line {block[0][0]}", [Utterance(index % 2, line) for index, line in enumerate(said)])
 
 
 def read_numbered(path: str | Path) -> Iterator[Dialog]:
@@ -105,7 +105,7 @@ def _in_turns(said: list[tuple[int, str]]) -> Dialog:
     texts = [text for _, text in said]
     if share_of(texts, LABELLED.fullmatch) == 1 and len({_label(text)[0] for text in texts}) == 2:
         return labelled_dialog(place, texts)
-    return Dialog(place, [Turn(index % 2, text) for index, text in enumerate(texts)])
+    return Dialog(place, [Utterance(index % 2, text) for index, text in enumerate(texts)])
 
 
 def read_labelled(path: str | Path) -> Iterator[Dialog]:
@@ -129,27 +129,27 @@ def _label(line: str) -> tuple[str, str] | None:
 def labelled_dialog(place: str, said: Iterable[str]) -> Dialog:
     """A dialog of lines of which most begin with the speaker's name. What a system says is who the other one is."""
     said = list(said)
-    labels = Counter(label for label, _ in filter(None, map(_label, said)) if label not in OF_SYSTEM)
+    labels = Counter(label for label, _ in filter(None, map(_label, said)) if label not in SYSTEM_LABELS)
     often = {label for label, count in labels.items() if count > 1}
     names = often if len(labels) > 2 and len(often) == 2 else labels.keys()  # a colon is not always behind a name
-    turns: list[Turn] = []
+    turns: list[Utterance] = []
     persona: list[str] = []
     others: list[str] = []
     goes_on: list | None = None
     for line in said:
         label, text = _label(line) or ("", line)
-        if label in OF_SYSTEM or label == "partner's persona":
+        if label in SYSTEM_LABELS or label == "partner's persona":
             goes_on = others if label == "partner's persona" else persona
             goes_on.append(clean(text))
         elif label in names:
             goes_on = None
-            turns.append(Turn(label, text))
+            turns.append(Utterance(label, text))
         elif goes_on:
             goes_on.append(clean(line))
         elif turns:
             turns[-1] = turns[-1]._replace(text=f"{turns[-1].text} {line}")
     personas = {}
-    if persona and (who := who_answers(turns)):
+    if persona and (who := answering_speaker(turns)):
         personas[who] = [sentence for sentence in persona if sentence]
     if others and turns:
         personas[turns[0].speaker] = [sentence for sentence in others if sentence]
@@ -159,7 +159,7 @@ def labelled_dialog(place: str, said: Iterable[str]) -> Dialog:
 ASSISTANTS = {"assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "bing", "bard", "claude", "gemini"}
 
 
-def who_answers(turns: list[Turn]) -> object:
+def answering_speaker(turns: list[Utterance]) -> object:
     """Return the speaker whom a persona without a name belongs to: the assistant, or else the second speaker."""
     speakers = list(dict.fromkeys(turn.speaker for turn in turns if turn.text.strip()))
     named = [who for who in speakers if str(who) in ASSISTANTS]
@@ -181,7 +181,7 @@ def read_delimited(path: str | Path) -> Iterator[Dialog]:
     firsts = [line.split("\t")[0].strip() for line in looked]
     counted = name == "\t" and len(firsts) > 1 and all(map(str.isdecimal, firsts)) and all(
         int(after) == int(before) + 1 for before, after in zip(firsts, firsts[1:], strict=False))
-    for number, line in lines(path):
+    for number, line in read_lines(path):
         said = [text for part in SEPARATORS[name].split(line) for text in part.split("\t")][counted:]
         if name == "__eot__":  # a turn, of several utterances
             said = [text.replace("__eou__", " ") for text in said]
@@ -192,13 +192,13 @@ def read_delimited(path: str | Path) -> Iterator[Dialog]:
         if said and all(map(str.strip, said)):
             yield _in_turns([(number, text) for text in said])
         elif said:
-            yield Dialog(f"line {number}", [Turn(index % 2, text) for index, text in enumerate(said)])
+            yield Dialog(f"line {number}", [Utterance(index % 2, text) for index, text in enumerate(said)])
 
 
 def separator_of(found: list[str]) -> str | None:
     """What divides the utterances of most of the lines; None where nothing does."""
     return next((name for name, pattern in SEPARATORS.items()
-                 if share_of(map(str.strip, found), pattern.search) >= MOSTLY), None)
+                 if share_of(map(str.strip, found), pattern.search) >= MAJORITY), None)
 
 
 # ------------------------------------------------------------------------------------------------- ParlAI's fields
@@ -213,7 +213,7 @@ def read_parlai_fields(path: str | Path) -> Iterator[Dialog]:
     An episode ends there, or at an empty line. ``label_candidates`` have | between them. In the text, lines of ``your
     persona: …`` are the bot's persona.
     """
-    turns: list[Turn] = []
+    turns: list[Utterance] = []
     personas: dict[object, list[str]] = {"bot": [], "other": []}
     place = ""
 
@@ -221,7 +221,7 @@ def read_parlai_fields(path: str | Path) -> Iterator[Dialog]:
         return Dialog(place, turns, personas, "bot")
 
     goes_on = False
-    for number, line in lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             if turns and not goes_on:
                 yield ended()
@@ -244,8 +244,8 @@ def read_parlai_fields(path: str | Path) -> Iterator[Dialog]:
         reply = _listed(fields.get("labels") or fields.get("eval_labels") or "")
         gold = clean(reply[0]) if reply else ""
         others = map(clean, _listed(fields.get("label_candidates") or fields.get("candidates") or ""))
-        turns += [Turn("other", " ".join(said)),
-                  Turn("bot", gold, tuple(other for other in others if other not in ("", gold)))]
+        turns += [Utterance("other", " ".join(said)),
+                  Utterance("bot", gold, tuple(other for other in others if other not in ("", gold)))]
         check_length(turns, path, place)
         done = fields.get("episode_done", "").strip().casefold()
         goes_on = done == "false"
@@ -269,9 +269,9 @@ def _listed(text: str) -> list[str]:
 
 def text_layout(found: list[str]) -> str:
     """The name of the layout that the lines of a text file are in, of those of `readers.FORMATS`."""
-    written = [line for line in found if line.strip() and not RULE.fullmatch(line)]
+    written = [line for line in found if line.strip() and not DIVIDER.fullmatch(line)]
     first = written[0] if written else ""
-    if share_of(written, lambda line: re.match(r"(text|labels|eval_labels):", line) or "\tlabels:" in line) >= MOSTLY:
+    if share_of(written, lambda line: re.match(r"(text|labels|eval_labels):", line) or "\tlabels:" in line) >= MAJORITY:
         return "parlai_fields"
     if re.match(r"1 (your persona: |partner's persona: |.*\t)", first):
         return "parlai"
@@ -291,12 +291,12 @@ def text_layout(found: list[str]) -> str:
         return "numbered"
     if separator:
         return "delimited"
-    if share_of(written, LABELLED.fullmatch) >= MOSTLY and len(written) > 1:
+    if share_of(written, LABELLED.fullmatch) >= MAJORITY and len(written) > 1:
         return "labelled"
     return "plain"
 
 
-OTHERWISE = [  # what most lines of a plain text never look like, and what does
+FOREIGN_FORMATS = [  # what most lines of a plain text never look like, and what does
     (r"\s*[{\[<]", "JSON or markup that is cut at line breaks"),
     (r".* \+\+\+\$\+\+\+ ", "the Cornell Movie-Dialogs Corpus"),
     (r"\s*- - |.*[\w ]:\s*$", "YAML"),
@@ -307,8 +307,8 @@ OTHERWISE = [  # what most lines of a plain text never look like, and what does
 ]
 
 
-def looks_otherwise(found: list[str]) -> str | None:
+def foreign_format(found: list[str]) -> str | None:
     """What it is that most of a supposedly plain text's lines look like, in words."""
     if sum(" --> " in line for line in found) > max(1, len(found) / 10):
         return "subtitles"
-    return next((what for pattern, what in OTHERWISE if share_of(found, re.compile(pattern).match) > 0.5), None)
+    return next((what for pattern, what in FOREIGN_FORMATS if share_of(found, re.compile(pattern).match) > 0.5), None)

@@ -31,7 +31,7 @@ from model import DoubleHeadsModel, DoubleHeadsOutput
 from schedule import AdamW, Decay, add_schedule_flags
 from tables import TokenTable
 from tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, get_tokenizer
-from utils import add_common_flags, data_flags, dataset_of
+from utils import add_common_flags, data_flags, open_dataset
 from weights import add_lora_, add_special_tokens_, load_model
 
 __all__ = ["ATTR_TO_SPECIAL_TOKEN", "SPECIAL_TOKENS", "add_special_tokens_", "build_input_from_segments", "training"]
@@ -45,7 +45,7 @@ def training(args: Namespace) -> Path | None:
     with devices.first_of_each_machine():  # downloads and tokenises
         tokenizer = get_tokenizer(args.model_checkpoint)
         model = load_model(args.model_checkpoint, args.lora)
-        table = dataset_of(args, tokenizer, of_run=False)
+        table = open_dataset(args, tokenizer, from_run=False)
     add_special_tokens_(model, tokenizer)
     note_training(model, table, args)
     if args.lora:

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from cli import InputError, fraction, positive_number, short, whole_number
 from corpora import read_corpus
-from dialogs import TARGETS, put_together
+from dialogs import TARGETS, combine_corpora
 from downloads import download, find_corpus
 from files import hash_file
 from pretrained import (
@@ -28,7 +28,7 @@ from pretrained import (
     resolve_checkpoint,
 )
 from readers import add_reading_flags, format_name, read_any
-from releases import RELEASES, corpora_known, corpus_name, read_release
+from releases import RELEASES, corpus_name, describe_corpora, read_release
 from tables import TokenTable, build_table, open_table
 from tokenization import fingerprint
 
@@ -74,7 +74,7 @@ def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str =
                 return table
             logger.info("Tokenising %s", ", ".join(map(str, files)))
             parts = [read_release(*found) for found in corpora] if dataset else [read_any(files[0], layout, columns)]
-            splits = put_together(parts, dataset or dataset_path, target, train_frac, keep_repeated=keep_repeated)
+            splits = combine_corpora(parts, dataset or dataset_path, target, train_frac, keep_repeated=keep_repeated)
             build_table(tokenizer, splits, distractors, cache, key)
         logger.info("Token table written to %s", cache)
     except OSError as error:
@@ -127,14 +127,14 @@ def data_flags(args: Namespace) -> dict:
     return {name: value for name, value in flags.items() if value != DATA_FLAGS[name]}
 
 
-def dataset_of(args: Namespace, tokenizer, of_run: bool = True) -> TokenTable:
+def open_dataset(args: Namespace, tokenizer, from_run: bool = True) -> TokenTable:
     """The data set that the flags of `add_common_flags` name.
 
     If they name none, and with ``of_run``, it is the one that ``--model_checkpoint`` was trained on, as far as its
     config says so; ``args`` then says it, too. Flags that are not as by default override what is remembered. Raises
     `InputError` when it is not there any more.
     """
-    if of_run and not args.dataset_path and not args.dataset:
+    if from_run and not args.dataset_path and not args.dataset:
         for name, value in _trained_on(resolve_checkpoint(args.model_checkpoint)).items():
             if getattr(args, name) == DATA_FLAGS[name]:
                 setattr(args, name, value)
@@ -240,7 +240,7 @@ def _positions(text: str) -> int:
 def _corpus_names(text: str) -> str:
     """Names of published corpora with commas between, for argparse; "list" prints what there is, and ends."""
     if text == "list":
-        print(corpora_known())
+        print(describe_corpora())
         raise SystemExit(0)
     names = [(name, corpus_name(name)) for name in text.split(",")] if text else []
     if unknown := [name.strip() for name, known in names if not known]:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from cli import InputError, command, short
-from files import ARGUMENTS, each_once, replacing, unfinished, write_tensors, write_text
+from files import ARGUMENTS, describe_unfinished, distinct_tensors, replacing, write_tensors, write_text
 from inputs import IGNORED
 from layers import ATTENTION, LowRankLinear
 from model import MODELS, AnyDecoder, DoubleHeadsModel, decoder_class
@@ -54,7 +54,7 @@ def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> 
     checkpoint = resolve_checkpoint(model_checkpoint)
     if is_checkpoint_file(checkpoint):
         return _of_training(checkpoint)
-    if left := unfinished(Path(checkpoint)):
+    if left := describe_unfinished(Path(checkpoint)):
         logger.warning("%s: this is the model of the last whole epoch, and the run is %s", checkpoint, left)
     if base := adapter_base(checkpoint):
         return _adapted(checkpoint, base, rank)
@@ -248,7 +248,7 @@ def _of_training(checkpoint: str) -> DoubleHeadsModel:
         else:
             model_class = MODELS.get(config.model_type) or decoder_class(type(config))
             model = model_class(model_class.config_class.from_dict(config.to_dict() | {"dtype": "float32"}))
-        weights = each_once(model)
+        weights = distinct_tensors(model)
         if weights.keys() != state.keys():
             raise ValueError("it has other weights than its configuration says")
         for name, weight in weights.items():

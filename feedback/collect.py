@@ -22,17 +22,17 @@ from cli import InputError, command, positive_number, require_memory
 from corpora import require_split
 from decoding import OPTIONS, Decoding, add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
 from feedback.pairs import append_lines, beginnings, is_pair, pair_name, read_lines, whole_dialog
-from files import digest, replacing
+from files import hash_tensors, replacing
 from inputs import TurnDataset
 from model import DoubleHeadsModel, half_dtype
-from utils import add_common_flags, dataset_of
+from utils import add_common_flags, open_dataset
 
 logger = logging.getLogger("feedback.collect")
 
 
 def model_hash(model: DoubleHeadsModel) -> str:
     """A name for a model's weights: the same for the same weights, whatever file they came from."""
-    return digest(sorted(model.state_dict().items()))[:16]
+    return hash_tensors(sorted(model.state_dict().items()))[:16]
 
 
 def decoders(args: Namespace) -> list[Decoding]:
@@ -60,7 +60,7 @@ def collect(args: Namespace) -> int:
     rows = min(args.contexts, args.batch_size) * args.replies
     # Of each reply that is decoded at once, the logits of the next token and their filtered copy.
     require_memory(2 * 4 * rows * len(tokenizer), f"--replies {args.replies} to {rows // args.replies} contexts a time")
-    table = dataset_of(args, tokenizer)
+    table = open_dataset(args, tokenizer)
     split = require_split(table, args.split, args.dataset or args.dataset_path)
     dataset = TurnDataset.for_model(model, split, tokenizer)
     if args.contexts > len(dataset):

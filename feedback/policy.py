@@ -63,7 +63,7 @@ from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, 
 from model import DoubleHeadsModel
 from tables import Split, tokenize
 from tokenization import save_tokenizer
-from utils import add_common_flags, dataset_of
+from utils import add_common_flags, open_dataset
 from weights import save_model
 
 EVALUATIONS = "evaluations.jsonl"
@@ -258,7 +258,7 @@ class Trainer:
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
         # Of each reply at least one action, and of that the logits of policy and reference and their logarithms.
         require_memory(4 * 4 * args.batch_size * len(self.tokenizer), f"--batch_size {args.batch_size}")
-        self.table = dataset_of(args, self.tokenizer)
+        self.table = open_dataset(args, self.tokenizer)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
         self.kl = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         self.reward: Reward | None = None

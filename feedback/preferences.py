@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli import InputError
-from corpora import Json, open_data, read_pieces
-from dialogs import Turn, merged
+from corpora import LONGEST_LINE, JsonReader, open_data, read_lines, read_pieces
+from dialogs import Utterance, merge_utterances
 from feedback.answers import preferences, read_answers
 from feedback.pairs import beginnings, pair_name, read_pairs, report_left_out
-from readers import LONGEST_LINE, lines
 
 ROLES = {"system": "system", "developer": "system",
          **dict.fromkeys(["user", "human", "prompter", "person", "customer"], "other"),
@@ -64,12 +63,12 @@ def _is_made_elsewhere(path: str | Path) -> bool:
 
 def _records(path: str | Path) -> Iterator[tuple[int, dict | None]]:
     """Numbered from 1, the objects of JSON lines or of a JSON list; None where there is something else."""
-    text = Json(read_pieces(path), path)
+    text = JsonReader(read_pieces(path), path)
     if text.next_letter() == "[":
         for number, record in enumerate(text.elements(), 1):
             yield number, record if isinstance(record, dict) else None
         return
-    for number, line in lines(path):
+    for number, line in read_lines(path):
         if line.strip():
             try:
                 record = json.loads(line)
@@ -129,7 +128,7 @@ def read_record(record: dict) -> tuple[list[str], list[str], list[str]]:
                 turns = [turn for turn in prompt if turn.speaker == "system"] + turns
         persona = [line for turn in turns if turn.speaker == "system" for line in turn.text.splitlines()]
         dialogs.append(([line.strip() for line in persona if line.strip()],
-                        merged(turn for turn in turns if turn.speaker != "system")))
+                        merge_utterances(turn for turn in turns if turn.speaker != "system")))
     (persona, rejected), (_, chosen) = dialogs
     if not all(turns and turns[-1].speaker == "bot" for turns in (rejected, chosen)):
         raise ValueError("that do not end with two replies of the bot")
@@ -142,7 +141,7 @@ def read_record(record: dict) -> tuple[list[str], list[str], list[str]]:
     return persona, [turn.text for turn in chosen[:-1]], [rejected[-1].text, chosen[-1].text]
 
 
-def said(value: object, speaker: str) -> list[Turn]:
+def said(value: object, speaker: str) -> list[Utterance]:
     """Turns of the speakers system, other and bot, from messages, a transcript, or a text, which is ``speaker``'s.
 
     Raises ``ValueError`` for anything else.
@@ -151,11 +150,11 @@ def said(value: object, speaker: str) -> list[Turn]:
         between = r"\n\n" if re.search(r"\n\n(Human|Assistant):", value) else r"\n"
         parts = re.split(rf"(?:\A|{between}){SPEAKER}", value)
         if len(parts) > 1 and not parts[0].strip():
-            return [Turn(ROLES[who.lower()], text) for who, text in zip(parts[1::2], parts[2::2], strict=True)]
-        return [Turn(speaker, value)]
+            return [Utterance(ROLES[who.lower()], text) for who, text in zip(parts[1::2], parts[2::2], strict=True)]
+        return [Utterance(speaker, value)]
     if not isinstance(value, Sequence) or not all(isinstance(message, dict) for message in value):
         raise ValueError("with a prompt or reply that is neither text nor messages")
-    return [Turn(*_message(message)) for message in value]
+    return [Utterance(*_message(message)) for message in value]
 
 
 def _message(message: dict) -> tuple[str, str]:

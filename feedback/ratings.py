@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from cli import InputError, command, positive_real
-from dialogs import Turn, merged
+from dialogs import Utterance, merge_utterances
 from feedback.pairs import append_lines, read_lines, report_left_out
 
 OVERALL = ("overall", "rating", "score")  # names of the quality that pairs are made by, first found
@@ -43,7 +43,7 @@ class Chat(NamedTuple):
     """A whole chat: the bot's persona, who said what, and the score that the person gave the chat."""
 
     persona: list[str]
-    turns: list[Turn]
+    turns: list[Utterance]
     score: float
 
 
@@ -76,7 +76,7 @@ def read_chats(path: str | Path) -> list[Chat]:
     for _, record in read_lines(Path(path)):
         if record and "turns" in record and _is_number(record.get("score")):
             chats.append(Chat(_sentences(record, "bot_persona"), [
-                Turn(turn["who"], turn["text"]) for turn in _turns(record)], float(record["score"])))
+                Utterance(turn["who"], turn["text"]) for turn in _turns(record)], float(record["score"])))
     return chats
 
 
@@ -100,7 +100,7 @@ def _replies_of_chat(record: dict) -> Iterator[Rated]:
     turns, persona = _turns(record), _sentences(record, "bot_persona")
     for place, turn in enumerate(turns):
         if turn["who"] == "bot" and _is_number(turn.get("score")) and turn["text"].strip():
-            before = merged(Turn(one["who"], one["text"]) for one in turns[:place])
+            before = merge_utterances(Utterance(one["who"], one["text"]) for one in turns[:place])
             yield Rated(persona, [one.text for one in before], turn["text"], {"score": [float(turn["score"])]})
 
 

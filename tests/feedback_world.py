@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_checkpoint
 
-from dialogs import Dialog, Turn, entries
+from dialogs import Dialog, Utterance, make_entries
 from feedback import collect, policy, reward
 from feedback.pairs import read_pairs
 from inputs import TurnDataset, collate
@@ -90,10 +90,10 @@ def two_sided(world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two-sided")
     corpus = {}
     for split, first, count in (("train", 0, 10), ("valid", 100, 40)):
-        dialogs = [Dialog("", [Turn(place % 2, text) for place, text in enumerate(
+        dialogs = [Dialog("", [Utterance(place % 2, text) for place, text in enumerate(
             ["hello there .", "how are you ?" if n % 2 else f"i am {n} .", f"my dog is {n} .", f"i like {n} .",
              f"that is sad , {n} ."][:4 + n % 3 // 2])]) for n in range(first, first + count)]
-        corpus[split] = list(entries(dialogs, "dialogs"))
+        corpus[split] = list(make_entries(dialogs, "dialogs"))
     (folder / "data.json").write_text(json.dumps(corpus))
     collect.collect(flags(world, dataset_path=str(folder / "data.json"), dataset_cache=str(folder / "cache"),
                           pairs=str(folder / "pairs.jsonl"), contexts=60))

@@ -71,7 +71,8 @@ def fuzz_json():
 
 def fuzz_readers():
     """A file of any layout is refused in one line, or each of its entries has the format."""
-    with atheris.instrument_imports(include=["corpora", "records", "releases", "rows", "readers", "texts"]):
+    with atheris.instrument_imports(include=["corpora", "dialogs", "records", "releases", "rows", "readers", "texts"]):
+        import dialogs
         import readers
         from cli import InputError, printable
         from corpora import check_entry
@@ -83,7 +84,7 @@ def fuzz_readers():
         number = data[0] - ord("0") if data else 0
         try:
             known = 0 <= number < len(read)
-            splits = {"": readers.entries(read[number](path), path)} if known else readers.read_any(path)
+            splits = {"": dialogs.make_entries(read[number](path), path)} if known else readers.read_any(path)
             for entries in splits.values():
                 for entry in entries:
                     check_entry(entry, "")

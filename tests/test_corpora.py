@@ -12,10 +12,19 @@ from conftest import error_line, script, shared
 from hypothesis import given
 from hypothesis import strategies as st
 
-import readers
+import corpora
 from cli import InputError
 from corpora import check_corpus, read_corpus
-from dialogs import HISTORY, Dialog, DialogNumbers, Turn, divided, entries, one_side, put_together
+from dialogs import (
+    HISTORY,
+    Dialog,
+    DialogNumbers,
+    Utterance,
+    combine_corpora,
+    divide_dialogs,
+    keep_target,
+    make_entries,
+)
 from distractors import draw_distractors
 from example_entry import convert
 from readers import read_any
@@ -25,7 +34,7 @@ from words import normalized, text_key, words
 def entries_of(path, content: str, target: str = "both") -> list[dict]:
     """What `read_any` makes of a file without splits."""
     path.write_text(content)
-    return list(one_side(read_any(path)[None], target))
+    return list(keep_target(read_any(path)[None], target))
 
 
 def pairs(found: list[dict]) -> list[tuple]:
@@ -183,7 +192,7 @@ def test_the_blended_skill_talk_sample_is_read():
     ("own.txt", b"hi\nhe\xffllo\n", "line 2 is not UTF-8 at byte 2"),
     ("own.txt", gzip.compress(b"hi\nhello\n" * 99, mtime=0)[:30], "the gzip data is damaged"),
     ("own.zip", b"PK\3\4....", "is an archive; unpack it"),
-    ("own.txt", b"a" * (readers.LONGEST_LINE + 1), "line 1 is longer than 16 MiB"),
+    ("own.txt", b"a" * (corpora.LONGEST_LINE + 1), "line 1 is longer than 16 MiB"),
 ])
 def test_wrong_files_are_refused_with_file_line_and_cure(tmp_path, name, content, complaint):
     path = tmp_path / name
@@ -202,8 +211,8 @@ def test_dialogs_that_teach_nothing_are_counted_and_shown(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / 'own.txt'}: 2 dialogs left out because in them nobody answers anybody; the first at line 1"]
     caplog.clear()
-    crowd = Dialog("line 7", [Turn(who, "x") for who in "abc"])
-    assert list(entries([crowd], "f")) == [] and "more than two people speak; the first at line 7" in caplog.text
+    crowd = Dialog("line 7", [Utterance(who, "x") for who in "abc"])
+    assert list(make_entries([crowd], "f")) == [] and "more than two people speak; the first at line 7" in caplog.text
 
 
 def test_a_dialog_without_end_takes_room_in_proportion(tmp_path):
@@ -279,7 +288,7 @@ def test_a_folder_keeps_its_splits_unless_asked(tmp_path):
     with pytest.raises(InputError, match="own: has no valid split; .*--train_frac"):
         openings()
     with pytest.raises(InputError, match="too few to train on some"):
-        divided([], 0.5, 0, "own")
+        divide_dialogs([], 0.5, 0, "own")
 
 
 def test_random_distractors_come_from_other_dialogs_as_often_as_they_were_said():
@@ -375,8 +384,8 @@ LETTERS = st.lists(st.sampled_from("abc"), min_size=2, max_size=7)
     ["both", "second", "first"]))
 def test_sides_get_the_number_of_their_dialog_in_any_order(dialogs, random, target):
     """Of entries as a reader yields them, as many numbers as dialogs; by `same`, as many as different ones."""
-    made = [list(one_side(entries([Dialog("", [Turn(n % 2, text) for n, text in enumerate(said)])], ""), target))
-            for said in dialogs]
+    made = [list(keep_target(make_entries([Dialog("", [Utterance(n % 2, text) for n, text in enumerate(said)])], ""),
+                             target)) for said in dialogs]
     numbers = DialogNumbers()
     for sides in made:
         assert len({numbers.number(entry) for entry in sides}) <= 1
@@ -400,7 +409,7 @@ def test_what_a_later_split_repeats_is_left_out_of_training(tmp_path, caplog):
     (own / "test.txt").write_text("bread ?\nno .\n\nTea?\nYes, a cup.\nHere.\n")
 
     def training(**how) -> list[list[str]]:
-        splits = put_together([read_any(own)], "own", **how)
+        splits = combine_corpora([read_any(own)], "own", **how)
         return [[*entry["utterances"][-1]["history"], entry["utterances"][-1]["candidates"][-1]]
                 for entry in splits["train"]]
 
@@ -422,10 +431,10 @@ def test_no_dialog_of_the_real_dailydialog_is_trained_on_and_evaluated():
     evaluated = {tuple(text_key(said) for said in line.split("__eou__") if said.strip())
                  for split in ("validation", "test")
                  for line in (folder / f"dialogues_{split}.txt").read_text("utf-8").split("\n") if line}
-    splits = put_together([read_any(folder)], "dailydialog")
+    splits = combine_corpora([read_any(folder)], "dailydialog")
     trained = list(splits["train"])
     last = [entry["utterances"][-1] for entry in trained]
     known = {tuple(map(text_key, (*turn["history"], turn["candidates"][-1]))) for turn in last}
     assert not evaluated & known and len(trained) > 20_000
-    kept = put_together([read_any(folder)], "dailydialog", keep_repeated=True)["train"]
+    kept = combine_corpora([read_any(folder)], "dailydialog", keep_repeated=True)["train"]
     assert len(list(kept)) > len(trained) + 400

@@ -182,7 +182,7 @@ JSON = st.recursive(
 def test_any_json_reads_as_pythons_own_reader_reads_it(tmp_path_factory, value, piece):
     path = tmp_path_factory.mktemp("json") / "data.json"
     path.write_text(json.dumps(value))
-    text = corpora.Json(iter([path.read_text()[start:start + piece] for start in range(0, 9999, piece)]), path)
+    text = corpora.JsonReader(iter([path.read_text()[start:start + piece] for start in range(0, 9999, piece)]), path)
     assert repr(text.only_value()) == repr(json.loads(path.read_text()))
     try:
         corpora.check_corpus(value)

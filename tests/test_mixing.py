@@ -134,7 +134,7 @@ def test_no_persona_leaves_it_out_and_lengths_agree(tmp_path, data_dir, tokenize
     assert longest_persona(split) > 1
     for no_persona, stretch in ((False, 1 << 16), (True, 1 << 16), (False, 2)):
         dataset = TurnDataset(split, tokenizer, 256, no_persona=no_persona)
-        dataset.STRETCH = stretch
+        dataset.CHUNK = stretch
         persona, _ = dataset.context(0)
         assert persona == ([] if no_persona else [tokenizer.encode("i bake .")])
         assert [len(row.input_ids) for row in map(dataset.__getitem__, range(len(dataset)))] == list(

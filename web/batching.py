@@ -24,7 +24,7 @@ import torch
 
 from cli import InputError
 from decoding import BeamSearch, Decoding, allowed_scores, choose_tokens, fitted_context, load_checkpoint, readable
-from files import digest
+from files import hash_tensors
 from inputs import Segment, Specials, build_reply
 from model import DoubleHeadsModel
 from pretrained import resolve_checkpoint
@@ -477,7 +477,7 @@ class Bot:
         self.encode = lru_cache(1_000)(self.tokenizer.encode)  # the same texts come again with each message
         self.encode_persona = lru_cache(1_000)(self.tokenizer.encode_persona)
         self.name = Path(resolve_checkpoint(args.model_checkpoint)).name
-        self.version = digest(self.model.state_dict().items())[:12]
+        self.version = hash_tensors(self.model.state_dict().items())[:12]
         self.options()  # what the flags say must be possible here
         self.decoder = Decoder(self.model, self.special, args.max_batch, args.max_waiting, args.memory)
 
