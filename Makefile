@@ -10,7 +10,7 @@
 # make fuzz    coverage-guided fuzzing of the readers and tokenizers, some minutes
 # make docker-check  build the Dockerfile without a Docker daemon, chat in its image, look what it holds (as root; needs
 #              buildah and debootstrap; some minutes)
-# make lint    style
+# make lint    style and types
 
 PYTHON ?= python3
 VENV := .venv
@@ -58,6 +58,7 @@ parlai: .venv-parlai/installed
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .
+	$(BIN)/mypy *.py feedback web
 
 install: $(VENV)/installed
 

@@ -8,7 +8,7 @@ from files import ARGUMENTS, METRICS
 from model import DoubleHeadsModel
 from pretrained import NAMED, adapter_base, resolve_checkpoint
 from releases import ABOUT
-from tokenization import SPECIAL_TOKENS
+from tokenization import SPECIAL_TOKENS, Tokenizer
 
 # What a server is asked becomes what training has, see `inputs.build_context`: the persona's sentences, behind a space
 # each (of GPT-2, as in 2019, behind nothing), then the last utterances, each behind the token of its speaker, several
@@ -60,7 +60,7 @@ def name_of(folder: Path) -> str:
     return folder.resolve().name
 
 
-def template(model: DoubleHeadsModel, tokenizer, between: str) -> str:
+def template(model: DoubleHeadsModel, tokenizer: Tokenizer, between: str) -> str:
     """`TEMPLATE` for one model: its control tokens, how many utterances it sees, whether it knows personas, and what
     stands ``between`` their sentences."""
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]

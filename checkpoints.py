@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 import devices
 from cli import InputError, positive_number, whole_number
 from files import ARGUMENTS, distinct_tensors, read_header, step_files, write_checkpoint, write_text
-from tokenization import save_tokenizer
+from tokenization import Tokenizer, save_tokenizer
 from utils import make_logdir
 from weights import save_model
 
@@ -295,7 +295,7 @@ def _run_of(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if len(checkpoint.parts) > 2 else checkpoint.absolute().parents[1]
 
 
-def open_run_folder(args: Namespace, tokenizer) -> Path:
+def open_run_folder(args: Namespace, tokenizer: Tokenizer) -> Path:
     """The run folder, in all processes: that of ``--resume``, or a new one with tokenizer and arguments in it."""
     if args.resume:
         return _run_of(Path(args.resume))

@@ -4,6 +4,7 @@ Imports nothing but Python's own library, so that a script can refuse a flag bef
 """
 
 import errno
+import io
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LARGEST_NUMBER = 2 ** 31 - 1  # numpy's seeds and counts end not far above
 
@@ -21,14 +23,15 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line that names the thing, the place and the cure."""
 
 
-def command(main: Callable[[], int | None]) -> None:
+def command(main: Callable[[], Any]) -> None:
     """Run a script's ``main``: an `InputError`, or a file that cannot be used, becomes one line and exit status 2.
 
     Ctrl-C ends quietly with 130, a closed output pipe with 141, as the shell's own commands do. Neither errors nor the
     log can carry commands to the terminal, and a terminal that lacks a letter shows a question mark.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_printable_record)
     try:
@@ -88,7 +91,7 @@ class Number:
     above_least: bool = False  # whether ``least`` itself is excluded
     below_most: bool = False  # whether ``most`` itself is excluded
 
-    def __call__(self, text: str) -> int | float:
+    def __call__(self, text: str) -> Any:
         try:
             value = self.type(text)
         except (ValueError, OverflowError):
@@ -97,7 +100,7 @@ class Number:
             raise ArgumentTypeError(f"{printable(text[:20])!r} is not {self}")
         return value
 
-    def __contains__(self, value: object) -> bool:
+    def __contains__(self, value: Any) -> bool:
         if type(value) not in (int, self.type):  # True is no number here, nor is 2.0 a whole one
             return False
         return (value > self.least if self.above_least else value >= self.least) and (

@@ -47,6 +47,7 @@ from metrics import choice_metrics, count_words, intervals, perplexities, reply_
 from model import DoubleHeadsModel, autocast, half_dtype
 from report import figure, write_report
 from tables import tokenize
+from tokenization import Tokenizer
 from utils import add_common_flags, open_dataset
 from words import UNSPACED, normalized
 
@@ -86,7 +87,7 @@ class WordShares:
     in proportion to their counts + 5. So the model need not look into the rest of the word.
     """
 
-    def __init__(self, counts: Mapping[str, int], tokenizer, after_space: bool):
+    def __init__(self, counts: Mapping[str, int], tokenizer: Tokenizer, after_space: bool):
         """``after_space``: for words within a reply; else for its first word, which GPT-2 spells in other pieces."""
         pieces, shares = {}, defaultdict(int)
         for word in counts:
@@ -133,7 +134,8 @@ class WordRow:
         self.cut = len(words) - len(self.words)
 
 
-def word_shares(counts: Mapping[str, int], tokenizer, legacy_gpt2_words: bool) -> tuple[WordShares, WordShares]:
+def word_shares(counts: Mapping[str, int], tokenizer: Tokenizer,
+                legacy_gpt2_words: bool) -> tuple[WordShares, WordShares]:
     """For the first word of a reply, and for all others; with ``legacy_gpt2_words`` the same, as in 2019."""
     if any(re.search(f"[{UNSPACED}]", word) for word in counts):
         logger.warning("Word PPL takes what stands between spaces for words, so of Chinese and Japanese whole clauses; "
@@ -146,7 +148,7 @@ def word_shares(counts: Mapping[str, int], tokenizer, legacy_gpt2_words: bool) -
     return first, later
 
 
-def gold_likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, counts: Mapping[str, int],
+def gold_likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: Tokenizer, counts: Mapping[str, int],
                      args: Namespace) -> Iterator[tuple[int, dict]]:
     """For each turn its number and `likelihoods`, under the dictionary of ``counts``."""
     shares = word_shares(counts, tokenizer, args.legacy_gpt2_words)
@@ -155,7 +157,7 @@ def gold_likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, c
 
 
 @torch.inference_mode()
-def likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, turns: list[int], tokenizer,
+def likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, turns: list[int], tokenizer: Tokenizer,
                 shares: tuple[WordShares, WordShares], args: Namespace) -> list[dict]:
     """How likely the gold replies of a batch of turns are, in nats.
 
@@ -203,7 +205,7 @@ def _negative_log_softmax(logits: torch.Tensor, places: list[tuple[int, int]]) -
 # ----------------------------------------------------------------------------------------------------------- F1
 
 
-def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer, decoding: Decoding,
+def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: Tokenizer, decoding: Decoding,
             batch_size: int) -> Iterator[tuple[int, dict]]:
     """For each turn its number and the generated ``reply``; seeded by ``decoding.seed``, 0 as any other."""
     torch.manual_seed(decoding.seed)

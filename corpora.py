@@ -14,15 +14,17 @@ import codecs
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from json.decoder import WHITESPACE
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from cli import InputError
 
+Dialogs = TypeVar("Dialogs", bound=Sequence)
+SPACE = re.compile(r"[ \t\n\r]*")  # between JSON values
 # What a file may make us do. Real dialogs stay far below: PERSONA-CHAT's file has 209 MB, its largest entry 60
 # thousand letters, its longest sentence 120.
 LARGEST_FILE = 4 << 30  # bytes, unpacked
@@ -85,7 +87,7 @@ def open_data(path: str | Path, largest: int = LARGEST_FILE) -> Iterator[BinaryI
 class _BoundedReader(io.RawIOBase):
     """What comes out of a file, given up when it is more than there is use for."""
 
-    def __init__(self, unpacked: BinaryIO, file: BinaryIO, path: str | Path, largest: int):
+    def __init__(self, unpacked: io.BufferedIOBase, file: io.BufferedIOBase, path: str | Path, largest: int):
         self.unpacked, self.file, self.path, self.largest, self.done = unpacked, file, path, largest, 0
 
     def readable(self) -> bool:
@@ -153,7 +155,7 @@ class JsonReader:
         self.line, self.column = 1, 1  # of the first letter of `text`
         self.decoder = json.JSONDecoder()
 
-    def only_value(self) -> object:
+    def only_value(self) -> Any:
         """The value that all of the text is."""
         value = self.value()
         self.end()
@@ -175,7 +177,7 @@ class JsonReader:
             self.place += 1
             yield key
 
-    def elements(self) -> Iterator[object]:
+    def elements(self) -> Iterator[Any]:
         """The elements of the list that begins here."""
         for _ in self._listed("]"):
             yield self.value()
@@ -193,7 +195,7 @@ class JsonReader:
                 raise self.wrong("Expecting ',' delimiter", self.place)
         self.place += 1
 
-    def value(self) -> object:
+    def value(self) -> Any:
         """The value that comes next, whole."""
         self.next_letter()
         while True:
@@ -217,7 +219,7 @@ class JsonReader:
     def next_letter(self) -> str:
         """The letter that comes next, after white space; empty at the end."""
         while True:
-            self.place = WHITESPACE.match(self.text, self.place).end()
+            self.place = SPACE.match(self.text, self.place).end()
             if self.place < len(self.text) or not self._more():
                 return self.text[self.place:self.place + 1]
 
@@ -247,7 +249,7 @@ class JsonReader:
 # ------------------------------------------------------------------------------------------------- their checks
 
 
-def check_corpus(corpus: object, name: str | Path = "the data") -> None:
+def check_corpus(corpus: Any, name: str | Path = "the data") -> None:
     """Check that ``corpus`` has the format above. Raises `InputError` naming the first place that has not."""
     check_splits(corpus, name)
     for split, entries in corpus.items():
@@ -255,7 +257,7 @@ def check_corpus(corpus: object, name: str | Path = "the data") -> None:
             check_entry(entry, f"{split}[{number}]", name)
 
 
-def check_splits(corpus: object, name: str | Path) -> None:
+def check_splits(corpus: Any, name: str | Path) -> None:
     """`check_corpus` without a look into the entries."""
     if not isinstance(corpus, dict):
         raise _wrong(name, "the file", f"holds {_kind(corpus)}", 'write {"train": […], "valid": […]}')
@@ -306,7 +308,7 @@ def _wrong(name: str | Path, place: str, what: str, cure: str) -> InputError:
     return InputError(f"{name}: {place} {what}; {cure}")
 
 
-def require_split(splits: Mapping[str, Sequence], split: str, name: str | Path) -> Sequence:
+def require_split(splits: Mapping[str, Dialogs], split: str, name: str | Path) -> Dialogs:
     """Return ``splits[split]``. Raises `InputError` when there is no such split or nothing in it."""
     if split not in splits:
         raise InputError(f"{name}: no '{split}' split, only {', '.join(map(repr, splits))}; add one beside it")

@@ -16,6 +16,7 @@ from decoding import Decoding, fitted_context, generate_replies, readable
 from files import METRICS, write_text
 from inputs import Specials, TurnDataset
 from model import DoubleHeadsModel
+from tokenization import Tokenizer
 
 # How ignite's progress bars look.
 BAR = "{desc}[{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 class Samples:
     """Greedy replies to a few validation turns, the same ones each time, as Markdown."""
 
-    def __init__(self, model: DoubleHeadsModel, tokenizer, dataset: TurnDataset):
+    def __init__(self, model: DoubleHeadsModel, tokenizer: Tokenizer, dataset: TurnDataset):
         self.model, self.tokenizer, self.dataset = model, tokenizer, dataset
 
     @torch.inference_mode()

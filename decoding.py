@@ -19,7 +19,7 @@ from cli import InputError, Number, printable
 from inputs import Segment, Specials, build_context, build_reply, fit_context
 from model import HALF, DoubleHeadsModel, half_dtype
 from sequences import sequences_for
-from tokenization import OpenAIGPTTokenizer, get_tokenizer
+from tokenization import OpenAIGPTTokenizer, Tokenizer, get_tokenizer
 from weights import add_special_tokens_, load_model
 
 LENGTH_PENALTY = 0.65  # ParlAI's
@@ -420,7 +420,7 @@ def _searched(model: DoubleHeadsModel, prompts: list[Segment], special: Specials
             for place in range(samples)]
 
 
-def sample_sequence(personality, history, tokenizer, model, args, current_output=None) -> list[int]:
+def sample_sequence(personality, history, tokenizer: Tokenizer, model, args, current_output=None) -> list[int]:
     """Decode one reply, under the name of 2019.
 
     ``personality``, ``history``: lists of token-id lists; ``args``: options as `Decoding.of` takes them;
@@ -444,7 +444,7 @@ def fitted_context(model: DoubleHeadsModel, persona, history, special: Specials,
 
 
 def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0, fp16: str = "",
-                    max_history: int | None = None) -> tuple[DoubleHeadsModel, object]:
+                    max_history: int | None = None) -> tuple[DoubleHeadsModel, Tokenizer]:
     """The model of a checkpoint, on its device, and the tokenizer.
 
     ``max_len``: how many positions a row may take (default 0: as in the checkpoint's training). ``fp16``: the precision
@@ -464,11 +464,11 @@ def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0
     return model.to(device, half_dtype(device, fp16)), tokenizer
 
 
-def readable(tokenizer, reply: list[int]) -> str:
+def readable(tokenizer: Tokenizer, reply: list[int]) -> str:
     """A whole reply for a person to read."""
     return printable(tokenizer.decode(reply, clean_up_tokenization_spaces=joins(tokenizer))).strip()
 
 
-def joins(tokenizer) -> bool:
+def joins(tokenizer: Tokenizer) -> bool:
     """Whether decoding must join tokens: GPT-1's stand apart as its training text did ("do n't")."""
     return isinstance(tokenizer, OpenAIGPTTokenizer)

@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, Literal
@@ -182,14 +182,14 @@ async def unless_gone(request: Request, step: Coroutine) -> Reply | None:
     return None if tasks[0].cancelled() else tasks[0].result()
 
 
-async def last(replies: AsyncIterator[Reply], reply: Reply) -> Reply:
+async def last(replies: AsyncGenerator[Reply, None], reply: Reply) -> Reply:
     """The last one that comes behind ``reply``."""
     async for reply in replies:  # noqa: B007
         pass
     return reply
 
 
-async def stream(bot: Bot, reply: Reply, replies: AsyncIterator[Reply], frame: dict, with_usage: bool):
+async def stream(bot: Bot, reply: Reply, replies: AsyncGenerator[Reply, None], frame: dict, with_usage: bool):
     """A reply as server-sent events. ``replies`` go on behind ``reply``."""
 
     def event(delta: dict, finish: str | None = None) -> str:
@@ -300,7 +300,7 @@ def host_names(host: str, further: list[str]) -> list[str]:
         own = socket.gethostname()
         names.append(own)
         with suppress(OSError):
-            names += [place[0] for *_, place in socket.getaddrinfo(own, None)]
+            names += [str(place[0]) for *_, place in socket.getaddrinfo(own, None)]
     return [f"[{name}]" if ":" in name else name for name in dict.fromkeys(names)]
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Dialog(NamedTuple):
 
     place: str  # where in the file, for messages
     utterances: list[Utterance]
-    personas: dict[object, list[str]] = {}  # speaker → sentences
+    personas: Mapping[Any, list[str]] = {}  # speaker → sentences
     bot: object = None  # whose turns are to be learnt; None: everybody's
     notes: tuple[str, ...] = ()  # what a person wants to know of it, "with a system message"; they are counted
 
@@ -211,7 +211,7 @@ def combine_corpora(parts: Iterable[Mapping[str | None, Iterable[dict]]], name: 
     a later split repeats is left out of training (`drop_repeated`), unless ``keep_repeated``.
     """
     parts = list(parts)
-    splits = {split: chain.from_iterable([part.get(split, []) for part in parts])
+    splits: dict = {split: chain.from_iterable([part.get(split, []) for part in parts])
               for split in dict.fromkeys(split for part in parts for split in part)}
     if None in splits or train_frac is not None:
         train_frac = TRAIN_FRAC if train_frac is None else train_frac

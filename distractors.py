@@ -57,7 +57,7 @@ class _UsableReplies:
     def __init__(self, replies: np.ndarray, dialogs: np.ndarray, texts: Sequence[str],
                  tokens: Mapping[int, tuple] | None):
         strings, string_of_turn = np.unique(replies, return_inverse=True)
-        readings = [[text_key(texts[number]) for number in strings]]
+        readings: list[list] = [[text_key(texts[number]) for number in strings]]
         if tokens is not None:
             readings.append([tokens[number] for number in strings.tolist()])
         self.dialogs, self.same = dialogs, []  # per reading (turns,): equal numbers for equal replies

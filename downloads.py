@@ -143,14 +143,15 @@ def _unpack_into(folder: Path, archive: Path, nested: bool = True) -> None:
     folder.mkdir()
     budget = max(100 << 20, MOST_GROWTH * archive.stat().st_size)
     if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as file:
-            if sum(member.file_size for member in file.infolist()) > budget or len(file.infolist()) > MOST_MEMBERS:
+        with zipfile.ZipFile(archive) as zipped:
+            if sum(member.file_size for member in zipped.infolist()) > budget or len(zipped.infolist()) > MOST_MEMBERS:
                 raise tarfile.TarError(f"it holds more than {MOST_MEMBERS:,} files or {MOST_GROWTH} times its size")
-            file.extractall(folder)  # what lies outside by its name lands inside; links come as files
+            zipped.extractall(folder)  # what lies outside by its name lands inside; links come as files
         for inner in sorted(folder.rglob("*.zip")) if nested else []:
             _unpack_into(inner.with_name(f"{inner.name}.unpacked"), inner, nested=False)
         return
-    with _SmallReads(archive) as file, tarfile.open(fileobj=file, mode="r:", copybufsize=file.LARGEST) as tar:
+    with _SmallReads(archive) as file, tarfile.open(  # type: ignore[call-overload]  # copybufsize is not in its types
+            fileobj=file, mode="r:", copybufsize=file.LARGEST) as tar:
         for number, member in enumerate(tar):
             budget -= member.size
             if budget < 0:

@@ -99,8 +99,9 @@ def convert(source: Path, out: Path, target: str, distractors: str, train_frac: 
     """
     if out.exists() and source.exists() and out.samefile(source):
         raise InputError(f"{out}: would be written over what it is made of; give the converted file another name")
-    splits = combine_corpora([read_any(source, layout, columns)], source, target, train_frac, seed, keep_repeated)
-    splits = {split: list(entries) for split, entries in splits.items()}
+    parts = [read_any(source, layout, columns)]
+    splits = {split: list(entries) for split, entries in combine_corpora(
+        parts, source, target, train_frac, seed, keep_repeated).items()}
     if missing := {"train", "valid"} - splits.keys():
         raise InputError(f"{source}: has no {' or '.join(sorted(missing))} split; add it beside the others, or let "
                          "--train_frac 0.85 divide the dialogs that are there")
@@ -151,7 +152,8 @@ def main() -> None:
     add("--seed", type=whole_number, default=0, help="of what is left to chance (default: %(default)s)")
     args = parser.parse_args()
     if args.convert:
-        convert(*args.convert, args.target, args.distractors, args.train_frac, args.seed, args.keep_repeated,
+        source, out = args.convert
+        convert(source, out, args.target, args.distractors, args.train_frac, args.seed, args.keep_repeated,
                 args.format, args.columns)
         describe(args.convert[1])
     elif args.file:

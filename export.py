@@ -22,6 +22,7 @@ from decoding import Decoding, load_checkpoint
 from files import write_tensors
 from gguf_file import TYPES, write_gguf
 from inputs import Specials
+from tokenization import Tokenizer
 from weights import HEADS, save_model
 
 logger = logging.getLogger("export")
@@ -84,7 +85,7 @@ def _make_room(folder: Path) -> None:
     notes.write_text(MARK + "\n")  # an export that was interrupted can be written again, too
 
 
-def _write_tokenizer(tokenizer, chat_template: str, folder: Path) -> None:
+def _write_tokenizer(tokenizer: Tokenizer, chat_template: str, folder: Path) -> None:
     """The tokenizer as plain transformers loads it, with the chat template; here control tokens in a text are those."""
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.chat_template = chat_template

@@ -21,9 +21,10 @@ TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.
 FILE_TYPES = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
               "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 # What the format's readers compute, whatever a configuration says:
-FIXED = {"gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
-                  "scale_attn_by_inverse_layer_idx": (False,)},
-         "llama": {"hidden_act": ("silu",)}}
+FIXED: dict[str, dict[str, tuple]] = {
+    "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+             "scale_attn_by_inverse_layer_idx": (False,)},
+    "llama": {"hidden_act": ("silu",)}}
 # The readers' names for the ways in which a text is split into words before the merges.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"

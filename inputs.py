@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cli import require_memory
 from tables import Split
-from tokenization import SPECIAL_TOKENS
+from tokenization import SPECIAL_TOKENS, Tokenizer
 
 IGNORED = -100  # a label the losses skip, as everywhere in transformers
 NO_CANDIDATE = -1  # in mc_token_ids: this turn has fewer candidates than its neighbours
@@ -36,7 +36,7 @@ class Specials(NamedTuple):
     pad: int
 
     @classmethod
-    def of(cls, tokenizer) -> "Specials":
+    def of(cls, tokenizer: Tokenizer) -> "Specials":
         return cls(*tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
 
 
@@ -98,7 +98,7 @@ def fit_context(persona: list, history: list, budget: int, history_start: int = 
     return persona, history
 
 
-def build_input_from_segments(persona, history, reply, tokenizer, lm_labels=False, with_eos=True) -> dict:
+def build_input_from_segments(persona, history, reply, tokenizer: Tokenizer, lm_labels=False, with_eos=True) -> dict:
     """One candidate as one sequence, under the names of 2019.
 
     ``persona``, ``history``: lists of token-id lists; ``reply``: a list of token ids. Returns ``input_ids``,
@@ -255,8 +255,8 @@ class TurnDataset(Dataset):
     `build_context`.
     """
 
-    def __init__(self, split: Split, tokenizer, max_positions: int, num_candidates: int = 0, max_history: int = 2,
-                 permutations: int = 1, history_start: int = 0, no_persona: bool = False):
+    def __init__(self, split: Split, tokenizer: Tokenizer, max_positions: int, num_candidates: int = 0,
+                 max_history: int = 2, permutations: int = 1, history_start: int = 0, no_persona: bool = False):
         self.split, self.special, self.max_positions = split, Specials.of(tokenizer), max_positions
         self.history_start, self.no_persona = history_start, no_persona
         self.num_candidates, self.num_utterances = num_candidates, 2 * max_history + 1
@@ -265,7 +265,7 @@ class TurnDataset(Dataset):
         require_memory(24 * split.num_turns * permutations, f"--personality_permutations {permutations}", "give fewer")
 
     @classmethod
-    def for_model(cls, model, split: Split, tokenizer, **choices) -> Self:
+    def for_model(cls, model, split: Split, tokenizer: Tokenizer, **choices) -> Self:
         """The dataset of ``split`` in the form that ``model`` was trained on; ``choices``: the other arguments."""
         return cls(split, tokenizer, model.max_positions, max_history=model.max_history,
                    history_start=model.history_start, no_persona=model.no_persona, **choices)

@@ -3,6 +3,7 @@
 Reads lines from a person or a pipe, keeps the last exchanges as history, and answers as the persona.
 """
 
+import io
 import logging
 import os
 import random
@@ -31,6 +32,7 @@ from inputs import Specials
 from model import DoubleHeadsModel
 from pretrained import published_or_persona
 from records import read_persona
+from tokenization import Tokenizer
 from utils import add_common_flags, open_dataset
 
 LARGEST_PERSONALITY = 1 << 20  # bytes of a file; no model has positions for a tenth of it
@@ -40,7 +42,7 @@ logger = logging.getLogger("interact")
 class ReplyStreamer(TextStreamer):
     """Prints a reply's words as they are decided, without the blank before the first one."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True,
                          clean_up_tokenization_spaces=joins(tokenizer))
         self.begun = False
@@ -51,7 +53,8 @@ class ReplyStreamer(TextStreamer):
         super().on_finalized_text(text, stream_end)
 
 
-def chat(model: DoubleHeadsModel, tokenizer, personality: list[str], decoding: Decoding, end_command: str) -> None:
+def chat(model: DoubleHeadsModel, tokenizer: Tokenizer, personality: list[str], decoding: Decoding,
+         end_command: str) -> None:
     """Read utterances from standard input until it ends, or says ``end_command``, and print a reply to each."""
     special = Specials.of(tokenizer)
     persona, history = tokenizer.encode_persona(personality), []
@@ -87,7 +90,7 @@ def _line() -> str:
     return text.removesuffix("\n")
 
 
-def choose_personality(args: Namespace, model: DoubleHeadsModel, tokenizer) -> list[str]:
+def choose_personality(args: Namespace, model: DoubleHeadsModel, tokenizer: Tokenizer) -> list[str]:
     """``--personality``'s sentences, or those of a random dialog of the data set, or none if the model knows none."""
     if args.personality is None and model.no_persona:
         return []
@@ -123,7 +126,8 @@ def main() -> None:
     if args.seed:
         random.seed(args.seed)
         torch.manual_seed(args.seed)
-    sys.stdin.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     try:
         args.model_checkpoint = published_or_persona(args.model_checkpoint)
         model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16,

@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners import lora
@@ -65,7 +66,7 @@ def extend_attention_(model: nn.Module, suffix: str, extended: Callable) -> bool
     name = model.config._attn_implementation
     if name.endswith(suffix):
         return True
-    family = next(known for known in type(model).__mro__ if known.__module__.startswith("transformers."))
+    family: Any = next(known for known in type(model).__mro__ if known.__module__.startswith("transformers."))
     if not family._can_set_attn_implementation():
         return False
     AttentionInterface.register(name + suffix, partial(extended, name))

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from words import normalized, separate_letters, text_key
 
@@ -60,7 +61,7 @@ def choice_metrics(records: list[dict], split: "Split") -> dict[str, float | Non
     hits = {f"Hits@{k}": fmean(place <= k for place in places) for k in (1, 5, 10)}
     return hits | {"MRR": fmean(1 / place for place in places)} | text_metrics(records, split, chosen)
 
-def softmax(scores: list[float]) -> np.ndarray:
+def softmax(scores: Sequence[float]) -> np.ndarray:
     exponentials = np.exp(np.array(scores) - max(scores))
     return exponentials / exponentials.sum()
 
@@ -178,18 +179,19 @@ def reply_metrics(records: list[dict], split: "Split", max_history: int) -> dict
 # ---------------------------------------------------------------------------------------------------- intervals
 
 
-def interval(values: Sequence[float], weights: Sequence[float], groups: Sequence[int], draws: int = 1000,
+def interval(values: ArrayLike, weights: ArrayLike, groups: ArrayLike, draws: int = 1000,
              seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of ``sum(values) / sum(weights)``, both (turns,), over draws of whole ``groups``, the dialogs.
 
     Turns of one dialog resemble each other, so dialogs are drawn, with replacement: the percentile bootstrap of Efron
     and Tibshirani (1993).
     """
-    groups = np.unique(groups, return_inverse=True)[1]
-    number = groups.max() + 1
+    group_of_turn = np.unique(groups, return_inverse=True)[1]
+    number = group_of_turn.max() + 1
     drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=draws)
-    totals, counts = (drawn @ np.bincount(groups, values, number) for values in (values, weights))
-    return tuple(np.quantile(totals[counts > 0] / counts[counts > 0], [0.025, 0.975]).tolist())
+    totals, counts = (drawn @ np.bincount(group_of_turn, values, number) for values in (values, weights))
+    low, high = np.quantile(totals[counts > 0] / counts[counts > 0], [0.025, 0.975]).tolist()
+    return low, high
 
 
 def intervals(records: dict[str, list[dict]], split: "Split") -> dict[str, tuple[float, float]]:
@@ -205,7 +207,8 @@ def intervals(records: dict[str, list[dict]], split: "Split") -> dict[str, tuple
         for name, total, count in (("Token PPL", "nll", "tokens"), ("Word PPL", "word_nll", "words")):
             values, weights = ([record[field] for record in records["ppl"]] for field in (total, count))
             if sum(weights):
-                found[name] = tuple(map(math.exp, interval(values, weights, dialogs)))
+                low, high = interval(values, weights, dialogs)
+                found[name] = math.exp(low), math.exp(high)
     if "f1" in records:
         scores = [f1_score(record["reply"], split.texts("candidates", turn)[-1])
                   for turn, record in enumerate(records["f1"])]

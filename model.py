@@ -6,6 +6,7 @@ Knows token ids, positions and segments; knows nothing about text, files or chec
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -49,7 +50,13 @@ class DoubleHeadsOutput(ModelOutput):
     past_key_values: object = None
 
 
-class DoubleHeadsModel:
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Network
+else:
+    _Network = object  # DoubleHeadsModel is mixed into a class that brings the rest
+
+
+class DoubleHeadsModel(_Network):
     """Mixed into a language model of transformers, the `forward` that reads packed rows and asks both heads.
 
     ``generate()`` works with ``token_type_ids`` and the key-value cache.
@@ -275,7 +282,7 @@ MODELS = {"gpt2": GPT2DoubleHeads, "openai-gpt": PostNormDoubleHeadsModel}
 
 
 @cache
-def decoder_class(config_class: type) -> type[AnyDecoder]:
+def decoder_class(config_class: Any) -> type[AnyDecoder]:
     """The double-heads model of a family that transformers knows as a causal language model by ``config_class``."""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     return type(f"DoubleHeads{causal.__name__}", (AnyDecoder, causal), {"architecture": causal.__name__})

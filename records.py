@@ -5,10 +5,10 @@ of JSON lines, a row.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cli import InputError, short
 from corpora import LONGEST_LINE, JsonReader, open_data, read_lines, read_pieces
@@ -47,7 +47,7 @@ def is_message(value: object) -> bool:
     return isinstance(value, dict) and any(key in value for key in (*TEXT_KEYS, "tool_calls", "function_call"))
 
 
-def _messages(record: object) -> list | None:
+def _messages(record: Any) -> list | None:
     """The list of messages of a record, nested ones end to end; None where there is none."""
     if isinstance(record, dict):
         record = next((record[key] for key in LIST_KEYS if isinstance(record.get(key), list)), None)
@@ -60,12 +60,12 @@ def _messages(record: object) -> list | None:
     return record if isinstance(record, list) else None
 
 
-def is_chat(record: object) -> bool:
+def is_chat(record: Any) -> bool:
     messages = _messages(record)
     return bool(messages) and all(map(is_message, messages))
 
 
-def read_chat(place: str, record: object) -> Dialog:
+def read_chat(place: str, record: Any) -> Dialog:
     """Messages with roles, by whatever names: OpenAI's, ShareGPT's, nanochat's, ParlAI's conversations and others.
 
     What a system says is the persona of the assistant, or else of the second speaker. Of calls of tools and what these
@@ -112,7 +112,7 @@ def _usual_role(role: object) -> object:
     return "assistant" if isinstance(role, str) and (role in ASSISTANTS or role.startswith("gpt")) else role
 
 
-def _role(message: dict, number: int) -> object:
+def _role(message: dict, number: int) -> Any:
     """Return the speaker of a message; without a role the two speakers take turns."""
     for key in ROLE_KEYS:
         value = message.get(key)
@@ -144,7 +144,7 @@ def _text(value: object, number: int, depth: int = 0) -> tuple[str, bool]:
     raise ValueError(f"message {number} is {'true or false' if isinstance(value, bool) else 'a number'}, not text")
 
 
-def _with_personas(dialog: Dialog, record: object, persona: list[str], others: list[str] = (),
+def _with_personas(dialog: Dialog, record: Any, persona: list[str], others: Sequence[str] = (),
                    system: tuple[str, ...] = SYSTEM_KEYS) -> Dialog:
     """Add the personas that a record names to its dialog: ``persona`` of the speaker who answers, ``others`` else.
 
@@ -219,7 +219,7 @@ def read_persona(text: str, name: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ other shapes
 
 
-def read_own(place: str, record: object) -> Dialog:
+def read_own(place: str, record: Any) -> Dialog:
     """``{"personas": [["i …"], ["i …"]], "turns": ["hi !", …]}``, with ``speakers`` if the two do not take turns."""
     if not isinstance(record, dict) or "turns" not in record:
         raise ValueError("no \"turns\"")
@@ -230,7 +230,7 @@ def read_own(place: str, record: object) -> Dialog:
     return dialog._replace(personas={1: two[0]} if len(two) == 1 else dict(enumerate(two)))
 
 
-def read_strings(place: str, record: object) -> Dialog:
+def read_strings(place: str, record: Any) -> Dialog:
     """A list of utterances, or an object that has one; two people take turns. ``response`` and the like come last."""
     said = record
     if isinstance(record, dict):
@@ -250,7 +250,7 @@ def _first_text(record: dict, keys: Iterable[str]) -> str:
     return next((record[key] for key in keys if isinstance(record.get(key), str) and record[key].strip()), "")
 
 
-def read_pair(place: str, record: object) -> Dialog:
+def read_pair(place: str, record: Any) -> Dialog:
     """An instruction and its output, a question and its answer, a prompt and its completion.
 
     Alpaca's ``input`` goes with its ``instruction``; earlier exchanges, ``history``, come before. Prompt and completion
@@ -275,7 +275,7 @@ def read_pair(place: str, record: object) -> Dialog:
     return _with_personas(Dialog(place, [Utterance(index % 2, text) for index, text in enumerate(said)]), record, [])
 
 
-def pair_keys(record: object) -> tuple[str, str] | None:
+def pair_keys(record: Any) -> tuple[str, str] | None:
     """Under which keys a record has a prompt and a reply."""
     if not isinstance(record, dict):
         return None
@@ -284,7 +284,7 @@ def pair_keys(record: object) -> tuple[str, str] | None:
     return (prompt, reply) if prompt and reply else None
 
 
-def read_transcript(place: str, record: object) -> Dialog:
+def read_transcript(place: str, record: Any) -> Dialog:
     """A whole dialog as one text: ``Anna: hello`` a line, ChatML's, or a line an utterance."""
     text = record if isinstance(record, str) else _first_text(record, (*LIST_KEYS, "transcript", "text"))
     marked = re.split(r"<\|im_start\|>\s*(\w+)\n|<\|(user|assistant|system)\|>\s*\n?|"
@@ -300,13 +300,13 @@ def read_transcript(place: str, record: object) -> Dialog:
     return _with_personas(Dialog(place, [Utterance(index % 2, line) for index, line in enumerate(said)]), record, [])
 
 
-def is_entry(record: object) -> bool:
+def is_entry(record: Any) -> bool:
     """Whether this is an entry of the data format."""
     turns = record.get("utterances") if isinstance(record, dict) else None
     return isinstance(turns, list) and any(isinstance(turn, dict) and "candidates" in turn for turn in turns)
 
 
-def read_entry(place: str, record: object) -> Dialog:
+def read_entry(place: str, record: Any) -> Dialog:
     """An entry of the data format; or one turn of it, as some tables of PERSONA-CHAT have."""
     turns = record.get("utterances") or [record]
     *_, last = turns
@@ -322,7 +322,7 @@ def _are_texts(value: object) -> bool:
         isinstance(one, list) and one and all(isinstance(text, str) for text in one) for one in value))
 
 
-def shape_of(record: object) -> Shape | None:
+def shape_of(record: Any) -> Shape | None:
     """Which shape a record has; None: none that is known. Raises `ValueError` for what is data of another kind."""
     if isinstance(record, list):
         if record and all(isinstance(one, str) for one in record):
@@ -372,7 +372,7 @@ def is_record(value: object) -> bool:
         return True
 
 
-def records(path: str | Path) -> Iterator[tuple[str | None, str, object]]:
+def records(path: str | Path) -> Iterator[tuple[str | None, str, Any]]:
     """Split, place and value of each record of a JSON file: of lines, a list, objects one after the other, or what an
     object wraps, ``{"data": […]}`` or ``{"train": […], "valid": […]}``. The split is None where there is none.
 
@@ -423,7 +423,7 @@ def parquet_rows(path: str | Path) -> Iterator[dict]:
         raise InputError(f"{path}: is no Parquet file that can be read ({short(str(error))}); fetch it again") from None
 
 
-def _row(value: object) -> object:
+def _row(value: object) -> Any:
     """What the hub's viewer wraps."""
     return value["row"] if isinstance(value, dict) and isinstance(value.get("row"), dict) else value
 
@@ -509,7 +509,7 @@ def read_records(path: str | Path, wanted: str | None = None) -> Iterator[tuple[
             raise InputError(f"{path}: {counted} {what}; {cure}") from None
 
 
-def describe_record(record: object) -> str:
+def describe_record(record: Any) -> str:
     """What a record looks like, in a few words."""
     if is_message(record) and any(key in record for key in ROLE_KEYS):
         return "one message, where a list of a dialog's messages should be"

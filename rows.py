@@ -4,9 +4,10 @@ A reader yields a file's dialogs as `Dialog`.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from cli import InputError, printable
 from corpora import JsonReader, read_lines
@@ -117,7 +118,7 @@ def read_table(path: str | Path, columns: str = "") -> Iterator[Dialog]:
     elif "whole" in uses:
         for number, row in numbers:
             text = _field(row, uses["whole"])
-            value: object = text
+            value: Any = text
             if text.lstrip()[:1] in ("[", "{"):
                 value = JsonReader(iter([text]), f"{path}: line {number}").only_value()
             if not isinstance(value, str) and not is_record(value):
@@ -147,7 +148,7 @@ def _turns(row: list[str], uses: dict[str, int]) -> Iterator[Utterance]:
 
 
 def _make_dialog(place: str, turns: list[Utterance], row: list[str], uses: dict[str, int],
-                 personas: dict | None = None) -> Dialog:
+                 personas: Mapping | None = None) -> Dialog:
     """A dialog with the persona that its first row names. Without speakers the two take turns."""
     if turns and all(turn.speaker is None for turn in turns):
         turns = [turn._replace(speaker=index % 2) for index, turn in enumerate(turns)]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,16 @@ from cli import short
 from dialogs import DialogNumbers
 from distractors import PER_TURN, draw_distractors
 from files import hash_tensors, write_tensors
+from tokenization import Tokenizer
 
+Index = Any  # a whole number of Python's or numpy's
 logger = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------- token table
 
 
-class TokenTable(Mapping):
+class TokenTable(Mapping[str, "Split"]):
     """A tokenised data set: each distinct string once, and the dialogs as index arrays into those strings.
 
     A mapping from split names to `Split`. All arrays lie in one safetensors file that is memory-mapped, so opening
@@ -82,7 +85,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     return hash_tensors((name, torch.from_numpy(arrays[name])) for name in sorted(arrays))
 
 
-class Split(Sequence):
+class Split(Sequence[dict]):
     """One split of a `TokenTable`: as a sequence, its dialogs as nested lists of token ids, as 2019 code expects."""
 
     def __init__(self, table: TokenTable, name: str):
@@ -96,23 +99,23 @@ class Split(Sequence):
     def num_turns(self) -> int:
         return len(self.turn_dialog)
 
-    def strings(self, field: str, row: int) -> np.ndarray:
+    def strings(self, field: str, row: Index) -> np.ndarray:
         """String numbers: ``persona`` of a dialog, ``history`` or ``candidates`` of a turn."""
         return self.table._ragged(f"{self.name}.{field}", f"{self.name}.{field}_offsets", row)
 
-    def texts(self, field: str, row: int) -> list[str]:
+    def texts(self, field: str, row: Index) -> list[str]:
         """The same as text."""
         return [self.table.text(string) for string in self.strings(field, row)]
 
-    def token_ids(self, field: str, row: int) -> list[list[int]]:
+    def token_ids(self, field: str, row: Index) -> list[list[int]]:
         """The same as token ids."""
         return [self.table.tokens(string).tolist() for string in self.strings(field, row)]
 
-    def __getitem__(self, dialog: int) -> dict:
+    def __getitem__(self, dialog):  # type: ignore[override]  # no slices
         if not -len(self) <= dialog < len(self):
             raise IndexError(dialog)
         dialog %= len(self)
-        first, last = np.searchsorted(self.turn_dialog, [dialog, dialog + 1])
+        first, last = (int(np.searchsorted(self.turn_dialog, bound)) for bound in (dialog, dialog + 1))
         turns = [{field: self.token_ids(field, turn) for field in ("history", "candidates")}
                  for turn in range(first, last)]
         return {"personality": self.token_ids("persona", dialog), "utterances": turns}
@@ -150,7 +153,8 @@ class _Ragged:
         return {name: np.frombuffer(self.values, self.values.typecode), offsets: np.frombuffer(self.offsets, np.int64)}
 
 
-def build_table(tokenizer, splits: Mapping[str, Iterable[dict]], distractors: str, cache: Path, key: str) -> None:
+def build_table(tokenizer: Tokenizer, splits: Mapping[str, Iterable[dict]], distractors: str, cache: Path,
+                key: str) -> None:
     """Tokenise each distinct string of the entries once and write the table, complete or not at all.
 
     Entries are read one after the other and not kept: what grows with the data is one number a string's mention.
@@ -227,17 +231,17 @@ def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[st
 # -------------------------------------------------------------------------------------------------- tokenising
 
 
-def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text; no text becomes a control token."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
 
 
-def tokenize_persona(tokenizer, sentences: list[str]) -> list[list[int]]:
+def tokenize_persona(tokenizer: Tokenizer, sentences: list[str]) -> list[list[int]]:
     """Token ids of each sentence of a persona; `tokenize` is for what is said."""
     return tokenizer.encode_persona(sentences)
 
 
-def _tokenize_in_parallel(tokenizer, texts: list[str], function: Callable = tokenize,
+def _tokenize_in_parallel(tokenizer: Tokenizer, texts: list[str], function: Callable = tokenize,
                           chunk: int = 4096) -> Iterator[list[list[int]]]:
     """``function`` over chunks of ``texts``, in order; where they are many, in one process per core."""
     chunks = (texts[start:start + chunk] for start in range(0, len(texts), chunk))

@@ -123,7 +123,7 @@ def read_labelled(path: str | Path) -> Iterator[Dialog]:
 def _label(line: str) -> tuple[str, str] | None:
     """Name, in lower case, and words of a line that begins with a name."""
     found = LABELLED.fullmatch(line)
-    return found and ((found[1] or found[2]).casefold(), found[3])
+    return ((found[1] or found[2]).casefold(), found[3]) if found else None
 
 
 def labelled_dialog(place: str, said: Iterable[str]) -> Dialog:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import transformers
 from tokenizers import pre_tokenizers
@@ -24,7 +25,39 @@ ATTR_TO_SPECIAL_TOKEN = {
 }
 
 
-class _Prepared:
+class Tokenizer(Protocol):
+    """What the project uses of a tokenizer: part of what transformers' have, and two methods of `_Prepared`."""
+
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    unk_token_id: int | None
+    unk_token: str | None
+    all_special_ids: list[int]
+    backend_tokenizer: Any
+    added_tokens_decoder: dict[int, Any]
+    chat_template: str | None
+
+    def __call__(self, text: str | list[str], **kwargs) -> Any: ...
+    def __len__(self) -> int: ...
+    def encode(self, text: str, **kwargs) -> list[int]: ...
+    def decode(self, token_ids: int | Sequence[int], **kwargs) -> Any: ...
+    def get_vocab(self) -> dict[str, int]: ...
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any: ...
+    def add_special_tokens(self, special_tokens_dict: dict) -> int: ...
+    def save_pretrained(self, save_directory: Any) -> Any: ...
+    def encode_persona(self, sentences: Sequence[str]) -> list[list[int]]: ...
+    def first_piece(self, word: str, after_space: bool) -> int | None: ...
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as _Library
+else:
+    _Library = object  # _Prepared is mixed into a class that brings the rest
+
+
+class _Prepared(_Library):
     """Mixed into a tokenizer of transformers: text goes through ``prepare`` first and never becomes a control token."""
 
     control: frozenset[int] = frozenset()  # ids that no text has
@@ -83,9 +116,11 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
         from spacy.lang.en import English
         from spacy.symbols import ORTH
 
-        self._fix_text, self._split_words = ftfy.fix_text, English().tokenizer
+        self._fix_text = ftfy.fix_text
+        split_words: Any = English().tokenizer
+        self._split_words = split_words
         self._split_pairs = _pairs_of_one_word(
-            [token[ORTH].lower() for token in tokens] for tokens in self._split_words.rules.values())
+            [token[ORTH].lower() for token in tokens] for tokens in split_words.rules.values())
         # Words reach the BPE ready, one space between them; a line break is a word of its own.
         self._tokenizer.normalizer = None
         self._tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
@@ -161,14 +196,14 @@ class _OfOtherFamily(_Prepared):
 
 def _prepared(tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedTokenizerBase:
     """Another family's tokenizer made one of ours, in place."""
-    family = type(tokenizer)
+    family: Any = type(tokenizer)
     tokenizer.__class__ = type(family.__name__, (_OfOtherFamily, family), {
         # Another process could not import a class that was made here: it makes it again.
         "__reduce__": lambda self: (_prepared, (family.__new__(family),), self.__dict__)})
     return tokenizer
 
 
-def get_tokenizer(model_checkpoint: str) -> transformers.PreTrainedTokenizerBase:
+def get_tokenizer(model_checkpoint: str) -> Tokenizer:
     """The tokenizer of a checkpoint, with the five control tokens in its vocabulary.
 
     ``model_checkpoint`` is what `resolve_checkpoint` takes. The family (``model_type`` in the checkpoint's

@@ -30,7 +30,7 @@ from inputs import DialogDataset, TurnDataset, build_input_from_segments, get_lo
 from model import DoubleHeadsModel, DoubleHeadsOutput
 from schedule import AdamW, Decay, add_schedule_flags
 from tables import TokenTable
-from tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, get_tokenizer
+from tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, Tokenizer, get_tokenizer
 from utils import add_common_flags, data_flags, open_dataset
 from weights import add_lora_, add_special_tokens_, load_model
 
@@ -105,7 +105,7 @@ def note_training(model: DoubleHeadsModel, table: TokenTable, args: Namespace) -
         config.history_start = min(longest, model.max_positions // 2)
 
 
-def get_dataflow(args: Namespace, tokenizer, model: DoubleHeadsModel,
+def get_dataflow(args: Namespace, tokenizer: Tokenizer, model: DoubleHeadsModel,
                  table: TokenTable) -> tuple[DataLoader, DataLoader]:
     """Loaders of training and validation batches; training sees ``--num_candidates``, validation sees all.
 

@@ -30,7 +30,7 @@ from pretrained import (
 from readers import add_reading_flags, format_name, read_any
 from releases import RELEASES, corpus_name, describe_corpora, read_release
 from tables import TokenTable, build_table, open_table
-from tokenization import fingerprint
+from tokenization import Tokenizer, fingerprint
 
 __all__ = ["HF_FINETUNED_MODEL", "PERSONACHAT_URL", "download_pretrained_model", "get_dataset", "make_logdir"]
 
@@ -39,7 +39,7 @@ MOST_UNKNOWN = 0.03  # of a data set's tokens; of English dialogs GPT-1 knows al
 logger = logging.getLogger(__name__)
 
 
-def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str = "", data_dir: str = "data",
+def get_dataset(tokenizer: Tokenizer, dataset_path: str, dataset_cache: str, dataset: str = "", data_dir: str = "data",
                 target: str = "both", distractors: str = "none", train_frac: float | None = None,
                 keep_repeated: bool = False, layout: str = "", columns: str = "") -> TokenTable:
     """The tokenised data set of a path, an address, or ``""`` for PERSONA-CHAT; read from the cache if it is there.
@@ -60,9 +60,9 @@ def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str =
     else:
         dataset_path = dataset_path or PERSONACHAT_URL
         files = [download(dataset_path) if dataset_path.startswith(("http://", "https://")) else Path(dataset_path)]
-    how = [dataset, target, distractors, str(train_frac), str(keep_repeated), layout, columns]
-    key = hashlib.sha256("\n".join([TokenTable.FORMAT, *map(_hash, files), fingerprint(tokenizer), *how]).encode())
-    key = key.hexdigest()
+    choices = [dataset, target, distractors, str(train_frac), str(keep_repeated), layout, columns]
+    parts_of_key = [TokenTable.FORMAT, *map(_hash, files), fingerprint(tokenizer), *choices]
+    key = hashlib.sha256("\n".join(parts_of_key).encode()).hexdigest()
     cache = Path(f"{dataset_cache}_{type(tokenizer).__name__}_{key[:16]}.safetensors")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def get_dataset(tokenizer, dataset_path: str, dataset_cache: str, dataset: str =
     return table
 
 
-def _say_unknown(table: TokenTable, tokenizer) -> None:
+def _say_unknown(table: TokenTable, tokenizer: Tokenizer) -> None:
     """Say what share of the texts' tokens the tokenizer does not know, and above `MOST_UNKNOWN` what to do about it."""
     tokens = table.array("tokens")
     if tokenizer.unk_token_id is None or not len(tokens):
@@ -127,7 +127,7 @@ def data_flags(args: Namespace) -> dict:
     return {name: value for name, value in flags.items() if value != DATA_FLAGS[name]}
 
 
-def open_dataset(args: Namespace, tokenizer, from_run: bool = True) -> TokenTable:
+def open_dataset(args: Namespace, tokenizer: Tokenizer, from_run: bool = True) -> TokenTable:
     """The data set that the flags of `add_common_flags` name.
 
     If they name none, and with ``of_run``, it is the one that ``--model_checkpoint`` was trained on, as far as its

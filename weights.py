@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -37,7 +38,7 @@ from pretrained import (
     read_config,
     resolve_checkpoint,
 )
-from tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, get_tokenizer, save_tokenizer
+from tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, Tokenizer, get_tokenizer, save_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> 
     if base := adapter_base(checkpoint):
         return _adapted(checkpoint, base, rank)
     config = read_config(checkpoint)
-    model_class = MODELS.get(config.model_type) or decoder_class(type(config))
+    model_class: Any = MODELS.get(config.model_type) or decoder_class(type(config))  # type: ignore[arg-type]
     try:
         if config.model_type in MODELS:
             with quiet_transformers():
@@ -246,7 +247,7 @@ def _of_training(checkpoint: str) -> DoubleHeadsModel:
             _as_trained_(model, config)
             add_lora_(model, tokenizer, rank, base)
         else:
-            model_class = MODELS.get(config.model_type) or decoder_class(type(config))
+            model_class: Any = MODELS.get(config.model_type) or decoder_class(type(config))  # type: ignore[arg-type]
             model = model_class(model_class.config_class.from_dict(config.to_dict() | {"dtype": "float32"}))
         weights = distinct_tensors(model)
         if weights.keys() != state.keys():
@@ -268,7 +269,7 @@ def _of_training(checkpoint: str) -> DoubleHeadsModel:
 SPARE_ROWS = 1024  # at most; vocabularies are padded to a round number, Phi-2's by 905
 
 
-def add_special_tokens_(model: DoubleHeadsModel, tokenizer) -> None:
+def add_special_tokens_(model: DoubleHeadsModel, tokenizer: Tokenizer) -> None:
     """Give the model's vocabulary room for the tokenizer's control tokens, in place; new rows start at random.
 
     Raises `InputError` when the model's vocabulary is neither the tokenizer's nor that without its control tokens.
@@ -286,7 +287,7 @@ def add_special_tokens_(model: DoubleHeadsModel, tokenizer) -> None:
     model.config.speaker_ids = tokenizer.convert_tokens_to_ids(ATTR_TO_SPECIAL_TOKEN["additional_special_tokens"])
 
 
-def add_lora_(model: DoubleHeadsModel, tokenizer, rank: int, model_checkpoint: str) -> None:
+def add_lora_(model: DoubleHeadsModel, tokenizer: Tokenizer, rank: int, model_checkpoint: str) -> None:
     """Freeze the model, in place, but for low-rank updates of its linear layers (Hu et al. 2021).
 
     Trained whole beside them: the choice head, the token types and the control tokens' own rows.
@@ -383,7 +384,7 @@ def main() -> None:
         save_tokenizer(tokenizer, args.folder)
         if args.adapter:
             shutil.copy(Path(run, "adapter_config.json"), args.folder)
-            vars(model.config).pop("trained_on", None)  # a file on this machine
+            model.config.__dict__.pop("trained_on", None)  # a file on this machine
             _write_config(model, args.folder)
             adapter = load_file(Path(run, "adapter_model.safetensors"))
             write_tensors({name: tensor.bfloat16() for name, tensor in adapter.items()},

@@ -33,6 +33,7 @@ from feedback.reward import RewardModel, pack_texts
 from inputs import LengthBatches, collate, max_reply
 from model import HALF, DoubleHeadsModel, autocast
 from tables import tokenize
+from tokenization import Tokenizer
 from utils import add_device_flag
 
 LEARNT = "learnt combination"
@@ -55,7 +56,7 @@ def by_context(rated: Sequence[Rated]) -> tuple[list[tuple], list[list[int]]]:
 
 
 @torch.inference_mode()
-def both_heads(model: DoubleHeadsModel, tokenizer, turns: Sequence[tuple], fp16: str = "",
+def both_heads(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[tuple], fp16: str = "",
                batch_size: int = 8) -> list[list[tuple[np.ndarray, float]]]:
     """Of each reply to each turn: log-probabilities of its tokens and its end, and the choice head's score."""
     rows, ranges = [], []
@@ -81,7 +82,8 @@ def both_heads(model: DoubleHeadsModel, tokenizer, turns: Sequence[tuple], fp16:
     return found
 
 
-def of_heads(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer, fp16: str = "") -> dict[str, np.ndarray]:
+def of_heads(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokenizer,
+             fp16: str = "") -> dict[str, np.ndarray]:
     """What the language-model and the choice head say.
 
     ``likelihood``: mean log-probability of a reply's tokens and its end, in nats; ``gain``: how much more that is than
@@ -153,7 +155,7 @@ def of_embeddings(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
         "near the persona": [nearest(one, one.persona) for one in rated]}.items()}
 
 
-def scores_of(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer, reward: RewardModel | None = None,
+def scores_of(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokenizer, reward: RewardModel | None = None,
               fp16: str = "") -> dict[str, np.ndarray]:
     """All scorers' columns."""
     columns = of_heads(rated, model, tokenizer, fp16)

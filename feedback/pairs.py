@@ -130,7 +130,8 @@ def beginnings(said: Iterable[str]) -> list[str]:
 def whole_dialog(split: Split, dialog: int) -> list[str]:
     """All utterances of a dialog of a data set: what its turns have seen, and their gold replies."""
     said: list[str] = []
-    for turn in range(*np.searchsorted(split.turn_dialog, [dialog, dialog + 1])):
+    first, end = (int(np.searchsorted(split.turn_dialog, bound)) for bound in (dialog, dialog + 1))
+    for turn in range(first, end):
         history = split.texts("history", turn)
         said = history if len(history) > len(said) else said + history[-1:]  # long ones lack their beginning
         said.append(split.texts("candidates", turn)[-1])
@@ -150,11 +151,11 @@ def held_out(pairs: Iterable[dict], part: float, seed: int) -> set[str]:
     """
     dialogs = {pair["pair"]: dialog_of(pair) for pair in pairs}
     wholes = {names[-1] for names in dialogs.values()}
-    dialogs = {pair: next(name for name in names if name in wholes) for pair, names in dialogs.items()}
-    drawn = {name: random.Random(f"{seed} {name}").random() for name in dialogs.values()}
+    name_of = {pair: next(name for name in names if name in wholes) for pair, names in dialogs.items()}
+    drawn = {name: random.Random(f"{seed} {name}").random() for name in name_of.values()}
     lowest, *middle, highest = sorted(drawn.values()) if len(drawn) > 1 else (1.0, 0.0)
     line = min(max(part, math.nextafter(lowest, 1.0)), highest) if 0 < part < 1 else part
-    return {pair for pair, name in dialogs.items() if drawn[name] < line}
+    return {pair for pair, name in name_of.items() if drawn[name] < line}
 
 
 def unseen_turns(split: Split, seen: Iterable[Sequence[str]]) -> np.ndarray:

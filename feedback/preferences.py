@@ -90,7 +90,7 @@ def _made_elsewhere(path: Path) -> Preferences:
         except ValueError as error:
             problems.setdefault(str(error), []).append(number)
             continue
-        pair = {"model": "", "data": str(path), "split": "", "dialog": number, "turn": 0, "persona": persona,
+        pair: dict = {"model": "", "data": str(path), "split": "", "dialog": number, "turn": 0, "persona": persona,
                 "history": history, "replies": [{"text": text, "ids": [], "ended": True} for text in replies],
                 "beginnings": beginnings(history)}
         if pair_name(pair) in pairs:

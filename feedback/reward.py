@@ -39,7 +39,7 @@ from metrics import calibration, calibration_error
 from model import HALF, DoubleHeadsModel, autocast
 from report import bars, calibration_table, html
 from tables import tokenize
-from tokenization import save_tokenizer
+from tokenization import Tokenizer, save_tokenizer
 from train import create_trainer
 from utils import add_device_flag
 from weights import save_model
@@ -52,7 +52,7 @@ logger = logging.getLogger("feedback.reward")
 # ----------------------------------------------------------------------------------------------------- scoring
 
 
-def pack_texts(persona: Sequence[str], history: Sequence[str], replies: Sequence[str], tokenizer,
+def pack_texts(persona: Sequence[str], history: Sequence[str], replies: Sequence[str], tokenizer: Tokenizer,
                model: DoubleHeadsModel) -> Row:
     """`pack_turn` of texts: replies to one context in one row."""
     persona = [] if model.no_persona else persona
@@ -62,10 +62,10 @@ def pack_texts(persona: Sequence[str], history: Sequence[str], replies: Sequence
 
 
 @torch.inference_mode()
-def raw_scores(model: DoubleHeadsModel, tokenizer, turns: Sequence[tuple], fp16: str = "",
+def raw_scores(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[tuple], fp16: str = "",
                batch_size: int = 32) -> list[list[float]]:
     """The choice head's scores of the replies of each turn; a turn is (persona, history, replies), all texts."""
-    rows = [pack_texts(*turn, tokenizer, model) for turn in turns]
+    rows = [pack_texts(persona, history, replies, tokenizer, model) for persona, history, replies in turns]
     scores: list[list[float]] = [[]] * len(rows)
     for places in LengthBatches(np.array([len(row.input_ids) for row in rows], int), batch_size):
         batch = collate([rows[place] for place in places], tokenizer.pad_token_id)
@@ -120,7 +120,8 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
     return middle - half, middle + half
 
 
-def measure_held_out(model: DoubleHeadsModel, tokenizer, pairs: list[tuple[dict, int]], args: Namespace) -> dict:
+def measure_held_out(model: DoubleHeadsModel, tokenizer: Tokenizer, pairs: list[tuple[dict, int]],
+                     args: Namespace) -> dict:
     """Figures over (pair, number of the better reply): accuracy, calibration, and the scale of the scores."""
     turns = [(pair["persona"], pair["history"], [pair["replies"][1 - better]["text"], pair["replies"][better]["text"]])
              for pair, better in pairs]

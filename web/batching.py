@@ -13,7 +13,7 @@ import threading
 import time
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing, suppress
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
@@ -245,7 +245,7 @@ class Decoder:
             self.wake.notify()
         return reply
 
-    async def reply(self, context: Segment, args: Decoding, client: Client = NOBODY) -> AsyncIterator[Reply]:
+    async def reply(self, context: Segment, args: Decoding, client: Client = NOBODY) -> AsyncGenerator[Reply, None]:
         """`submit`, and the same `Reply` each time it has grown, the last time with its ``finish``.
 
         Leaving the loop early, or closing the generator, ends the decoding. Raises `Busy`, at the first step.
@@ -504,7 +504,7 @@ class Bot:
         return options.over(max_length=min(options.max_length, self.model.max_positions // 2))
 
     async def reply(self, personality: list[str], said: list[str], options: Decoding, client: Client = NOBODY
-                    ) -> AsyncIterator[Reply]:
+                    ) -> AsyncGenerator[Reply, None]:
         """`Decoder.reply` to the last of ``said``, as somebody of that ``personality``, decoded by `options`.
 
         Raises `InputError` and `Busy` before the first token, and ``RuntimeError`` when decoding broke down.

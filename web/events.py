@@ -149,7 +149,7 @@ def check(page: gr.Blocks, path: str, query: str, body: bytes | None) -> bytes |
         raise Refused("The body is not JSON, or too deep") from None
     if not isinstance(sent, dict):
         raise Refused("The body is not a JSON object")
-    clean = {}
+    clean: dict = {}
     for key in ("session_hash", "event_id"):
         if (value := sent.get(key)) is not None:
             if not isinstance(value, str) or not NAME.fullmatch(value):

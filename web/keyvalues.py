@@ -227,8 +227,8 @@ class KeyValues:
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
         """What attention calls: writes the new tokens', (1, heads, tokens, size) each, and says where the rest is."""
-        for shelf, blocks in groupby(self.blocks, lambda block: block.shelf):
-            blocks = list(blocks)
+        for shelf, group in groupby(self.blocks, lambda block: block.shelf):
+            blocks = list(group)
             tokens = slice(blocks[0].tokens.start, blocks[-1].tokens.stop)
             for which, new in enumerate((keys, values)):
                 states = shelf.states[layer, which]
