@@ -63,12 +63,13 @@ logger = logging.getLogger("convai_evaluation")
 
 
 @torch.inference_mode()
-def choice_scores(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace) -> Iterator[tuple[int, dict]]:
+def choice_scores(model: DoubleHeadsModel, dataset: TurnDataset, batch_size: int = 16,
+                  fp16: str = "") -> Iterator[tuple[int, dict]]:
     """For each turn its number; ``scores``, one per candidate in the data's order; the best candidate as ``reply``."""
-    loader = get_loader(dataset, dataset.lengths()[0], args.batch_size)
+    loader, device = get_loader(dataset, dataset.lengths()[0], batch_size), str(model.device)
     for turns, batch in zip(loader.batch_sampler, loader, strict=True):
-        with autocast(args.device, args.fp16):
-            out = model(**{name: tensor.to(args.device) for name, tensor in batch.items()})
+        with autocast(device, fp16):
+            out = model(**{name: tensor.to(device) for name, tensor in batch.items()})
         for turn, logits in zip(turns.tolist(), out.mc_logits.tolist(), strict=True):
             scores = [score for score in logits if score > -math.inf]
             yield turn, {"scores": scores, "reply": dataset.split.texts("candidates", turn)[scores.index(max(scores))]}
@@ -149,16 +150,17 @@ def word_shares(counts: Mapping[str, int], tokenizer: Tokenizer,
 
 
 def gold_likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: Tokenizer, counts: Mapping[str, int],
-                     args: Namespace) -> Iterator[tuple[int, dict]]:
+                     batch_size: int = 16, fp16: str = "", legacy_gpt2_words: bool = False,
+                     ) -> Iterator[tuple[int, dict]]:
     """For each turn its number and `likelihoods`, under the dictionary of ``counts``."""
-    shares = word_shares(counts, tokenizer, args.legacy_gpt2_words)
-    for turns in map(np.ndarray.tolist, LengthBatches(dataset.lengths()[0], args.batch_size)):
-        yield from zip(turns, likelihoods(model, dataset, turns, tokenizer, shares, args), strict=True)
+    shares = word_shares(counts, tokenizer, legacy_gpt2_words)
+    for turns in map(np.ndarray.tolist, LengthBatches(dataset.lengths()[0], batch_size)):
+        yield from zip(turns, likelihoods(model, dataset, turns, tokenizer, shares, fp16), strict=True)
 
 
 @torch.inference_mode()
 def likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, turns: list[int], tokenizer: Tokenizer,
-                shares: tuple[WordShares, WordShares], args: Namespace) -> list[dict]:
+                shares: tuple[WordShares, WordShares], fp16: str = "") -> list[dict]:
     """How likely the gold replies of a batch of turns are, in nats.
 
     Of each: ``nll`` over ``tokens``, ``<eos>`` included; ``word_nll`` over ``words``, those that the dictionary has;
@@ -169,8 +171,9 @@ def likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, turns: list[int],
     rows = [WordRow(dataset, turn, words, [next(beginnings) for _ in words])
             for turn, words in zip(turns, replies, strict=True)]
     batch = collate([row.row for row in rows], dataset.special.pad)
-    with autocast(args.device, args.fp16):
-        out = model(**{name: tensor.to(args.device) for name, tensor in batch.items()})
+    device = str(model.device)
+    with autocast(device, fp16):
+        out = model(**{name: tensor.to(device) for name, tensor in batch.items()})
     at = {place: n for n, place in enumerate(map(tuple, (batch["labels"][:, 1:] != IGNORED).nonzero().tolist()))}
     # Only three numbers are wanted a place; they are gathered on the device and fetched at once.
     logits, records = out.logits, []
@@ -251,10 +254,11 @@ def evaluate(args: Namespace) -> dict[str, float]:
     if too_long := (all_candidates if "hits@1" in kinds else gold_only).lengths()[1]:
         logger.warning("%s turns exceed the model's positions and lose some of their context", f"{too_long:,}")
     if "hits@1" in kinds:
-        records["hits@1"] = collect(choice_scores(model, all_candidates, args), "hits@1")
+        records["hits@1"] = collect(choice_scores(model, all_candidates, args.batch_size, args.fp16), "hits@1")
         figures |= choice_metrics(records["hits@1"], split)
     if "ppl" in kinds:
-        likelihoods = gold_likelihoods(model, gold_only, tokenizer, count_words(table), args)
+        likelihoods = gold_likelihoods(model, gold_only, tokenizer, count_words(table), args.batch_size,
+                                       args.fp16, args.legacy_gpt2_words)
         records["ppl"] = collect(likelihoods, "ppl")
         figures |= perplexities(records["ppl"])
     if "f1" in kinds:
@@ -322,8 +326,9 @@ class TransformerAgent(Agent):
             parser = ArgumentParser()
             add_common_flags(parser, model_checkpoint="")
             add_agent_flags(parser)
-            known = vars(parser.parse_args([]))
-            self.args = Namespace(**{name: opt.get(name, default) for name, default in known.items()})
+            self.args = parser.parse_args([])
+            for name, default in vars(self.args).items():
+                setattr(self.args, name, opt.get(name, default))
             half = self.args.fp16 if self.args.eval_type == "f1" else ""
             self.model, self.tokenizer = load_checkpoint(self.args.model_checkpoint, self.args.device,
                                                          self.args.max_len, half, self.args.max_history)

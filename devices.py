@@ -167,47 +167,47 @@ class HalfPrecision(nn.Module):
             return self.model(**batch)
 
 
-def prepare(model: DoubleHeadsModel, args: Namespace) -> nn.Module:
+def prepare(model: DoubleHeadsModel, device: str, fp16: str = "", shard: bool = False, seed: int = 0) -> nn.Module:
     """The network that training calls: ``model`` on its device, in its precision, joined to those of other processes.
 
     With ``--shard`` each process holds a part of every weight, gradient and optimizer state, and gathers a block's
     weights while it computes (FSDP2); ``model``'s parameters become those parts. Otherwise each has all of them. From
     here on the random streams of processes differ, for their dropout.
     """
-    if args.device.startswith("cuda"):
+    if device.startswith("cuda"):
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # what is left in float32 need not be exact to the last bit
-    model.to(args.device)
-    half, world = half_dtype(args.device, args.fp16), idist.get_world_size()
-    if args.fp16 == "O3":
+    model.to(device)
+    half, world = half_dtype(device, fp16), idist.get_world_size()
+    if fp16 == "O3":
         for name, weight in model.named_parameters():
             if not _of_choice(name):
                 weight.data = weight.data.to(half)
-    elif args.fp16 in ("O1", "bf16") and not args.shard and getattr(model, "peft_config", None):
+    elif fp16 in ("O1", "bf16") and not shard and getattr(model, "peft_config", None):
         for layer in linear_layers(model):  # cast frozen weights once instead of in every forward pass
             if not layer.weight.requires_grad and isinstance(layer, nn.Linear):
                 layer.weight.data = layer.weight.data.to(half)
-    if args.shard and world > 1:
-        mesh = DeviceMesh.from_group(_Groups.gradients, torch.device(args.device).type)
-        masters = MixedPrecisionPolicy(half, torch.float32) if args.fp16 == "O2" else MixedPrecisionPolicy()
+    if shard and world > 1:
+        mesh = DeviceMesh.from_group(_Groups.gradients, torch.device(device).type)
+        masters = MixedPrecisionPolicy(half, torch.float32) if fp16 == "O2" else MixedPrecisionPolicy()
         blocks = next(part for part in model.base_model.modules() if isinstance(part, nn.ModuleList))
         fully_shard(model.multiple_choice_head, mesh=mesh)
         for part in (*blocks, model):
             fully_shard(part, mesh=mesh, mp_policy=masters)
-    elif args.shard:
+    elif shard:
         logger.warning("--shard: there is only one process, which keeps all weights")
-    network = HalfPrecision(model, args.device, args.fp16)
-    if world > 1 and not args.shard:
+    network = HalfPrecision(model, device, fp16)
+    if world > 1 and not shard:
         network = DistributedDataParallel(network, process_group=_Groups.gradients, forward_sync_buffers=False,
                                           gradient_as_bucket_view=True)
     if not is_first():
-        manual_seed(args.seed + idist.get_rank())
+        manual_seed(seed + idist.get_rank())
     return network
 
 
-def loss_scaler(args: Namespace) -> torch.amp.GradScaler:
+def loss_scaler(device: str, fp16: str) -> torch.amp.GradScaler:
     """Scales the loss where float16 gradients need it; bfloat16, also what CPUs compute in, has float32's range."""
-    kind = torch.device(args.device).type
-    return torch.amp.GradScaler(kind, enabled=args.fp16 in ("O1", "O2") and kind != "cpu")
+    kind = torch.device(device).type
+    return torch.amp.GradScaler(kind, enabled=fp16 in ("O1", "O2") and kind != "cpu")
 
 
 def _usable_precision(device: str, fp16: str) -> str:

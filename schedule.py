@@ -1,7 +1,6 @@
 """How the weights move: the optimizer of 2019, and its learning rate over a run."""
 
 import math
-from argparse import Namespace
 from collections.abc import Callable
 
 import torch
@@ -59,10 +58,11 @@ class Decay(ParamScheduler):
     Linearly, as in 2019, or with ``--lr_decay polynomial`` by the square of the share of iterations that is left.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, iterations: int, args: Namespace):
+    def __init__(self, optimizer: torch.optim.Optimizer, iterations: int, lr: float, warmup_ratio: float = 0.0,
+                 lr_decay: str = "linear"):
         super().__init__(optimizer, "lr")
-        self.iterations, self.warmup = iterations, args.warmup_ratio * iterations
-        self.lr, self.power = args.lr, 2 if args.lr_decay == "polynomial" else 1
+        self.iterations, self.warmup = iterations, warmup_ratio * iterations
+        self.lr, self.power = lr, 2 if lr_decay == "polynomial" else 1
 
     def get_param(self) -> float:
         if self.event_index < self.warmup:

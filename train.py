@@ -55,10 +55,10 @@ def training(args: Namespace) -> Path | None:
     train_loader, valid_loader = get_dataflow(args, tokenizer, model, table)
     if args.compile:
         model.base_model.compile(dynamic=True)  # batches differ in length
-    network = devices.prepare(model, args)
+    network = devices.prepare(model, args.device, args.fp16, args.shard, args.seed)
 
     optimizer = AdamW(model.parameters(), args.lr)
-    scaler = devices.loss_scaler(args)
+    scaler = devices.loss_scaler(args.device, args.fp16)
     trainer = create_trainer(network, optimizer, scaler, args)
     evaluator = create_evaluator(network, args)
 
@@ -71,7 +71,7 @@ def training(args: Namespace) -> Path | None:
     def shuffle_anew(engine: Engine) -> None:  # a resumed run begins within an epoch
         train_loader.batch_sampler.set_epoch(engine.state.epoch, start=engine.state.iteration % len(train_loader))
 
-    decay = Decay(optimizer, args.n_epochs * len(train_loader), args)
+    decay = Decay(optimizer, args.n_epochs * len(train_loader), args.lr, args.warmup_ratio, args.lr_decay)
     trainer.add_event_handler(Events.ITERATION_STARTED, decay)
 
     RunningAverage(output_transform=lambda out: out["loss"]).attach(trainer, "loss")

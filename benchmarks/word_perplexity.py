@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from argparse import Namespace
 from collections import defaultdict
 
 import torch
@@ -53,7 +52,7 @@ def main() -> None:
         return nll, known
 
     def ours(turns: list[int], half: str) -> list[dict]:
-        return likelihoods(bench.ours, dataset, turns, bench.tokenizer, shares, Namespace(device="cpu", fp16=half))
+        return likelihoods(bench.ours, dataset, turns, bench.tokenizer, shares, half)
 
     checked = [5, 1234]
     for turn, record in zip(checked, ours(checked, ""), strict=True):

@@ -197,7 +197,8 @@ def train_reward(args: Namespace) -> dict:
             for pair, best in tqdm(kept, desc="Packing", unit=" pairs")]
     steps = training_batches(np.array([len(row.input_ids) for row in rows]), args)
 
-    network, scaler = devices.prepare(model, args), devices.loss_scaler(args)
+    network = devices.prepare(model, args.device, args.fp16, seed=args.seed)
+    scaler = devices.loss_scaler(args.device, args.fp16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-6, weight_decay=0.0, fused=True)
     trainer = create_trainer(network, optimizer, scaler, args)
     done = (restore_snapshot(run, model, optimizer) or {"step": 0})["step"]
@@ -267,7 +268,7 @@ def main() -> None:
     add_device_flag(parser)
     add("--seed", type=whole_number, default=42, help="of the division and of dropout (default: %(default)s)")
     # What else the trainer of train.py and the loading of checkpoints ask for:
-    parser.set_defaults(lm_coef=0.0, mc_coef=1.0, gradient_accumulation_steps=1, max_len=0, shard=False)
+    parser.set_defaults(lm_coef=0.0, mc_coef=1.0, gradient_accumulation_steps=1, max_len=0)
     train_reward(parser.parse_args())
 
 

@@ -113,7 +113,7 @@ def reward_flags(world: Path, folder: Path, **changed) -> Namespace:
         "answers": [str(folder / "answers.jsonl")], "reward": str(folder / "reward"),
         "held_out": 0.3, "n_epochs": 16, "train_batch_size": 4, "lr": 3e-3,
         "max_norm": 1.0, "save_every": 1000, "fp16": "", "device": "cpu", "seed": 1, "lm_coef": 0.0, "mc_coef": 1.0,
-        "gradient_accumulation_steps": 1, "max_len": 0, "shard": False} | changed)
+        "gradient_accumulation_steps": 1, "max_len": 0} | changed)
 
 
 @pytest.fixture(scope="session")

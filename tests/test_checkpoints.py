@@ -278,9 +278,9 @@ def test_the_generator_of_the_gpu_in_use_is_the_one_kept(tmp_path, monkeypatch):
     model = torch.nn.Linear(1, 1)
     model.config = GPT2Config()
     optimizer = AdamW(model.parameters(), 0.1)
-    args = Namespace(device="cuda:1", keep_checkpoints=1, lr=0.1, warmup_ratio=0, lr_decay="linear")
+    args = Namespace(device="cuda:1", keep_checkpoints=1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    checkpoints = Checkpoints(tmp_path, model, optimizer, scaler, Decay(optimizer, 9, args), args)
+    checkpoints = Checkpoints(tmp_path, model, optimizer, scaler, Decay(optimizer, 9, 0.1), args)
     checkpoints.facts = {}
     checkpoints.mark(step=3, iteration=6)
     checkpoints.save()

@@ -1,7 +1,6 @@
 """--fp16 with apex's meanings, on the type that CPUs have for it, bfloat16."""
 
 import copy
-from argparse import Namespace
 
 import pytest
 import torch
@@ -39,7 +38,7 @@ def test_weights_and_losses_of_each_level(model_and_batch, fp16, weights):
     model, batch = model_and_batch
     with torch.no_grad():
         exact = model(**batch)
-    network = devices.prepare(model, Namespace(device="cpu", fp16=fp16, shard=False, seed=0))
+    network = devices.prepare(model, "cpu", fp16)
     out, gradients = losses_and_gradients(network, batch, model.parameters())
     assert model.transformer.wte.weight.dtype == weights
     assert model.multiple_choice_head.summary.weight.dtype == torch.float32

@@ -2,7 +2,6 @@
 
 import json
 import math
-from argparse import Namespace
 from collections import Counter
 
 import numpy as np
@@ -36,10 +35,6 @@ from utils import get_dataset
 from weights import add_special_tokens_, load_model
 
 
-def args(**changed) -> Namespace:
-    return Namespace(**{"device": "cpu", "fp16": "", "batch_size": 8, "legacy_gpt2_words": False} | changed)
-
-
 def setting(family: str, data, tmp_path):
     """A 2019 run, or a random Llama with a tokenizer of another kind, and the validation turns of a data file."""
     if family in FAMILIES:
@@ -67,7 +62,7 @@ def test_word_perplexity_is_that_of_one_word_at_a_time(family, legacy, tmp_path)
     data.write_text(json.dumps(corpus))
     model, tokenizer, table, dataset = setting(family, data, tmp_path)
     counts = count_words(table)
-    got = dict(gold_likelihoods(model, dataset, tokenizer, counts, args(legacy_gpt2_words=legacy)))
+    got = dict(gold_likelihoods(model, dataset, tokenizer, counts, batch_size=8, legacy_gpt2_words=legacy))
     assert len(got) == len(dataset) >= 50
 
     total, scored = 0.0, 0

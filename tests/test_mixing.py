@@ -161,7 +161,7 @@ def test_the_learning_rate_is_that_of_transformers(decay, power):
         ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5) for _ in range(2))
         reference = transformers.get_polynomial_decay_schedule_with_warmup(
             theirs, int(ratio * iterations), iterations, lr_end=0.0, power=power)
-        schedule = Decay(ours, iterations, args)
+        schedule = Decay(ours, iterations, args.lr, args.warmup_ratio, args.lr_decay)
         for _ in range(iterations):
             schedule(None)
             assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], abs=1e-9)

@@ -1,7 +1,6 @@
 """The optimizer against the definition of transformers 2.5's AdamW, computed by hand in float64."""
 
 import copy
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -53,7 +52,7 @@ def test_weights_are_moved_on_their_own_scale_by_a_schedule():
     """With `Decay` the rate of each step is that of its iteration."""
     weight = nn.Parameter(torch.zeros(len(SCALES)))
     optimizer = AdamW([weight], LR)
-    decay = Decay(optimizer, 4, Namespace(lr=LR, warmup_ratio=0, lr_decay="linear"))
+    decay = Decay(optimizer, 4, LR)
     given, m, v, expected = gradients(4), 0.0, 0.0, np.zeros(len(SCALES))
     for t, gradient in enumerate(given, 1):
         decay(None, "lr")
