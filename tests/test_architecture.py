@@ -50,17 +50,19 @@ def test_nothing_imports_a_script():
 
 
 def definitions(path: str) -> set[str]:
-    """The functions and classes of a file, and methods as ``Class.method``."""
+    """Names at the top of a file, and its methods as ``Class.method``."""
     names = set()
     for node in ast.parse(Path(ROOT, path).read_text("utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         if isinstance(node, ast.ClassDef):
             names |= {f"{node.name}.{method.name}" for method in node.body if isinstance(method, ast.FunctionDef)}
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return names
 
 
-def test_the_newcomers_walk_names_what_is_there():
+def test_the_newcomers_walk_names_what_exists():
     text = Path(ROOT, "docs/architecture.md").read_text("utf-8")
     walk = text.partition("## A walk for newcomers\n")[2].partition("\n## ")[0]
     steps = re.findall(r"^\d+\..*(?:\n {3}.*)*", walk, re.M)
@@ -69,6 +71,15 @@ def test_the_newcomers_walk_names_what_is_there():
     missing = [f"{path} {name}" for step in named for path, names in step
                for name in re.findall(r"`([\w.]+)`", names) or ["a function"] if name not in definitions(path)]
     assert not missing
+
+
+def test_documents_name_what_modules_have():
+    modules = {Path(path).stem: path for path in SOURCES}
+    for document in Path(ROOT, "docs").glob("*.md"):
+        named = re.findall(r"`(\w+)\.(\w+)`", document.read_text("utf-8"))
+        missing = [f"{module}.{name}" for module, name in named if module in modules
+                   and name not in {"py", "json", "safetensors"} | definitions(modules[module])]
+        assert not missing, document
 
 
 def test_no_file_grows_too_long():
