@@ -1,22 +1,19 @@
 #!/usr/bin/env bash
-# From a clone to a bot in four minutes: the default bot, evaluated, fine-tuned a little further, evaluated again, talked to.
+# Evaluate the default bot, fine-tune it a little further, evaluate it again and talk to it, in a few minutes.
 # Where its pretrained base could not be installed, recipes/tiny.sh trains a tiny model from random weights instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if python -c "from pretrained import find_smollm2; find_smollm2()" 2> /dev/null; then
     model=persona data=data/sample_personachat.json
-    evaluate="python convai_evaluation.py --eval_type all --dataset_path $data --fp16 bf16 --no_sample --batch_size 32"
 
-    echo "== 1 of 4: the default bot reads the sample's validation dialogs, which it has not seen"
-    $evaluate --model_checkpoint $model
-    echo "== 2 of 4: it learns from the sample's training dialogs"
+    echo "== 1 of 3: the default bot learns from the sample's training dialogs, validated before and after"
     python train.py --model_checkpoint $model --lora 32 --lr 2e-4 --fp16 bf16 --dataset_path $data --pack_dialogs \
         --max_history 30 --num_candidates 4 --lm_coef 2.0 --train_batch_size 4 --gradient_accumulation_steps 1 \
-        --valid_batch_size 16 --n_epochs 1
+        --valid_batch_size 4 --n_epochs 1 --epoch_batches 24 --eval_before_start
     run=$(ls -td runs/*_$model* | head -n 1)
-    echo "== 3 of 4: the same dialogs again"
-    $evaluate --model_checkpoint "$run"
+    echo "== 2 of 3: its replies to the validation dialogs, compared with those of people"
+    python convai_evaluation.py --eval_type f1 --model_checkpoint "$run" --dataset_path $data --fp16 bf16 --no_sample
     flags=""
 else
     echo "== The pretrained base is not installed (make install); a tiny model learns from random weights instead"
@@ -26,7 +23,7 @@ else
     python convai_evaluation.py --eval_type all --model_checkpoint "$run" --dataset_path $data $flags
 fi
 
-echo "== Six lines with somebody new"
+echo "== 3 of 3: six lines, with a persona that the bot has not seen"
 printf '%s\n' "hi ! how are you today ?" "what do you do for a living ?" "do you have any pets ?" "what is your favorite food ?" \
     "do you play an instrument ?" "it was nice to meet you ." |
     python interact.py --model_checkpoint "$run" $flags --seed 42 --personality "i work as a gardener in bristol .
@@ -35,4 +32,4 @@ i play the trumpet in a jazz band .
 my favorite food is mushroom soup ."
 
 echo "Talk to it yourself: python interact.py --model_checkpoint $run --dataset_path $data $flags"
-echo "In the browser: make web. Your own persona: --personality FILE. Your own dialogs: README, 'Your own data'."
+echo "In the browser: make web. Your own persona: --personality FILE. Your own dialogs: docs/usage.md."
