@@ -30,9 +30,18 @@ pytest_plugins = ["feedback_world"]  # fixtures of several files
 TINY_TOKENS = json.loads((TINY / "config.json").read_text())["vocab_size"]  # without the five control tokens
 
 
+# Files whose tests train, start servers or browsers, or compare with whole libraries: minutes together.
+SLOW = {f"test_{name}.py" for name in (
+    "attack", "checkpoints", "commands", "decoders", "demo", "distributed", "export", "hostile", "judge", "lora", "page",
+    "parlai", "persona", "policy", "published", "reward", "serving", "sharing", "tutorial")}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The demo first: it takes minutes, and whoever begins it last is waited for."""
-    items.sort(key=lambda item: "test_demo.py" not in item.nodeid)
+    """Mark the slow tests, and begin with the demo: it takes minutes, and the other process would wait for it."""
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.name != "test_demo.py")
 
 
 def shared(path: str) -> Path:
