@@ -32,8 +32,8 @@ TINY_TOKENS = json.loads((TINY / "config.json").read_text())["vocab_size"]  # wi
 
 # Files whose tests train, start servers or browsers, or compare with whole libraries: minutes together.
 SLOW = {f"test_{name}.py" for name in (
-    "attack", "checkpoints", "commands", "decoders", "demo", "distributed", "export", "hostile", "judge", "lora", "page",
-    "parlai", "persona", "policy", "published", "reward", "serving", "sharing", "tutorial")}
+    "attack", "checkpoints", "commands", "decoders", "demo", "distributed", "export", "hostile", "judge", "lora",
+    "page", "parlai", "persona", "policy", "published", "reward", "serving", "sharing", "tutorial")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
