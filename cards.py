@@ -55,12 +55,12 @@ TEMPLATE = """
 MARK = "# Written by TransferTransfo's export.py."  # the first line of a Modelfile: a folder that may be written again
 
 
-def name_of(folder: Path) -> str:
+def model_name(folder: Path) -> str:
     """What the model is called: as its folder."""
     return folder.resolve().name
 
 
-def template(model: DoubleHeadsModel, tokenizer: Tokenizer, between: str) -> str:
+def make_chat_template(model: DoubleHeadsModel, tokenizer: Tokenizer, between: str) -> str:
     """`TEMPLATE` for one model: its control tokens, how many utterances it sees, whether it knows personas, and what
     stands ``between`` their sentences."""
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -96,7 +96,7 @@ PARAMETER num_predict {options.max_length}
 '''
 
 
-def card(run: str, folder: Path, licence: str, model: DoubleHeadsModel) -> str:
+def model_card(run: str, folder: Path, licence: str, model: DoubleHeadsModel) -> str:
     """The model card: what the run's folder tells of its base, its data and its figures, and how to use it."""
     place = Path(resolve_checkpoint(run))
 
@@ -119,7 +119,7 @@ def card(run: str, folder: Path, licence: str, model: DoubleHeadsModel) -> str:
     metadata += [f"license: {licence}"] if licence else []
     metadata += [f"base_model: {base}"] if base and base not in NAMED and base.count("/") == 1 else []
     return CARD.format(
-        metadata="\n".join(metadata), name=name_of(folder), persona="i have two dogs .",
+        metadata="\n".join(metadata), name=model_name(folder), persona="i have two dogs .",
         facts="\n".join(filter(None, facts)), table="\n".join(table), utterances=2 * model.max_history + 1)
 
 

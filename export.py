@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
-from cards import MARK, card, modelfile, name_of, template
+from cards import MARK, make_chat_template, model_card, model_name, modelfile
 from cli import InputError, command, short
 from decoding import Decoding, load_checkpoint
 from files import write_tensors
@@ -58,7 +58,7 @@ def export(run: str, folder: Path, licence: str = "") -> None:
     config |= {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     between = " " if tokenizer.encode_persona(["a"]) != tokenizer(["a"])["input_ids"] else ""
-    _write_tokenizer(tokenizer, template(model, tokenizer, between), folder)
+    _write_tokenizer(tokenizer, make_chat_template(model, tokenizer, between), folder)
     options = Decoding()
     GenerationConfig(
         bos_token_id=special.bos, pad_token_id=special.pad, eos_token_id=[special.eos, special.speaker1,
@@ -66,7 +66,7 @@ def export(run: str, folder: Path, licence: str = "") -> None:
         min_new_tokens=1, max_new_tokens=options.max_length, do_sample=True, temperature=options.temperature,
         top_p=options.top_p, top_k=0,
     ).save_pretrained(folder)
-    (folder / "README.md").write_text(card(run, folder, licence, model), "utf-8")
+    (folder / "README.md").write_text(model_card(run, folder, licence, model), "utf-8")
     (folder / "Modelfile").write_text(modelfile(".", between), "utf-8")
 
 
@@ -144,7 +144,7 @@ def main() -> None:
         export(args.run, args.folder, args.licence)
         options, notes = Decoding(), args.folder / "Modelfile"
         for kind in args.gguf:
-            file = args.folder / f"{name_of(args.folder)}-{kind}.gguf"
+            file = args.folder / f"{model_name(args.folder)}-{kind}.gguf"
             write_gguf(args.folder, file, kind, {"temp": options.temperature, "top_p": options.top_p, "top_k": 0})
             logger.info("Wrote %s", file)
             if kind == args.gguf[0]:

@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 
 from cli import InputError, command, port_number, printable, share, whole_number
 from feedback.answers import QUESTIONS, agreement, read_answers
-from feedback.metrics import rule_score
 from feedback.pairs import append_lines, read_pairs
+from feedback.utterance_metrics import rule_score
 
 KEYS = {"a": 0, "b": 1, "t": "tie", "x": "bad"}  # of the reply shown first, shown second
 logger = logging.getLogger("feedback.annotate")

@@ -60,7 +60,8 @@ def read_answers(paths: Iterable[str | Path], pairs: dict[str, dict]) -> dict[tu
     return answers
 
 
-def preferences(pairs: dict[str, dict], answers: dict[tuple[str, str], dict]) -> tuple[list[tuple[dict, int]], Counter]:
+def majority_preferences(
+        pairs: dict[str, dict], answers: dict[tuple[str, str], dict]) -> tuple[list[tuple[dict, int]], Counter]:
     """What more than half of those who answered prefer: (pair, number of its better reply), in the order of ``pairs``.
 
     And how many pairs have no better reply, by the reason.

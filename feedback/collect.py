@@ -43,7 +43,7 @@ def decoders(args: Namespace) -> list[Decoding]:
     return [Decoding.of(parser.parse_args(shlex.split(flags))) for flags in args.decoder or [""]]
 
 
-def collect(args: Namespace) -> int:
+def collect_pairs(args: Namespace) -> int:
     """Write ``--pairs``; returns how many there are in the file.
 
     A line has ``pair``, its name (`pair_name`); ``persona`` and ``history`` as texts; two ``replies``, each with its
@@ -159,7 +159,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.replies * len(args.decoder or [""]) < 2:
         raise InputError("--replies 1 and one decoder: there is nothing to compare; ask for 2, or give two --decoder")
-    collect(args)
+    collect_pairs(args)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from cli import InputError, command, positive_number, whole_number
 from decoding import load_checkpoint
-from feedback.metrics import METRICS, check_libraries, words
 from feedback.pairs import append_lines
-from feedback.policy import Reply, label_replies
+from feedback.policy import ReplyTokens, label_replies
 from feedback.ratings import Rated, overall, read_ratings
 from feedback.reward import RewardModel, pack_texts
+from feedback.utterance_metrics import METRICS, check_libraries, lowercase_words
 from inputs import LengthBatches, collate, max_reply
 from model import HALF, DoubleHeadsModel, autocast
 from tables import tokenize
@@ -45,7 +45,7 @@ logger = logging.getLogger("feedback.judge")
 # Each takes rated replies and gives columns of numbers by name, (replies,) float64, the more the better.
 
 
-def by_context(rated: Sequence[Rated]) -> tuple[list[tuple], list[list[int]]]:
+def group_by_context(rated: Sequence[Rated]) -> tuple[list[tuple], list[list[int]]]:
     """The contexts with all their replies, (persona, history, replies), and where in ``rated`` these stand."""
     places: dict[tuple, list[int]] = {}
     for place, one in enumerate(rated):
@@ -56,14 +56,14 @@ def by_context(rated: Sequence[Rated]) -> tuple[list[tuple], list[list[int]]]:
 
 
 @torch.inference_mode()
-def both_heads(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[tuple], fp16: str = "",
+def head_outputs(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[tuple], fp16: str = "",
                batch_size: int = 8) -> list[list[tuple[np.ndarray, float]]]:
     """Of each reply to each turn: log-probabilities of its tokens and its end, and the choice head's score."""
     rows, ranges = [], []
     for persona, history, replies in tqdm(turns, desc="Packing", unit=" contexts", delay=1):
         row = pack_texts(persona, history, replies, tokenizer, model)
         longest = max_reply(model.max_positions, model.history_start)  # what is longer has lost its end
-        row, where = label_replies(row, [Reply(ids[:longest], True) for ids in tokenize(tokenizer, replies)])
+        row, where = label_replies(row, [ReplyTokens(ids[:longest], True) for ids in tokenize(tokenizer, replies)])
         rows.append(row)
         ranges.append(where)
     found: list[list] = [[]] * len(rows)
@@ -82,7 +82,7 @@ def both_heads(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[tu
     return found
 
 
-def of_heads(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokenizer,
+def head_scores(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokenizer,
              fp16: str = "") -> dict[str, np.ndarray]:
     """What the language-model and the choice head say.
 
@@ -90,9 +90,9 @@ def of_heads(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokeniz
     without any context; ``whole gain``: the sum of it over the reply, which is what context and reply tell of each
     other (pointwise mutual information); ``choice head``: its score.
     """
-    turns, places = by_context(rated)
-    seen = both_heads(model, tokenizer, turns, fp16)
-    alone = both_heads(model, tokenizer, [([], [], [one.reply]) for one in rated], fp16)
+    turns, places = group_by_context(rated)
+    seen = head_outputs(model, tokenizer, turns, fp16)
+    alone = head_outputs(model, tokenizer, [([], [], [one.reply]) for one in rated], fp16)
     columns = {name: np.zeros(len(rated)) for name in ("likelihood", "gain", "whole gain", "choice head")}
     for group, replies in zip(places, seen, strict=True):
         for place, (logprobs, score) in zip(group, replies, strict=True):
@@ -102,18 +102,18 @@ def of_heads(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokeniz
     return columns
 
 
-def of_reward_model(rated: Sequence[Rated], model: RewardModel) -> dict[str, np.ndarray]:
-    turns, places = by_context(rated)
+def reward_model_scores(rated: Sequence[Rated], model: RewardModel) -> dict[str, np.ndarray]:
+    turns, places = group_by_context(rated)
     column = np.zeros(len(rated))
     for group, scores in zip(places, model(turns), strict=True):
         column[group] = scores
     return {"reward model": column}
 
 
-def of_texts(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
+def text_scores(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
     """The utterance metrics; ``length``: the logarithm of the words; ``variety``: less the share of repeated ones."""
     columns = {name: [metric(one.reply, one.history) for one in rated] for name, metric in METRICS.items()}
-    said = [words(one.reply) or [""] for one in rated]
+    said = [lowercase_words(one.reply) or [""] for one in rated]
     columns["length"] = [np.log(len(one)) for one in said]
     columns["variety"] = [len(set(one)) / len(one) - 1 for one in said]
     return {name: np.array(column, float) for name, column in columns.items()}
@@ -136,7 +136,7 @@ def embeddings(texts: Sequence[str]) -> dict[str, np.ndarray]:
     return dict(zip(distinct, encoder().encode(distinct, batch_size=64, normalize_embeddings=True), strict=True))
 
 
-def of_embeddings(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
+def embedding_scores(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
     """Cosines of a reply's sentence embedding: with what was said last, with the last utterances together, with the
     bot's own utterances and the persona sentences, of each the nearest. 0 where there is none of them.
     """
@@ -155,13 +155,13 @@ def of_embeddings(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
         "near the persona": [nearest(one, one.persona) for one in rated]}.items()}
 
 
-def scores_of(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokenizer, reward: RewardModel | None = None,
+def all_scores(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokenizer, reward: RewardModel | None = None,
               fp16: str = "") -> dict[str, np.ndarray]:
     """All scorers' columns."""
-    columns = of_heads(rated, model, tokenizer, fp16)
+    columns = head_scores(rated, model, tokenizer, fp16)
     if reward:
-        columns |= of_reward_model(rated, reward)
-    return columns | of_texts(rated) | of_embeddings(rated)
+        columns |= reward_model_scores(rated, reward)
+    return columns | text_scores(rated) | embedding_scores(rated)
 
 
 # ----------------------------------------------------------------------------------------------- a combination
@@ -190,7 +190,7 @@ def combination():
     return make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 4, 9)))
 
 
-def learnt(data: DataSet, others: Sequence[DataSet]) -> np.ndarray:
+def combination_scores(data: DataSet, others: Sequence[DataSet]) -> np.ndarray:
     """What the combination that ``others`` teach says of each reply, (replies,).
 
     Ratings are standardised within each data set. Without others each part of the contexts is judged by what the other
@@ -243,7 +243,7 @@ class Agreement:
             self.low, self.high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
 
 
-def people(rated: Sequence[Rated], quality: str) -> tuple[np.ndarray, np.ndarray] | None:
+def raters_and_others(rated: Sequence[Rated], quality: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Each rater, and the mean of the others beside them, both (raters, replies); None of fewer than two raters."""
     ratings = [one.ratings[quality] for one in rated]
     if min(map(len, ratings)) < 2 or len(set(map(len, ratings))) > 1:
@@ -252,12 +252,12 @@ def people(rated: Sequence[Rated], quality: str) -> tuple[np.ndarray, np.ndarray
     return each, (each.sum(0) - each) / (len(each) - 1)
 
 
-def agreement_of(data: DataSet, quality: str, said: np.ndarray, resamples: int, seed: int) -> list[tuple]:
+def agreement_lines(data: DataSet, quality: str, said: np.ndarray, resamples: int, seed: int) -> list[tuple]:
     """Lines of (name, correlations (2,), low (2,), high (2,)): people, if several, each scorer, the combination."""
     kept = np.array([quality in one.ratings for one in data.rated])
     rated = [one for one, keep in zip(data.rated, kept, strict=True) if keep]
     contexts, lines = data.contexts[kept], []
-    if both := people(rated, quality):
+    if both := raters_and_others(rated, quality):
         among = Agreement(*both, contexts, resamples, seed)
         lines.append(("people", *(np.nanmean(values, -1) for values in (among.value, among.low, among.high))))
     columns = np.vstack([data.matrix.T[:, kept], said[kept]])
@@ -278,14 +278,14 @@ def judge(args: Namespace) -> list[dict]:
     sets = []
     for path, rated in files:
         logger.info("%s: %s replies", path, f"{len(rated):,}")
-        sets.append(DataSet(path, rated, scores_of(rated, model, tokenizer, reward, args.fp16)))
+        sets.append(DataSet(path, rated, all_scores(rated, model, tokenizer, reward, args.fp16)))
     records = []
     for data in sets[:len(dict.fromkeys(args.data))]:
         others = [other for other in sets if other is not data]
-        said = learnt(data, others)
+        said = combination_scores(data, others)
         teachers = ", ".join(other.name for other in others) or f"{PARTS} parts of it, each judged by the others"
         for quality in dict.fromkeys(quality for one in data.rated for quality in one.ratings):
-            lines = agreement_of(data, quality, said, args.resamples, args.seed)
+            lines = agreement_lines(data, quality, said, args.resamples, args.seed)
             print(f"\n{data.name}, {quality}: {sum(quality in one.ratings for one in data.rated):,} replies to "
                   f"{data.contexts.max() + 1:,} contexts; the combination is learnt from {teachers}\n"
                   f"{'':24}  Spearman  95 % interval     Pearson  95 % interval")

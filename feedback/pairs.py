@@ -138,7 +138,7 @@ def whole_dialog(split: Split, dialog: int) -> list[str]:
     return said
 
 
-def dialog_of(pair: dict) -> list[str]:
+def dialog_names(pair: dict) -> list[str]:
     """`beginnings` of the dialog that a pair is from. Earlier versions noted its number only."""
     return pair.get("beginnings") or [f"{pair['data']} {pair['split']} {pair['dialog']}"]
 
@@ -149,7 +149,7 @@ def held_out(pairs: Iterable[dict], part: float, seed: int) -> set[str]:
     Whichever side of the dialog a pair is from: the shortest beginning that is the whole of some pair's names it.
     Of two dialogs or more, some are kept from training and some are not, unless ``part`` is 0 or 1.
     """
-    dialogs = {pair["pair"]: dialog_of(pair) for pair in pairs}
+    dialogs = {pair["pair"]: dialog_names(pair) for pair in pairs}
     wholes = {names[-1] for names in dialogs.values()}
     name_of = {pair: next(name for name in names if name in wholes) for pair, names in dialogs.items()}
     drawn = {name: random.Random(f"{seed} {name}").random() for name in name_of.values()}

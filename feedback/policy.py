@@ -45,7 +45,6 @@ from corpora import require_split
 from curves import BAR
 from decoding import Decoding, generate_replies, load_checkpoint, readable
 from feedback.collect import model_hash
-from feedback.metrics import WEIGHTS, Dyme, check_libraries, rule_score, weighted
 from feedback.objectives import (
     AdaptiveKL,
     advantages,
@@ -55,10 +54,11 @@ from feedback.objectives import (
     value_loss,
     whitened,
 )
-from feedback.pairs import append_lines, dialog_of, held_out, read_lines, unseen_turns, whole_dialog
+from feedback.pairs import append_lines, dialog_names, held_out, read_lines, unseen_turns, whole_dialog
 from feedback.preferences import read_preferences
 from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint
-from feedback.snapshot import check_arguments, check_ours, check_same, restore_snapshot, save_snapshot
+from feedback.snapshot import check_arguments, check_origin, check_preferences, restore_snapshot, save_snapshot
+from feedback.utterance_metrics import WEIGHTS, Dyme, check_libraries, rule_score, weighted
 from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, max_reply, pack_turn
 from model import DoubleHeadsModel
 from tables import Split, tokenize
@@ -74,20 +74,20 @@ logger = logging.getLogger("feedback.policy")
 # ------------------------------------------------------------------------------------------------------ replies
 
 
-class Reply(NamedTuple):
+class ReplyTokens(NamedTuple):
     """What was said to a context: token ids, and whether it ended by itself or was cut at the greatest length."""
 
     ids: list[int]
     ended: bool
 
 
-class Turn(NamedTuple):
+class Context(NamedTuple):
     """A context, as token ids that leave room for a reply; as texts, with the whole history; the replies to it."""
 
     persona: list[list[int]]
     history: list[list[int]]
     texts: tuple[list[str], list[str]]
-    replies: list[Reply]
+    replies: list[ReplyTokens]
 
 
 class Actions(NamedTuple):
@@ -99,7 +99,7 @@ class Actions(NamedTuple):
     batch: dict[str, torch.Tensor]  # of `inputs.collate`
 
 
-def label_replies(row: Row, replies: Sequence[Reply]) -> tuple[Row, list[range]]:
+def label_replies(row: Row, replies: Sequence[ReplyTokens]) -> tuple[Row, list[range]]:
     """The row of `pack_turn` with every reply's actions as labels, and at which of them each reply's are.
 
     A reply that was cut has no end to label: nobody chose it. Equal replies share their segment of the row, and so
@@ -116,7 +116,7 @@ def label_replies(row: Row, replies: Sequence[Reply]) -> tuple[Row, list[range]]
                                          if len(where) else range(0) for where in ranges]
 
 
-def pack_actions(turns: Sequence[Turn], special: Specials, model: DoubleHeadsModel) -> Actions:
+def pack_actions(turns: Sequence[Context], special: Specials, model: DoubleHeadsModel) -> Actions:
     """The actions of all replies of ``turns``, each row holding a context once and all replies to it."""
     rows, places, tokens, offset = [], [], [], 0
     for turn in turns:
@@ -177,7 +177,7 @@ def action_logprobs(logits: torch.Tensor, special: Specials) -> torch.Tensor:
     return torch.cat([logprobs[..., :special.eos], ends, logprobs[..., special.eos + 1:]], -1)
 
 
-def chosen(logprobs: torch.Tensor, actions: Actions) -> torch.Tensor:
+def chosen_logprobs(logprobs: torch.Tensor, actions: Actions) -> torch.Tensor:
     """(labels, vocabulary) → the log-probability of each action that was taken, (replies, steps); 0 in the padding."""
     return logprobs[actions.place, actions.tokens] * actions.mask
 
@@ -194,13 +194,13 @@ def divergence(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample_replies(model: DoubleHeadsModel, turns: Sequence[Turn], special: Specials, max_length: int,
-                   samples: int) -> list[Turn]:
+def sample_replies(model: DoubleHeadsModel, turns: Sequence[Context], special: Specials, max_length: int,
+                   samples: int) -> list[Context]:
     """``turns`` with ``samples`` replies each, drawn from the model's own distribution: no filter, no temperature."""
     how = Decoding(temperature=1.0, top_p=0.0, max_length=max_length, min_length=0)
     contexts = [build_context(turn.persona, turn.history, special, model.history_start) for turn in turns]
     ids = generate_replies(model, contexts, special, how, samples=samples)
-    replies = [Reply(one, len(one) < max_length) for one in ids]
+    replies = [ReplyTokens(one, len(one) < max_length) for one in ids]
     return [turn._replace(replies=replies[place * samples:(place + 1) * samples]) for place, turn in enumerate(turns)]
 
 
@@ -266,7 +266,7 @@ class Trainer:
             self.reward = Reward(args, self.table)
         self.seen = self.reward.model.dialogs() if args.reward_model else []  # by who judges or teaches the policy
         if args.algorithm == "dpo":
-            self.pairs = self.read_pairs()
+            self.pairs = self.preference_pairs()
         else:
             self.contexts = self.dataset("train")
         self.evaluated = self.evaluation_turns()
@@ -276,21 +276,21 @@ class Trainer:
         model = self.network.model
         return TurnDataset.for_model(model, split, self.tokenizer)
 
-    def turn(self, dataset: TurnDataset, number: int) -> Turn:
+    def turn(self, dataset: TurnDataset, number: int) -> Context:
         """A context of the data, without replies."""
         texts = (dataset.split.texts("persona", dataset.split.turn_dialog[number]),
                  dataset.split.texts("history", number))
         return self.fitted(*dataset.context(number), texts, [])
 
-    def fitted(self, persona: list, history: list, texts: tuple, replies: list[Reply]) -> Turn:
+    def fitted(self, persona: list, history: list, texts: tuple, replies: list[ReplyTokens]) -> Context:
         positions, start = self.network.model.max_positions, self.network.model.history_start
         room = positions - self.args.max_length - 2
         if room < max(2, start + 1):
             raise InputError(f"--max_length {self.args.max_length}: the model has {positions} "
                              "positions for context and reply together; ask for shorter replies")
-        return Turn(*fit_context(persona, history, room, start), texts, replies)
+        return Context(*fit_context(persona, history, room, start), texts, replies)
 
-    def read_pairs(self) -> list[Turn]:
+    def preference_pairs(self) -> list[Context]:
         """What DPO learns from, the worse reply first: pairs of this very model, or preferences made elsewhere.
 
         What is left out is counted.
@@ -298,12 +298,12 @@ class Trainer:
         args, ours = self.args, model_hash(self.reference.model)
         longest = max_reply(self.reference.model.max_positions, self.reference.model.history_start)
         pairs, better, without = read_preferences(args.pairs, args.answers)
-        self.noted = check_same(Path(args.policy), fingerprint(better))
-        self.seen = self.seen + [dialog_of(pair) for pair in pairs.values()]
+        self.noted = check_preferences(Path(args.policy), fingerprint(better))
+        self.seen = self.seen + [dialog_names(pair) for pair in pairs.values()]
         apart = held_out(pairs.values(), args.held_out, args.held_out_seed)
         turns, left_out = [], Counter(without)
         for pair, best in better:
-            replies = [Reply(reply["ids"] if pair["model"] else ids, reply["ended"]) for reply, ids in zip(
+            replies = [ReplyTokens(reply["ids"] if pair["model"] else ids, reply["ended"]) for reply, ids in zip(
                 pair["replies"], tokenize(self.tokenizer, [reply["text"] for reply in pair["replies"]]), strict=True)]
             if pair["pair"] in apart:
                 left_out["held out"] += 1
@@ -351,7 +351,7 @@ class Trainer:
         clip_grad_norm_(self.network.parameters(), self.args.max_norm)
         self.optimizer.step()
 
-    def collect(self, number: int) -> tuple[Actions, torch.Tensor, torch.Tensor]:
+    def sample_step(self, number: int) -> tuple[Actions, torch.Tensor, torch.Tensor]:
         """Sampled replies of this step: actions, rewards (replies,), and the reference's log-probabilities, all."""
         count = self.args.batch_size // self.args.samples
         order = np.random.default_rng([self.args.seed, number]).integers(len(self.contexts), size=count)
@@ -362,7 +362,7 @@ class Trainer:
             reference = action_logprobs(self.reference(actions.batch)[0], self.special)
         return actions, self.rewards(turns).to(actions.mask.device), reference
 
-    def rewards(self, turns: Sequence[Turn]) -> torch.Tensor:
+    def rewards(self, turns: Sequence[Context]) -> torch.Tensor:
         """Of all replies, (replies,); one that was cut is worth `Reward.unfinished`, whatever it says."""
         texts = [[readable(self.tokenizer, reply.ids) for reply in turn.replies] for turn in turns]
         scores = self.reward([(*turn.texts, said) for turn, said in zip(turns, texts, strict=True)])
@@ -373,22 +373,22 @@ class Trainer:
     def ppo(self, number: int) -> dict[str, float]:
         """Proximal policy optimisation of reward less the price of the divergence, as Ziegler et al. (2019) do it."""
         args = self.args
-        actions, score, reference = self.collect(number)
+        actions, score, reference = self.sample_step(number)
         mask = actions.mask
         with torch.no_grad():
             logits, values = self.network(actions.batch)
             policy = action_logprobs(logits, self.special)
-            old, old_values = chosen(policy, actions), values[actions.place] * mask
+            old, old_values = chosen_logprobs(policy, actions), values[actions.place] * mask
             # Each action pays for its log-ratio; the reply's score comes with its last one.
-            rewards = -self.kl.price * (old - chosen(reference, actions))
+            rewards = -self.kl.price * (old - chosen_logprobs(reference, actions))
             rewards[torch.arange(len(score), device=mask.device), mask.sum(1) - 1] += score
             advantage = advantages(rewards, old_values, mask, args.gamma, args.lam)
             returns = advantage + old_values
             advantage = whitened(advantage, mask)
-            kl = self.kl_a_reply(policy, reference, actions)
+            kl = self.kl_per_reply(policy, reference, actions)
         for _ in range(args.ppo_epochs):
             logits, values = self.network(actions.batch)
-            logprobs = chosen(action_logprobs(logits, self.special), actions)
+            logprobs = chosen_logprobs(action_logprobs(logits, self.special), actions)
             loss = ppo_loss(logprobs, old, advantage, mask, args.clip)
             error = value_loss(values[actions.place], old_values, returns, mask, args.clip)
             self.minimise(loss + args.value_coef * error)
@@ -398,13 +398,13 @@ class Trainer:
 
     def rloo(self, number: int) -> dict[str, float]:
         """REINFORCE with the other replies' mean as baseline, of whole replies (Ahmadian et al. 2024)."""
-        actions, score, reference = self.collect(number)
+        actions, score, reference = self.sample_step(number)
         policy = action_logprobs(self.network(actions.batch)[0], self.special)
-        logprobs = chosen(policy, actions).sum(1)
+        logprobs = chosen_logprobs(policy, actions).sum(1)
         with torch.no_grad():
-            worth = score - self.kl.price * (logprobs - chosen(reference, actions).sum(1))
+            worth = score - self.kl.price * (logprobs - chosen_logprobs(reference, actions).sum(1))
             advantage = leave_one_out(worth.view(-1, self.args.samples)).flatten()
-            kl = self.kl_a_reply(policy, reference, actions)
+            kl = self.kl_per_reply(policy, reference, actions)
         self.minimise(-(advantage * logprobs).mean())
         price = self.kl.price
         self.kl.update(kl, len(score))
@@ -419,13 +419,13 @@ class Trainer:
             places.append(order[place % total])
         actions = pack_actions([self.pairs[place] for place in places], self.special, self.network.model)
         with torch.no_grad():
-            reference = chosen(action_logprobs(self.reference(actions.batch)[0], self.special), actions).sum(1)
-        policy = chosen(action_logprobs(self.network(actions.batch)[0], self.special), actions).sum(1)
+            reference = chosen_logprobs(action_logprobs(self.reference(actions.batch)[0], self.special), actions).sum(1)
+        policy = chosen_logprobs(action_logprobs(self.network(actions.batch)[0], self.special), actions).sum(1)
         loss = dpo_loss(policy[1::2], policy[::2], reference[1::2], reference[::2], self.args.beta)
         self.minimise(loss)
         return {"loss": float(loss.detach())}
 
-    def kl_a_reply(self, policy: torch.Tensor, reference: torch.Tensor, actions: Actions) -> float:
+    def kl_per_reply(self, policy: torch.Tensor, reference: torch.Tensor, actions: Actions) -> float:
         """Mean over sampled replies of the divergence summed over their states, in nats."""
         return float((divergence(policy, reference)[actions.place] * actions.mask).sum(1).mean())
 
@@ -441,7 +441,7 @@ class Trainer:
             actions = pack_actions(turns, self.special, self.network.model)
             policy, reference = (action_logprobs(network(actions.batch)[0], self.special)
                                  for network in (self.network, self.reference))
-            kls.append(self.kl_a_reply(policy, reference, actions) * len(turns))
+            kls.append(self.kl_per_reply(policy, reference, actions) * len(turns))
             replies += [turn.replies[0] for turn in turns]
             if self.reward:
                 scores += self.rewards(turns).tolist()
@@ -460,7 +460,7 @@ def train_policy(args: Namespace) -> Path:
     run = Path(args.policy)
     noted = check_arguments(run, args, may_change={"policy", "device", "save_every", "dataset_cache"})
     if (run / "model.safetensors").exists():  # which is the last that is written
-        check_ours(run)
+        check_origin(run)
         logger.info("%s is finished", run)
         return run
     trainer = Trainer(args)

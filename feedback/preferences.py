@@ -18,7 +18,7 @@ from typing import NamedTuple
 from cli import InputError
 from corpora import LONGEST_LINE, JsonReader, open_data, read_lines, read_pieces
 from dialogs import Utterance, merge_utterances
-from feedback.answers import preferences, read_answers
+from feedback.answers import majority_preferences, read_answers
 from feedback.pairs import beginnings, pair_name, read_pairs, report_left_out
 
 ROLES = {"system": "system", "developer": "system",
@@ -45,7 +45,7 @@ def read_preferences(path: str | Path, answers: Iterable[str | Path]) -> Prefere
     if _is_made_elsewhere(path):
         return _made_elsewhere(Path(path))
     pairs = read_pairs(path)
-    return Preferences(pairs, *preferences(pairs, read_answers(answers, pairs)))
+    return Preferences(pairs, *majority_preferences(pairs, read_answers(answers, pairs)))
 
 
 def _is_made_elsewhere(path: str | Path) -> bool:

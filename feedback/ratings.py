@@ -133,7 +133,7 @@ def overall(rated: Rated) -> float | None:
     return fmean(rated.ratings[quality]) if quality else None
 
 
-def pairs_of(rated: Iterable[Rated], margin: float) -> Iterator[tuple[Rated, Rated]]:
+def rated_pairs(rated: Iterable[Rated], margin: float) -> Iterator[tuple[Rated, Rated]]:
     """Each two replies to one context of which people rate the second higher than the first, by ``margin`` or more."""
     contexts: dict[tuple, list[Rated]] = defaultdict(list)
     for one in rated:
@@ -161,7 +161,7 @@ def write_pairs(args: Namespace) -> int:
     path, records = Path(args.pairs), []
     for data in args.data:
         rated = read_ratings(data)
-        made = [as_preference(*pair) for pair in pairs_of(rated, args.margin)]
+        made = [as_preference(*pair) for pair in rated_pairs(rated, args.margin)]
         logger.info("%s: %s pairs of %s replies to %s contexts", data, f"{len(made):,}", f"{len(rated):,}",
                     f"{len({one.context for one in rated}):,}")
         records += made

@@ -30,9 +30,9 @@ import devices
 from cli import InputError, command, learning_rate, positive_number, positive_real, require_memory, share, whole_number
 from curves import BAR
 from decoding import load_checkpoint
-from feedback.pairs import dialog_of, held_out
+from feedback.pairs import dialog_names, held_out
 from feedback.preferences import read_preferences
-from feedback.snapshot import check_arguments, check_ours, check_same, restore_snapshot, save_snapshot
+from feedback.snapshot import check_arguments, check_origin, check_preferences, restore_snapshot, save_snapshot
 from files import write_text
 from inputs import LengthBatches, Row, Specials, collate, pack_turn
 from metrics import calibration, calibration_error
@@ -176,12 +176,12 @@ def train_reward(args: Namespace) -> dict:
     noted = check_arguments(run, args, may_change={"reward", "device", "save_every"})
     manual_seed(args.seed)
     pairs, better, left_out = read_preferences(args.pairs, args.answers)
-    noted |= check_same(run, fingerprint(better))
+    noted |= check_preferences(run, fingerprint(better))
     if (run / SCALE).exists():
-        check_ours(run)
+        check_origin(run)
         figures = json.loads((run / SCALE).read_text("utf-8"))
         logger.info("%s is finished", run)
-        _tell(figures, run)
+        _report_accuracy(figures, run)
         return figures
     apart = held_out(pairs.values(), args.held_out, args.seed)
     kept = [one for one in better if one[0]["pair"] not in apart]
@@ -227,14 +227,14 @@ def train_reward(args: Namespace) -> dict:
     save_tokenizer(tokenizer, run)
     save_model(model, run)
     write_page(figures, run / "reward.html")
-    seen = dict.fromkeys(tuple(dialog_of(pair)) for pair, _ in better)
+    seen = dict.fromkeys(tuple(dialog_names(pair)) for pair, _ in better)
     write_text(run / DIALOGS, json.dumps(list(seen)) + "\n")
     write_text(run / SCALE, json.dumps(figures, indent=1) + "\n")  # which says that the rest is whole
-    _tell(figures, run)
+    _report_accuracy(figures, run)
     return figures
 
 
-def _tell(figures: dict, run: Path) -> None:
+def _report_accuracy(figures: dict, run: Path) -> None:
     low, high = figures["accuracy_interval"]
     print(f"Accuracy on {figures['held_out_pairs']:,} held-out pairs: {figures['accuracy']:.3f} "
           f"(95 % interval {low:.3f} to {high:.3f})")

@@ -33,7 +33,7 @@ def check_arguments(run: Path, args: Namespace, may_change: set[str]) -> dict:
         (run / "writable").unlink()
     except OSError as error:
         raise InputError(f"{run}: cannot be written ({error.strerror}); name a folder with room that can") from None
-    began = _noted(run).get("arguments", wanted)
+    began = _snapshot_header(run).get("arguments", wanted)
     for name, value in wanted.items():
         if began.get(name) != value:
             raise InputError(f"--{name} {value}: {run} was begun with {began.get(name)!r}; give the same to go on, or "
@@ -41,23 +41,23 @@ def check_arguments(run: Path, args: Namespace, may_change: set[str]) -> dict:
     return {"arguments": wanted}
 
 
-def check_same(run: Path, preferences: str) -> dict:
+def check_preferences(run: Path, preferences: str) -> dict:
     """What `save_snapshot` is to note of the preferences that are learnt from, given their fingerprint.
 
     Raises `InputError` when the folder's snapshot has learnt from others: people have gone on answering.
     """
-    if _noted(run).get("preferences", preferences) != preferences:
+    if _snapshot_header(run).get("preferences", preferences) != preferences:
         raise InputError(f"{run}: was begun with other answers than there are now; name another folder for these")
     return {"preferences": preferences}
 
 
-def check_ours(run: Path) -> None:
+def check_origin(run: Path) -> None:
     """Raise `InputError` when a model in the folder, which looks finished, is no training's that left a snapshot."""
-    if not _noted(run):
+    if not _snapshot_header(run):
         raise InputError(f"{run}: holds a model that was made otherwise; name another folder")
 
 
-def _noted(run: Path) -> dict:
+def _snapshot_header(run: Path) -> dict:
     """The header of the folder's snapshot; empty where there is none to go on from."""
     try:
         return read_header(run / FILE) if (run / FILE).exists() else {}

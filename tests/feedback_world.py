@@ -11,7 +11,8 @@ import torch
 from conftest import make_checkpoint
 
 from dialogs import Dialog, Utterance, make_entries
-from feedback import collect, policy, reward
+from feedback import policy, reward
+from feedback.collect import collect_pairs
 from feedback.pairs import read_pairs
 from inputs import TurnDataset, collate
 from tokenization import get_tokenizer
@@ -67,7 +68,7 @@ def flags(world: Path, **changed) -> Namespace:
 
 @pytest.fixture(scope="session")
 def pairs(world) -> dict[str, dict]:
-    collect.collect(flags(world))
+    collect_pairs(flags(world))
     return read_pairs(world / "pairs.jsonl")
 
 
@@ -95,8 +96,8 @@ def two_sided(world, tmp_path_factory) -> Path:
              f"that is sad , {n} ."][:4 + n % 3 // 2])]) for n in range(first, first + count)]
         corpus[split] = list(make_entries(dialogs, "dialogs"))
     (folder / "data.json").write_text(json.dumps(corpus))
-    collect.collect(flags(world, dataset_path=str(folder / "data.json"), dataset_cache=str(folder / "cache"),
-                          pairs=str(folder / "pairs.jsonl"), contexts=60))
+    collect_pairs(flags(world, dataset_path=str(folder / "data.json"), dataset_cache=str(folder / "cache"),
+                        pairs=str(folder / "pairs.jsonl"), contexts=60))
     return folder
 
 

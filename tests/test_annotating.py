@@ -20,9 +20,11 @@ from conftest import ROOT
 from feedback_world import answer, answered, flags, numbers
 
 from cli import InputError
-from feedback import annotate, browser, collect, metrics
+from feedback import annotate, browser
 from feedback import answers as answers_of
+from feedback.collect import collect_pairs, model_hash
 from feedback.pairs import held_out, read_pairs
+from feedback.utterance_metrics import rule_score
 from inputs import Specials
 from interact import fitted_context, generate_replies
 from tokenization import get_tokenizer
@@ -35,7 +37,7 @@ def test_a_pair_can_be_made_again_from_its_line(world, pairs):
     corpus = json.loads((world / "data.json").read_text())
     turns = [(entry["personality"], turn["history"]) for entry in corpus["valid"] for turn in entry["utterances"]]
     tokenizer, model = get_tokenizer(pair["checkpoint"]), load_model(pair["checkpoint"])
-    assert collect.model_hash(model) == pair["model"]
+    assert model_hash(model) == pair["model"]
     special = Specials.of(tokenizer)
     seen = [([tokenizer.encode(text) for text in persona],
              [tokenizer.encode(text) for text in history[-(2 * pair["max_history"] + 1):]])
@@ -56,9 +58,9 @@ def test_collecting_goes_on_where_it_was_killed(world, pairs, tmp_path, cut):
     whole = (world / "pairs.jsonl").read_bytes()
     part = tmp_path / "part.jsonl"
     part.write_bytes(whole[:int(cut * len(whole))])
-    collect.collect(flags(world, pairs=str(part)))
+    collect_pairs(flags(world, pairs=str(part)))
     assert part.read_bytes() == whole
-    collect.collect(flags(world, pairs=str(part)))  # and a finished file stays
+    collect_pairs(flags(world, pairs=str(part)))  # and a finished file stays
     assert part.read_bytes() == whole
 
 
@@ -70,17 +72,17 @@ def test_collecting_does_not_mix_what_was_made_differently(world, pairs, tmp_pat
     for changed, complaint in [({"temperature": 0.5}, "made with another decoders"), ({"contexts": 29}, other_contexts),
                                ({"seed": 8}, other_contexts), ({"max_history": 2}, "made with another max_history")]:
         with pytest.raises(InputError, match=rf"line \d+ (is|was) {complaint}"):
-            collect.collect(flags(world, pairs=str(part), **changed))
+            collect_pairs(flags(world, pairs=str(part), **changed))
     part.write_bytes(b"what is this?\n" + whole)
     with pytest.raises(InputError, match="line 1 is no pair"):
-        collect.collect(flags(world, pairs=str(part)))
+        collect_pairs(flags(world, pairs=str(part)))
     assert part.read_bytes() == b"what is this?\n" + whole
 
 
 def test_decoders_compete(world, tmp_path):
     """Two decoders, one reply each: greedy against sampled, and the greedy one is the model's greedy reply."""
     path = tmp_path / "pairs.jsonl"
-    collect.collect(flags(world, pairs=str(path), contexts=6, replies=1, decoder=["--no_sample", "--temperature 3"]))
+    collect_pairs(flags(world, pairs=str(path), contexts=6, replies=1, decoder=["--no_sample", "--temperature 3"]))
     found = read_pairs(path)
     assert found
     tokenizer, model = get_tokenizer(str(world / "run")), load_model(str(world / "run"))
@@ -97,8 +99,8 @@ def test_decoders_compete(world, tmp_path):
 @pytest.mark.parametrize("max_history", [0, 2])
 def test_what_is_held_out_is_never_the_other_side_of_a_dialog_learnt_from(world, two_sided, tmp_path, max_history):
     path = tmp_path / "pairs.jsonl"
-    collect.collect(flags(world, dataset_path=str(two_sided / "data.json"), dataset_cache=str(two_sided / "cache"),
-                          pairs=str(path), contexts=120, replies=3, max_history=max_history))
+    collect_pairs(flags(world, dataset_path=str(two_sided / "data.json"), dataset_cache=str(two_sided / "cache"),
+                        pairs=str(path), contexts=120, replies=3, max_history=max_history))
     found, number = read_pairs(path), numbers(two_sided)
     apart = held_out(found.values(), 0.4, 1)
     kept, tests = ({number[pair["dialog"]] for name, pair in found.items() if (name in apart) == which}
@@ -163,7 +165,7 @@ def test_what_most_people_prefer(pairs, tmp_path):
              7: ["bad"] * 5 + [1], 8: [0, 0, 1, "tie"], 9: [0, 0, 0, "tie", "bad"], 10: ["tie", "bad"]}
     answers = {(f"person {n}", names[pair]): answer(names[pair], choice)
                for pair, choices in votes.items() for n, choice in enumerate(choices)}
-    better, without = answers_of.preferences(pairs, answers)
+    better, without = answers_of.majority_preferences(pairs, answers)
     assert [(pair["pair"], best) for pair, best in better] == [(names[0], 0), (names[1], 1), (names[9], 0)]
     assert without == {"not answered": len(names) - 11, "people who disagree": 4, "a tie": 2, "both bad": 2}
 
@@ -364,7 +366,7 @@ def test_simulated_annotators(pairs, tmp_path):
         return [(record["pair"], record["choice"]) for record in map(json.loads, path.read_text().splitlines())]
 
     def right(choices) -> list[bool]:
-        score = {name: [metrics.rule_score(reply["text"]) for reply in pair["replies"]]
+        score = {name: [rule_score(reply["text"]) for reply in pair["replies"]]
                  for name, pair in pairs.items()}
         return [score[name][choice] > score[name][1 - choice] for name, choice in choices if choice != "tie"]
 

@@ -118,7 +118,7 @@ def test_heads_say_of_packed_replies_what_they_say_of_each_alone(tiny):
         places = range(len(context.ids), ids.shape[1] - 1)
         return [float(logprobs[place, ids[0, place + 1]]) for place in places]
 
-    columns = judge.of_heads(SAID, model, tokenizer)
+    columns = judge.head_scores(SAID, model, tokenizer)
     for place, one in enumerate(SAID[:-1]):
         seen, unseen = alone(one), alone(one._replace(persona=[], history=[]))
         assert columns["likelihood"][place] == pytest.approx(sum(seen) / len(seen), abs=1e-4)
@@ -140,7 +140,7 @@ def test_nearness_counts_the_right_utterances(monkeypatch):
 
     monkeypatch.setattr(judge, "encoder", Encoder)
     vectors = dict(zip(names, Encoder().encode(names), strict=True))
-    found = judge.of_embeddings(SAID)
+    found = judge.embedding_scores(SAID)
     fine = vectors["i am fine ."]
     assert found["near what was said last"][0] == pytest.approx(fine @ vectors["how are you ?"])
     assert found["near own utterances"][0] == pytest.approx(fine @ vectors["hi !"])
@@ -179,9 +179,9 @@ def test_intervals_resample_contexts():
 def test_the_ceiling_is_each_rater_against_the_mean_of_the_others():
     rated = [ratings.Rated([], [], "a", {"q": list(map(float, three))}) for three in
              [(1, 2, 2), (2, 1, 3), (3, 3, 1), (4, 5, 5), (5, 4, 4)]]
-    each, others = judge.people(rated, "q")
+    each, others = judge.raters_and_others(rated, "q")
     assert each[0].tolist() == [1, 2, 3, 4, 5] and others[0].tolist() == [2, 2, 2, 5, 4]
-    assert judge.people([one._replace(ratings={"q": [1.0]}) for one in rated], "q") is None
+    assert judge.raters_and_others([one._replace(ratings={"q": [1.0]}) for one in rated], "q") is None
 
 
 def synthetic(name: str, seed: int, sign: float = 1.0) -> judge.DataSet:
@@ -195,8 +195,9 @@ def synthetic(name: str, seed: int, sign: float = 1.0) -> judge.DataSet:
 def test_the_combination_learns_from_other_data_alone():
     """What it says of a data set is what the others teach, even where people there think the opposite."""
     teachers, opposite = [synthetic("one", 1), synthetic("two", 2)], synthetic("three", 3, sign=-1.0)
-    assert stats.spearmanr(judge.learnt(opposite, teachers), opposite.wanted).statistic < -0.7
-    assert stats.spearmanr(judge.learnt(opposite, []), opposite.wanted).statistic > 0.7  # by parts of its own contexts
+    assert stats.spearmanr(judge.combination_scores(opposite, teachers), opposite.wanted).statistic < -0.7
+    # Alone, it is learnt from parts of its own contexts.
+    assert stats.spearmanr(judge.combination_scores(opposite, []), opposite.wanted).statistic > 0.7
 
 
 def test_parts_of_a_lone_data_set_never_teach_themselves():
@@ -204,7 +205,7 @@ def test_parts_of_a_lone_data_set_never_teach_themselves():
     data = synthetic("noise", 4)
     data.wanted = np.random.default_rng(5).normal(size=30)[data.contexts]  # of a context, all replies' are the same
     data.matrix = np.eye(30)[data.contexts]  # and every context could be learnt by heart
-    assert abs(stats.spearmanr(judge.learnt(data, []), data.wanted).statistic) < 0.5
+    assert abs(stats.spearmanr(judge.combination_scores(data, []), data.wanted).statistic) < 0.5
 
 
 def test_the_command_prints_a_line_per_scorer_the_combination_last(tiny, tmp_path, capsys):

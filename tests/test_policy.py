@@ -13,8 +13,10 @@ from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from cli import InputError
 from feedback import answers as answers_of
-from feedback import collect, metrics, policy, reward
+from feedback import policy, reward
+from feedback.collect import collect_pairs
 from feedback.pairs import held_out, read_pairs
+from feedback.utterance_metrics import WEIGHTS, weighted
 from inputs import Specials, build_context
 from interact import readable
 from tokenization import get_tokenizer
@@ -102,10 +104,10 @@ def small(tmp_path_factory):
                                initializer_range=0.7)
         torch.manual_seed(seed)
         models.append(policy.PolicyNetwork(load_model(str(bare))))
-    return *models, special, policy.Turn([[0, 1]], [[2], [1, 1], [0]], ([], []), [])
+    return *models, special, policy.Context([[0, 1]], [[2], [1, 1], [0]], ([], []), [])
 
 
-def likelihood(model, turn, reply: policy.Reply, special: Specials) -> float:
+def likelihood(model, turn, reply: policy.ReplyTokens, special: Specials) -> float:
     """Log-probability of a reply, token by token, as the decoder computes it: any control token ends it."""
     context = build_context(turn.persona, turn.history, special)
     ids, types, total = context.ids + [special.speaker1], context.types + [special.speaker1], 0.0
@@ -118,13 +120,13 @@ def likelihood(model, turn, reply: policy.Reply, special: Specials) -> float:
     return total
 
 
-def every_reply() -> list[policy.Reply]:
+def every_reply() -> list[policy.ReplyTokens]:
     """All that can be said in at most 2 of 3 words."""
-    cut = [policy.Reply([one, other], False) for one in range(3) for other in range(3)]
-    return [policy.Reply([], True), *(policy.Reply([one], True) for one in range(3)), *cut]
+    cut = [policy.ReplyTokens([one, other], False) for one in range(3) for other in range(3)]
+    return [policy.ReplyTokens([], True), *(policy.ReplyTokens([one], True) for one in range(3)), *cut]
 
 
-def measured(small, replies: list[policy.Reply]) -> tuple:
+def measured(small, replies: list[policy.ReplyTokens]) -> tuple:
     ours, reference, special, turn = small
     actions = policy.pack_actions([turn._replace(replies=replies)], special, ours.model)
     with torch.no_grad():
@@ -137,7 +139,7 @@ def test_log_probabilities_are_those_of_the_decoder(small):
     replies = every_reply()
     actions, ours, reference = measured(small, replies)
     for network, logprobs in ((small[0], ours), (small[1], reference)):
-        got = policy.chosen(logprobs, actions).sum(1)
+        got = policy.chosen_logprobs(logprobs, actions).sum(1)
         want = torch.tensor([likelihood(network, small[3], reply, small[2]) for reply in replies])
         assert torch.allclose(got, want.float(), atol=1e-5)
         assert got.exp().sum().item() == pytest.approx(1, abs=1e-5)
@@ -147,7 +149,7 @@ def test_the_divergence_is_never_negative_and_unbiased(small):
     """Its mean over all replies, weighted by their probability, is the KL of the two distributions over replies."""
     replies = every_reply()
     actions, ours, reference = measured(small, replies)
-    log_p, log_q = (policy.chosen(one, actions).sum(1).double() for one in (ours, reference))
+    log_p, log_q = (policy.chosen_logprobs(one, actions).sum(1).double() for one in (ours, reference))
     exact = float((log_p.exp() * (log_p - log_q)).sum())
     per_reply = (policy.divergence(ours, reference)[actions.place] * actions.mask).sum(1).double()
     assert float((log_p.exp() * per_reply).sum()) == pytest.approx(exact, rel=1e-5)
@@ -205,7 +207,7 @@ def test_the_result_is_an_ordinary_run_folder(world, judged, tmp_path):
 
     plain = OpenAIGPTDoubleHeadsModel.from_pretrained(run)
     assert torch.equal(plain.transformer.tokens_embed.weight, after.get_input_embeddings().weight)
-    collect.collect(flags(world, model_checkpoint=str(run), pairs=str(tmp_path / "pairs.jsonl"), contexts=4))
+    collect_pairs(flags(world, model_checkpoint=str(run), pairs=str(tmp_path / "pairs.jsonl"), contexts=4))
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
@@ -225,7 +227,7 @@ def test_dpo_names_and_counts_the_pairs_it_cannot_learn_from(world, pairs, judge
     (tmp_path / "run").mkdir()
     (tmp_path / "other").mkdir()
     trainer = policy.Trainer(policy_flags(world, tmp_path / "run", judged, "--algorithm", "dpo"))
-    better, _ = answers_of.preferences(pairs, answers_of.read_answers([judged / "answers.jsonl"], pairs))
+    better, _ = answers_of.majority_preferences(pairs, answers_of.read_answers([judged / "answers.jsonl"], pairs))
     apart = held_out(pairs.values(), 0.15, 42)
     kept = [(pair, best) for pair, best in better if pair["pair"] not in apart]
     ended = [(pair, best) for pair, best in kept if pair["replies"][best]["ended"]]
@@ -259,8 +261,8 @@ def test_a_policy_is_evaluated_on_dialogs_that_nobody_who_teaches_it_has_seen(wo
     assert "of dialogs that no pair is from" in caplog.text and "fewer than --evaluation_contexts 200" in caplog.text
 
     every = tmp_path / "every.jsonl"
-    collect.collect(flags(world, dataset_path=str(two_sided / "data.json"), dataset_cache=str(two_sided / "cache"),
-                          pairs=str(every), contexts=1000, replies=4))
+    collect_pairs(flags(world, dataset_path=str(two_sided / "data.json"), dataset_cache=str(two_sided / "cache"),
+                        pairs=str(every), contexts=1000, replies=4))
     answered(tmp_path, *(answer(name, int(pair["replies"][1]["ended"])) for name, pair in read_pairs(every).items()))
     with pytest.raises(InputError, match="0 of .* collect pairs of fewer contexts, or of another split"):
         policy.train_policy(policy_flags(world, tmp_path / "none", tmp_path, *data, "--algorithm", "dpo",
@@ -276,8 +278,8 @@ def test_a_policy_begins_as_its_reference_whatever_the_checkpoint_lacks(world, t
     assert len(get_tokenizer(str(bare))) > config.vocab_size  # rows are missing
     pairs_path = str(tmp_path / "pairs.jsonl")
     torch.manual_seed(6)
-    collect.collect(flags(world, model_checkpoint=str(bare), pairs=pairs_path, dataset_cache=str(tmp_path / "cache"),
-                          max_length=60))  # at random it ends seldom
+    collect_pairs(flags(world, model_checkpoint=str(bare), pairs=pairs_path, dataset_cache=str(tmp_path / "cache"),
+                        max_length=60))  # at random it ends seldom
     found = read_pairs(pairs_path)
     answered(tmp_path, *(answer(name, int(pair["replies"][1]["ended"])) for name, pair in found.items()))
     torch.manual_seed(7)
@@ -311,7 +313,7 @@ def test_dyme_pays_people_nothing_on_average_and_cut_replies_less(world, judged,
     paid = torch.tensor([trainer.reward([([], dialog[:place], [dialog[place]])])[0][0]
                          for dialog in said for place in range(1, len(dialog))])
     assert paid.mean() == pytest.approx(0, abs=1e-5) and paid.std(unbiased=False) == pytest.approx(5, abs=1e-4)
-    turn = trainer.turn(trainer.contexts, 0)._replace(replies=[policy.Reply([1], False)])
+    turn = trainer.turn(trainer.contexts, 0)._replace(replies=[policy.ReplyTokens([1], False)])
     assert trainer.rewards([turn]).tolist() == [-5]
     assert (paid > -5).float().mean() > 0.75
 
@@ -320,7 +322,7 @@ def test_a_cut_reply_is_worth_what_is_charged_for_it(world, judged, tmp_path):
     trainer = policy.Trainer(policy_flags(world, tmp_path / "run", judged, "--unfinished_reward", -3.5))
     turn = trainer.turn(trainer.contexts, 0)
     ids = trainer.tokenizer.encode("hello there .")
-    turn = turn._replace(replies=[policy.Reply(ids, True), policy.Reply(ids, False)])
+    turn = turn._replace(replies=[policy.ReplyTokens(ids, True), policy.ReplyTokens(ids, False)])
     model = reward.RewardModel(str(judged / "reward"))
     text = readable(trainer.tokenizer, ids)
     assert trainer.rewards([turn]).tolist() == pytest.approx([model([(*turn.texts, [text])])[0][0], -3.5])
@@ -332,8 +334,8 @@ def test_reward_terms_add_up(world, judged, tmp_path):
     trainer = policy.Trainer(arguments)
     turn = ([], ["hello there ."], ["what happened to you ?", "i like tea ."])
     model = reward.RewardModel(str(judged / "reward"))([turn])[0]
-    weights = metrics.WEIGHTS | {"question": 1.0}
-    by_hand = [score + 2 * metrics.weighted(text, turn[1], weights) + 0.5 * trainer.reward.dyme.reward(text, turn[1])
+    weights = WEIGHTS | {"question": 1.0}
+    by_hand = [score + 2 * weighted(text, turn[1], weights) + 0.5 * trainer.reward.dyme.reward(text, turn[1])
                for score, text in zip(model, turn[2], strict=True)]
     assert trainer.reward([turn])[0] == pytest.approx(by_hand)
 

@@ -172,6 +172,6 @@ def test_dpo_learns_from_preferences_made_elsewhere(tmp_path, checkpoint):
         trainer = policy.Trainer(args)
         actions = policy.pack_actions(trainer.pairs, trainer.special, trainer.network.model)
         logprobs = policy.action_logprobs(trainer.network(actions.batch)[0], trainer.special)
-        worse, better = policy.chosen(logprobs, actions).sum(1).view(-1, 2).mean(0).tolist()
+        worse, better = policy.chosen_logprobs(logprobs, actions).sum(1).view(-1, 2).mean(0).tolist()
         margins.append(better - worse)
     assert margins[1] > margins[0] + 1

@@ -19,7 +19,7 @@ from feedback.snapshot import FILE
 def test_the_reward_is_scaled_on_held_out_replies_and_its_accuracy_is_theirs(world, pairs, judged):
     """From the folder alone, by another way: one reply a row, the division drawn again."""
     figures = json.loads((judged / "reward" / "reward.json").read_text())
-    better, _ = answers_of.preferences(pairs, answers_of.read_answers([judged / "answers.jsonl"], pairs))
+    better, _ = answers_of.majority_preferences(pairs, answers_of.read_answers([judged / "answers.jsonl"], pairs))
     apart = held_out(pairs.values(), 0.3, 1)
     tests = [(pair, best) for pair, best in better if pair["pair"] in apart]
     kept = [pair for pair, _ in better if pair["pair"] not in apart]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from feedback import metrics
+from feedback import utterance_metrics as metrics
 
 
 def test_the_rule():

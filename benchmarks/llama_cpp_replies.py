@@ -1,7 +1,7 @@
 """Greedy replies of an exported GGUF file through llama.cpp's chat interface, against ours, token for token.
 
     python export.py RUN FOLDER --gguf f32
-    PYTHONPATH=. python benchmarks/elsewhere.py RUN FOLDER/FILE.gguf --dataset_path DATA.json
+    PYTHONPATH=. python benchmarks/llama_cpp_replies.py RUN FOLDER/FILE.gguf --dataset_path DATA.json
 
 llama.cpp comes with the package xllamacpp (requirements/test.txt). Conversations are drawn from the validation split.
 """

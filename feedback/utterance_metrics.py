@@ -24,7 +24,7 @@ UNMARKED = frozenset(word.replace("'", "") for word in QUESTION_WORDS) - {"whore
 APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ´`＇", "'"))
 
 
-def words(text: str) -> list[str]:
+def lowercase_words(text: str) -> list[str]:
     """Lower-case words, apostrophes within them kept, all as ``'``.
 
     Contractions that a tokenizer or a corpus has set apart are whole words again: "ca n't", "isn ' t".
@@ -58,7 +58,7 @@ def question(utterance: str, history: Sequence[str] = ()) -> float:
 
 
 def asks_question(utterance: str) -> bool:
-    return "?" in utterance and any(word in QUESTION_WORDS or word in UNMARKED for word in words(utterance))
+    return "?" in utterance and any(word in QUESTION_WORDS or word in UNMARKED for word in lowercase_words(utterance))
 
 
 def rule_score(reply: str) -> float:
@@ -72,9 +72,9 @@ def repetition(utterance: str, history: Sequence[str] = ()) -> float:
     Before: earlier in the utterance, or in the speaker's own turns, every second one of ``history`` counted back.
     Words of fewer than four letters do not count: they are taken for grammar, which repeats.
     """
-    said = {word for text in list(history)[-2::-2] for word in words(text)}
+    said = {word for text in list(history)[-2::-2] for word in lowercase_words(text)}
     repeated = total = 0
-    for word in words(utterance):
+    for word in lowercase_words(utterance):
         if len(word) >= 4:
             repeated, total = repeated + (word in said), total + 1
             said.add(word)
@@ -156,7 +156,7 @@ class Dyme:
         window = np.zeros((self.WINDOW, len(METRICS)))
         for back, values in enumerate(reversed(measured[-self.WINDOW:])):
             window[back] = values
-        lengths = [len(words(text)) / 10 for text in history[-2:]]
+        lengths = [len(lowercase_words(text)) / 10 for text in history[-2:]]
         return np.concatenate([window.ravel(), [min(len(history), 10) / 10, *lengths, *[0.0] * (2 - len(lengths))]])
 
     def expected(self, history: Sequence[str]) -> np.ndarray:
