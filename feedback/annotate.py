@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from cli import InputError, command, port_number, printable, share, whole_number
 from feedback.answers import QUESTIONS, agreement, read_answers
-from feedback.pairs import append_lines, read_pairs
+from feedback.pairs import append_json_lines, read_pairs
 from feedback.utterance_metrics import rule_score
 
 KEYS = {"a": 0, "b": 1, "t": "tie", "x": "bad"}  # of the reply shown first, shown second
@@ -42,7 +42,7 @@ class Session:
     def __init__(self, pairs: dict[str, dict], path: Path, seed: int, questions: bool):
         self.pairs, self.path, self.seed, self.questions = pairs, path, seed, questions
         self.order = sorted(pairs, key=lambda name: random.Random(f"{seed} {name}").random())
-        append_lines(path, [])  # whether it can be written is better known before the work than after
+        append_json_lines(path, [])  # whether it can be written is better known before the work than after
         self.file = FileLock(f"{path}.lock")
         try:
             self.file.acquire(timeout=0)  # each of two would ask again what the other has written
@@ -100,7 +100,7 @@ class Session:
             record = {"pair": name, "annotator": annotator, "choice": choice(key), "shown": sides}
             if asked:
                 record["questions"] = {question: choice(value) for question, value in questions.items()}
-            append_lines(self.path, [record])
+            append_json_lines(self.path, [record])
             self.answered[annotator, name] = record["choice"]
             return True
 
@@ -203,7 +203,7 @@ def simulate(session: Session, annotator: str, how: str, noise: float) -> None:
                 draw = random.Random(f"{session.seed} {how} {name}")
                 yield {"pair": name, "annotator": annotator, "choice": SIMULATED[how](session.pairs[name], draw, noise)}
 
-    append_lines(session.path, list(answers()))
+    append_json_lines(session.path, list(answers()))
 
 
 # --------------------------------------------------------------------------------------------- the command line

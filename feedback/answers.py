@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 
-from feedback.pairs import read_lines, report_left_out
+from feedback.pairs import read_json_lines, report_left_out
 
 QUESTIONS = ("empathy", "relevance", "fluency")
 CHOICES = (0, 1, "tie", "bad")  # the first reply of the pair, the second, equally good, both bad
@@ -40,7 +40,7 @@ def read_answers(paths: Iterable[str | Path], pairs: dict[str, dict]) -> dict[tu
         problems: dict[str, list[int]] = {}
         places: dict[tuple[str, str], list[int]] = {}
         contradicted = set()
-        for number, record in read_lines(path):
+        for number, record in read_json_lines(path):
             if record is None or not is_answer(record):
                 problems.setdefault("that are no whole answer", []).append(number)
                 continue

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cli import InputError, command, positive_number, require_memory
 from corpora import require_split
 from decoding import OPTIONS, Decoding, add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
-from feedback.pairs import append_lines, beginnings, is_pair, pair_name, read_lines, whole_dialog
+from feedback.pairs import append_json_lines, beginnings, is_pair, pair_name, read_json_lines, whole_dialog
 from files import hash_tensors, replacing
 from inputs import TurnDataset
 from model import DoubleHeadsModel, half_dtype
@@ -103,7 +103,7 @@ def collect_pairs(args: Namespace) -> int:
                     "persona": [] if model.no_persona else split.texts("persona", dialog),
                     "history": split.texts("history", turn)[-dataset.num_utterances:], "replies": list(pair)}
                 lines.append({"pair": pair_name(record)} | record)
-        append_lines(path, lines)
+        append_json_lines(path, lines)
         kept += lines
     if skipped:
         logger.info("%s pairs were %s twice: nothing to compare", f"{skipped.total():,}", *skipped)
@@ -118,7 +118,7 @@ def _kept(path: Path, made: dict, batches: list[list[int]], seed: int) -> list[d
     """
     if not path.exists():
         return []
-    lines = list(read_lines(path))
+    lines = list(read_json_lines(path))
     if lines and lines[-1][1] is None:  # half written
         lines.pop()
     ours = {seed + place: batch for place, batch in enumerate(batches)}
@@ -135,7 +135,7 @@ def _kept(path: Path, made: dict, batches: list[list[int]], seed: int) -> list[d
     last = max((record["seed"] for record in records), default=0)
     records = [record for record in records if record["seed"] < last]
     with replacing(path) as unfinished:
-        append_lines(unfinished, records)
+        append_json_lines(unfinished, records)
     return records
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cli import InputError, command, positive_number, whole_number
 from decoding import load_checkpoint
-from feedback.pairs import append_lines
+from feedback.pairs import append_json_lines
 from feedback.policy import ReplyTokens, label_replies
 from feedback.ratings import Rated, overall, read_ratings
 from feedback.reward import RewardModel, pack_texts
@@ -296,7 +296,7 @@ def judge(args: Namespace) -> list[dict]:
                     for part, values in (("", value), ("_low", low), ("_high", high))})
         if args.scores:
             columns = data.columns | {LEARNT: said}
-            append_lines(Path(args.scores), [
+            append_json_lines(Path(args.scores), [
                 {"data": data.name, "persona": one.persona, "history": one.history, "reply": one.reply,
                  "scores": {name: float(column[place]) for name, column in columns.items()}}
                 for place, one in enumerate(data.rated)])

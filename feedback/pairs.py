@@ -22,7 +22,7 @@ from tables import Split
 logger = logging.getLogger("feedback.pairs")
 
 
-def append_lines(path: Path, records: list[dict]) -> None:
+def append_json_lines(path: Path, records: list[dict]) -> None:
     """Add a line a record, on the disk when this returns. A half line that a kill has left is kept as a line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def append_lines(path: Path, records: list[dict]) -> None:
                          "written to") from None
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
     """Line numbers, from 1, and the objects there; None where a line is no JSON object. Empty lines are passed over."""
     try:
         lines = path.read_bytes().split(b"\n")
@@ -94,7 +94,7 @@ def read_pairs(path: str | Path) -> dict[str, dict]:
     Raises `InputError` when the file cannot be read or holds no pair.
     """
     path, pairs, problems = Path(path), {}, {}
-    for number, record in read_lines(path):
+    for number, record in read_json_lines(path):
         if record is None or not is_pair(record):
             problems.setdefault("that are no pair", []).append(number)
         elif pair_name(record) != record["pair"]:

@@ -54,7 +54,7 @@ from feedback.objectives import (
     value_loss,
     whitened,
 )
-from feedback.pairs import append_lines, dialog_names, held_out, read_lines, unseen_turns, whole_dialog
+from feedback.pairs import append_json_lines, dialog_names, held_out, read_json_lines, unseen_turns, whole_dialog
 from feedback.preferences import read_preferences
 from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint
 from feedback.snapshot import check_arguments, check_origin, check_preferences, restore_snapshot, save_snapshot
@@ -470,7 +470,7 @@ def train_policy(args: Namespace) -> Path:
 
     def evaluate(step: int) -> None:
         figures = {"step": step} | trainer.evaluate()
-        append_lines(run / EVALUATIONS, [figures])
+        append_json_lines(run / EVALUATIONS, [figures])
         logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
     engine = Engine(lambda engine, number: trainer.step(number))
@@ -502,9 +502,9 @@ def _forget_evaluations(run: Path, done: int) -> None:
     """Those after the snapshot that training goes on from come again."""
     path = run / EVALUATIONS
     if path.exists():
-        kept = [record for _, record in read_lines(path) if record and record["step"] <= done and done]
+        kept = [record for _, record in read_json_lines(path) if record and record["step"] <= done and done]
         path.unlink()
-        append_lines(path, kept)
+        append_json_lines(path, kept)
 
 
 # --------------------------------------------------------------------------------------------- the command line

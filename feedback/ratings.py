@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from cli import InputError, command, positive_real
 from dialogs import Utterance, merge_utterances
-from feedback.pairs import append_lines, read_lines, report_left_out
+from feedback.pairs import append_json_lines, read_json_lines, report_left_out
 
 OVERALL = ("overall", "rating", "score")  # names of the quality that pairs are made by, first found
 logger = logging.getLogger("feedback.ratings")
@@ -56,7 +56,7 @@ def read_ratings(path: str | Path) -> list[Rated]:
     Lines that are none are named, counted and left out. Raises `InputError` when the file cannot be read, or has none.
     """
     path, rated, problems = Path(path), [], {}
-    for number, record in read_lines(path):
+    for number, record in read_json_lines(path):
         try:
             if record is None:
                 raise ValueError("that are no JSON object")
@@ -73,7 +73,7 @@ def read_ratings(path: str | Path) -> list[Rated]:
 def read_chats(path: str | Path) -> list[Chat]:
     """The whole chats of a file that have a score, such as those with the finalists of ConvAI2."""
     chats = []
-    for _, record in read_lines(Path(path)):
+    for _, record in read_json_lines(Path(path)):
         if record and "turns" in record and _is_number(record.get("score")):
             chats.append(Chat(_sentences(record, "bot_persona"), [
                 Utterance(turn["who"], turn["text"]) for turn in _turns(record)], float(record["score"])))
@@ -169,7 +169,7 @@ def write_pairs(args: Namespace) -> int:
         raise InputError(f"--margin {args.margin}: no two replies to one context are rated that far apart; lower it")
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.unlink(missing_ok=True)
-    append_lines(unfinished, records)
+    append_json_lines(unfinished, records)
     os.replace(unfinished, path)
     print(f"{path}: {len(records):,} pairs")
     return len(records)
