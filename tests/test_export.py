@@ -20,7 +20,7 @@ from test_decoders import FAMILIES, byte_level, write_checkpoint
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.elsewhere import as_messages, asked, prompt_of, served
+from benchmarks.llama_cpp_replies import as_messages, asked, prompt_of, served
 from cli import InputError
 from decoding import Decoding, fitted_context, generate_replies, load_checkpoint
 from export import export, push
