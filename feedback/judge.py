@@ -57,7 +57,7 @@ def group_by_context(rated: Sequence[Rated]) -> tuple[list[tuple], list[list[int
 
 @torch.inference_mode()
 def head_outputs(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[tuple], fp16: str = "",
-               batch_size: int = 8) -> list[list[tuple[np.ndarray, float]]]:
+                 batch_size: int = 8) -> list[list[tuple[np.ndarray, float]]]:
     """Of each reply to each turn: log-probabilities of its tokens and its end, and the choice head's score."""
     rows, ranges = [], []
     for persona, history, replies in tqdm(turns, desc="Packing", unit=" contexts", delay=1):
@@ -83,7 +83,7 @@ def head_outputs(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[
 
 
 def head_scores(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokenizer,
-             fp16: str = "") -> dict[str, np.ndarray]:
+                fp16: str = "") -> dict[str, np.ndarray]:
     """What the language-model and the choice head say.
 
     ``likelihood``: mean log-probability of a reply's tokens and its end, in nats; ``gain``: how much more that is than
@@ -155,8 +155,8 @@ def embedding_scores(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
         "near the persona": [nearest(one, one.persona) for one in rated]}.items()}
 
 
-def all_scores(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokenizer, reward: RewardModel | None = None,
-              fp16: str = "") -> dict[str, np.ndarray]:
+def all_scores(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokenizer,
+               reward: RewardModel | None = None, fp16: str = "") -> dict[str, np.ndarray]:
     """All scorers' columns."""
     columns = head_scores(rated, model, tokenizer, fp16)
     if reward:
