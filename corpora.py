@@ -79,7 +79,7 @@ def open_data(path: str | Path, largest: int = LARGEST_FILE) -> Iterator[BinaryI
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; name one that is there") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise InputError(f"{path}: the gzip data is damaged or cut short; fetch the file again") from None
+        raise InputError(f"{path}: the gzip data is damaged or cut short; write or fetch the file again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
 
@@ -225,7 +225,7 @@ class JsonReader:
 
     def wrong(self, what: str, place: int) -> InputError:
         cut = self.ended and (not self.text[place:].strip() or what.startswith("Unterminated string"))
-        cure = "it is cut short, fetch it again" if cut else "mend the JSON there"
+        cure = "it is cut short, write or fetch it again" if cut else "mend the JSON there"
         return InputError(f"{self.name}: not JSON at {self._where(place)} ({what}); {cure}")
 
     def _where(self, place: int) -> str:

@@ -90,22 +90,22 @@ def _published_md5(url: str) -> str | None:
     return f"md5:{tag}" if from_s3 and re.fullmatch("[0-9a-f]{32}", tag) else None
 
 
-def is_reachable(url: str, within: float) -> bool:
-    """Whether a server says within so many seconds that it has ``url``. Looking up a host's name has no time limit of
-    its own, hence the thread."""
+def http_status(url: str, within: float) -> int | None:
+    """The HTTP status that a server gives ``url`` within so many seconds; None when it does not answer. Looking up a
+    host's name has no time limit of its own, hence the thread."""
     found = Queue()
 
     def ask() -> None:
         try:
-            found.put(requests.head(url, timeout=within, allow_redirects=True).ok)
+            found.put(requests.head(url, timeout=within, allow_redirects=True).status_code)
         except requests.RequestException:
-            found.put(False)
+            found.put(None)
 
     Thread(target=ask, daemon=True).start()
     try:
         return found.get(timeout=within)
     except Empty:
-        return False
+        return None
 
 
 def unpack(archive: Path) -> Path:

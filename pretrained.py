@@ -5,15 +5,17 @@ import logging
 import os
 import warnings
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import transformers
+from huggingface_hub import constants, try_to_load_from_cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cli import InputError, require_memory, short
-from downloads import download, is_downloaded, is_reachable, unpack
+from downloads import download, http_status, is_downloaded, unpack
 from files import ARGUMENTS, describe_unfinished, hash_file, read_header
 
 TEXTS = (".json", ".txt", ".model", ".jinja")  # what transformers reads whole of a model's folder,
@@ -95,9 +97,17 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
                 raise InputError(f"{file.path}: is no file of at most {LARGEST_TEXT >> 20} MiB, as a model's is; "
                                  "take it away")
         return str(path)
-    if os.path.exists(path) or model_checkpoint.count("/") > 1 or model_checkpoint.startswith((".", "/", "~")):
-        raise InputError(f"{path}: no such folder; --model_checkpoint takes a run folder or a hub name")
+    if os.path.exists(path) or model_checkpoint.count("/") > 1 or model_checkpoint.startswith((".", "/", "~")) \
+            or "/" in model_checkpoint and (os.path.isdir(path.parent) or path.parts[0] == "runs"):  # no hub name
+        raise InputError(f"{path}: no such folder; {_meant(path)}--model_checkpoint takes a run folder or a hub name")
     return model_checkpoint
+
+
+def _meant(path: Path) -> str:
+    """What may have been meant by a path that is not there, as the beginning of a cure: a neighbour, or a name."""
+    known = [*(os.listdir(path.parent) if path.parent.is_dir() else []), *(NAMED if path.parent == Path() else [])]
+    near = get_close_matches(path.name, [name for name in known if name[0] != "."], n=1, cutoff=0.5)
+    return f"did you mean {path.parent / near[0]}? " if near else ""
 
 
 def _folder_of_archive(archive: Path) -> str:
@@ -124,7 +134,7 @@ def published_or_persona(model_checkpoint: str) -> str:
     Where that has not been downloaded and its address does not answer within four seconds, one line says so and the
     result is ``persona``, the bot that comes with this project.
     """
-    if model_checkpoint or is_downloaded(HF_FINETUNED_MODEL) or is_reachable(HF_FINETUNED_MODEL, within=4):
+    if model_checkpoint or is_downloaded(HF_FINETUNED_MODEL) or http_status(HF_FINETUNED_MODEL, within=4) == 200:
         return model_checkpoint
     logger.warning("The published model of 2019 cannot be reached; this is `--model_checkpoint persona` instead, the "
                    "bot that comes with this project")
@@ -142,7 +152,7 @@ def adapter_base(checkpoint: str) -> str | None:
     try:
         settings = json.loads(path.read_text("utf-8"))
         if max(settings.get("r", 1), *settings.get("rank_pattern", {}).values(), 0) > LARGEST_RANK:
-            raise InputError(f"{path}: has a rank above {LARGEST_RANK:,}; fetch the adapter again")
+            raise InputError(f"{path}: has a rank above {LARGEST_RANK:,}; train or fetch the adapter again")
         return str(settings["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         raise InputError(f"{path}: names no base_model_name_or_path, the model to adapt; add it") from None
@@ -195,7 +205,7 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
         if is_gguf(checkpoint):
             pass  # the library reads the file's header
         elif not os.path.isdir(checkpoint):
-            logger.info("Asking the hub for %s", checkpoint)
+            _ask_hub_for(checkpoint)
         else:
             settings = json.loads(Path(checkpoint, "config.json").read_text("utf-8"))
             if (labels := settings.get("num_labels", 1)) not in range(10_000):  # the library makes a name for each
@@ -213,12 +223,21 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
             "it cannot be read as a GGUF file" if is_gguf(checkpoint) else \
             "neither a folder here nor a model the hub would give"
         raise InputError(f"--model_checkpoint {checkpoint}: {where} ({short(str(error))}); "
-                         "name a run folder, or a hub name with the network up") from None
+                         f"{_meant(Path(checkpoint))}name a run folder, or a hub name with the network up") from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(f"--model_checkpoint {checkpoint}: is a '{config.model_type}' model, no decoder that "
                          "transformers knows; known are gpt2, openai-gpt, llama, qwen3, gpt_neox, opt and others")
     _check_config(config, checkpoint)
     return config
+
+
+def _ask_hub_for(name: str) -> None:
+    """Say that the hub is asked for a model. Raises ``ConnectionError`` when the cache has nothing of the model and the
+    hub does not answer within four seconds; the library would try for half a minute."""
+    logger.info("Asking the hub for %s", name)
+    cached = try_to_load_from_cache(name, "config.json")
+    if not cached and not constants.is_offline_mode() and http_status(constants.ENDPOINT, within=4) is None:
+        raise ConnectionError("the hub does not answer")
 
 
 def _config_of_training(checkpoint: str) -> transformers.PretrainedConfig:
@@ -243,7 +262,7 @@ def _check_config(config: transformers.PretrainedConfig, checkpoint: str) -> Non
     for name, size in sizes.items():
         if size is not None and (type(size) is not int or size not in allowed[name]):
             raise InputError(f"--model_checkpoint {checkpoint}: its config.json has {name} {str(size)[:20]}, "
-                             f"where {allowed[name].stop - 1:,} is the most; fetch the model again")
+                             f"where {allowed[name].stop - 1:,} is the most; correct it, or fetch the model again")
     layers, width, words = (sizes[name] or 1 for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
     require_memory(4 * (4 * layers * width ** 2 + words * width),
                    f"--model_checkpoint {checkpoint}: the model that its config.json describes", "choose a smaller one")

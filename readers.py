@@ -203,7 +203,9 @@ def convertible_layout(path: Path) -> str | None:
             return shape.name if (shape := shape_of(peek(path)[1])) else None
     except (InputError, ValueError):
         return None
-    return FORMATS[layout].name if layout in FORMATS and layout != "plain" else None
+    if layout == "plain" and path.name.removesuffix(".gz").endswith(".json"):  # it was to be JSON
+        return None
+    return FORMATS[layout].name if layout in FORMATS else None
 
 
 def _json_layout(path: Path, first: str) -> str:

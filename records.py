@@ -420,7 +420,8 @@ def parquet_rows(path: str | Path) -> Iterator[dict]:
         for batch in ParquetFile(path).iter_batches(batch_size=1000):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: is no Parquet file that can be read ({short(str(error))}); fetch it again") from None
+        raise InputError(f"{path}: is no Parquet file that can be read ({short(str(error))}); write or "
+                         "fetch it again") from None
 
 
 def _row(value: object) -> Any:

@@ -8,6 +8,7 @@ import pty
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -15,6 +16,7 @@ import time
 from argparse import ArgumentParser
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -23,7 +25,9 @@ from safetensors.torch import load_file
 from tensorboardX.proto import event_pb2
 from torch.nn import functional as F
 
+from cli import InputError
 from interact import add_decoding_flags, load_checkpoint, sample_sequence
+from pretrained import read_config
 from tokenization import get_tokenizer
 from train import build_input_from_segments
 
@@ -507,6 +511,38 @@ def test_unusable_checkpoints_are_named(trained, tmp_path):
     wider = damaged(tmp_path / "h", trained, config__json=json.dumps(shape | {"n_embd": 128}).encode())
     line = error_line("interact.py", "--model_checkpoint", wider, "--personality", "", cwd=tmp_path)
     assert "weights cannot be loaded" in line
+
+
+def test_a_mistyped_run_folder_is_no_hub_name(trained, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / trained.name).symlink_to(trained, target_is_directory=True)
+    for name, cure in ((f"kept/{trained.name[:-1]}", f"did you mean kept/{trained.name}?"),
+                       ("runs/mine", "a run folder"), ("kept/x", "a run folder")):
+        line = error_line("interact.py", "--model_checkpoint", name, "--personality", "i am .", cwd=tmp_path)
+        assert f"{name}: no such folder; " in line and cure in line
+    line = error_line("interact.py", "--model_checkpoint", "persnoa", "--personality", "i am .", cwd=tmp_path)
+    assert "nor a model the hub would give" in line and "did you mean persona?" in line
+
+
+def test_a_hub_that_does_not_answer_is_given_up_after_one_try(monkeypatch):
+    """The library itself would ask five times."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(InputError, match="--model_checkpoint nobody/nothing: .*the hub does not answer"):
+            read_config("nobody/nothing")
+        silent.settimeout(0)
+        silent.accept()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
+def test_a_text_file_where_the_data_format_is_wanted_is_pointed_to_convert(tmp_path):
+    (tmp_path / "talk.txt").write_text("hello there\nhi you\n")
+    assert "looks like plain text; convert it with --convert talk.txt" in error_line(
+        "example_entry.py", "talk.txt", cwd=tmp_path)
+    (tmp_path / "talk.json").write_text("hello there\n")
+    assert "mend the JSON there" in error_line("example_entry.py", "talk.json", cwd=tmp_path)
 
 
 def test_an_unreachable_hub_names_the_flag(tmp_path):
