@@ -7,6 +7,7 @@ text it knows only how to show a reply to a person.
 import logging
 import math
 from argparse import ArgumentParser, ArgumentTypeError
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from transformers import TextStreamer
 
 from cli import InputError, Number, printable
-from inputs import Segment, Specials, build_context, build_reply, fit_context
+from inputs import Segment, Specials, begin_reply, build_context, fit_context
 from model import HALF, DoubleHeadsModel, half_dtype
 from sequences import sequences_for
 from tokenization import OpenAIGPTTokenizer, Tokenizer, get_tokenizer
@@ -24,6 +25,7 @@ from weights import add_special_tokens_, load_model
 
 LENGTH_PENALTY = 0.65  # ParlAI's
 MOST_BEAMS = 256  # hypotheses computed at once
+MOST_BIASES = 1024  # tokens
 logger = logging.getLogger(__name__)
 
 
@@ -33,6 +35,19 @@ logger = logging.getLogger(__name__)
 def _option(default: float, allowed: Number, help: str, metavar: str | None = None):
     """A field of `Decoding`, with the numbers that it allows and the help text of its flag."""
     return field(default=default, metadata={"allowed": allowed, "help": help, "metavar": metavar})
+
+
+class Biases:
+    """Which values `Decoding.logit_bias` may have."""
+
+    token, bias = Number(int, 0, 2 ** 31 - 1), Number(float, -100, 100)
+
+    def __contains__(self, value: object) -> bool:
+        return type(value) is tuple and len(value) <= MOST_BIASES and all(
+            token in self.token and bias in self.bias for token, bias in value)
+
+    def __str__(self) -> str:
+        return f"at most {MOST_BIASES:,} token numbers with {self.bias} for each"
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,11 @@ class Decoding:
                                     "0 favours short replies", "A")
     no_repeat_ngram_size: int = _option(0, Number(int, 0, 1_000_000), "let no N tokens occur twice in a reply; 0: off",
                                         "N")
+    frequency_penalty: float = _option(0, Number(float, -2, 2), "lower a token's logit by A each time that it has come "
+                                       "in the reply; 0: off", "A")
+    presence_penalty: float = _option(0, Number(float, -2, 2), "lower a token's logit by A once it has come in the "
+                                      "reply; 0: off", "A")
+    logit_bias: tuple[tuple[int, float], ...] = field(default=(), metadata={"allowed": Biases()})  # tokens; no flag
     seed: int = _option(0, Number(int, 0, 2 ** 63 - 1), "make sampling repeatable; 0: not seeded")
 
     def __post_init__(self):
@@ -102,6 +122,8 @@ def _temperature(text: str) -> float:
 def add_decoding_flags(parser: ArgumentParser) -> None:
     """Add a flag for each option of `Decoding`, and ``--fp16``."""
     for name, option in OPTIONS.items():
+        if "help" not in option.metadata:
+            continue
         if option.type is bool:
             parser.add_argument(f"--{name}", action="store_true", help=option.metadata["help"])
         else:
@@ -165,17 +187,26 @@ def repeating(said: Sequence[int], size: int) -> list[int]:
 
 def allowed_scores(logits: torch.Tensor, options: Sequence[Decoding], said: Sequence[Sequence[int]],
                    special: Specials, new: Sequence[int] | None = None) -> torch.Tensor:
-    """The logits (rows, vocabulary) in float32, with -inf where a row's options forbid the token.
+    """The logits (rows, vocabulary) in float32 as a row's options change them, with -inf for the tokens they forbid.
 
-    Control tokens are forbidden before ``min_length``, then tokens that would repeat an n-gram, and where a row samples
-    its logits are divided by the temperature and filtered. ``options``: of each row; ``said``: the reply so far,
-    with whatever words it was given to begin with; ``new``: how many tokens of it count for ``min_length`` (default:
-    all). Each row is computed by itself, and one whose logits are not numbers disturbs no other.
+    First penalties and biases are added. Control tokens are forbidden before ``min_length``, then tokens that would
+    repeat an n-gram, and where a row samples its logits are divided by the temperature and filtered. ``options``: of
+    each row; ``said``: the reply so far, with whatever words it was given to begin with; ``new``: how many tokens of
+    it, the last ones, count for ``min_length`` and penalties (default: all). Each row is computed by itself, and one
+    whose logits are not numbers disturbs no other.
     """
     scores = logits.to(torch.float32, copy=True)
     sampled: dict[tuple, list[int]] = {}
     for row, (decoding, tokens) in enumerate(zip(options, said, strict=True)):
-        if (len(tokens) if new is None else new[row]) < min(decoding.min_length, decoding.max_length):
+        own = len(tokens) if new is None else new[row]
+        changes = dict(decoding.logit_bias)
+        if decoding.frequency_penalty or decoding.presence_penalty:
+            for token, times in Counter(tokens[len(tokens) - own:]).items():
+                penalty = times * decoding.frequency_penalty + decoding.presence_penalty
+                changes[token] = changes.get(token, 0.0) - penalty
+        if changes:
+            scores[row, list(changes)] += torch.tensor([*changes.values()], device=scores.device)
+        if own < min(decoding.min_length, decoding.max_length):
             scores[row, list(special)] = -math.inf
         if banned := repeating(tokens, decoding.no_repeat_ngram_size):
             scores[row, banned] = -math.inf
@@ -232,10 +263,8 @@ def generate_replies(
     not numbers ends there, with a warning. Draws from torch's global random state.
     """
     decoding, beginnings = Decoding.of(decoding), beginnings or [[]] * len(contexts)
-    prompts = []
-    for context, beginning in zip(contexts, beginnings, strict=True):
-        begun = build_reply(beginning, special, with_eos=False)
-        prompts.append(Segment(context.ids + begun.ids, context.types + begun.types, context.start))
+    prompts = [begin_reply(context, special, beginning)
+               for context, beginning in zip(contexts, beginnings, strict=True)]
     if decoding.num_beams == 1:
         return _sampled(model, prompts, special, decoding, beginnings, streamer, samples)
     at_once = max(1, MOST_BEAMS // (decoding.num_beams + 1))
@@ -465,8 +494,14 @@ def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0
 
 
 def readable(tokenizer: Tokenizer, reply: list[int]) -> str:
-    """A whole reply for a person to read."""
-    return printable(tokenizer.decode(reply, clean_up_tokenization_spaces=joins(tokenizer))).strip()
+    """A whole reply for a person to read, on one line."""
+    return printable(decoded(tokenizer, reply)).strip()
+
+
+def decoded(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text of tokens, without control tokens."""
+    words = [token for token in tokens if token not in tokenizer.control]
+    return tokenizer.decode(words, clean_up_tokenization_spaces=joins(tokenizer))
 
 
 def joins(tokenizer: Tokenizer) -> bool:

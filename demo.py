@@ -2,22 +2,19 @@
 
     python demo.py --model_checkpoint runs/<your run>
 
-The replies of all visitors are decoded together (web/batching.py); the page is in web/page.py; this file knows HTTP.
+The replies of all visitors are decoded together (web/batching.py); the page is in web/page.py, what programs ask in
+web/api.py; this file starts the server.
 """
 
 import asyncio
-import json
 import logging
 import re
 import socket
 import sys
 import time
-import uuid
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from functools import partial
-from typing import Any, Literal
 
 try:
     import gradio as gr
@@ -27,202 +24,25 @@ except ModuleNotFoundError:  # training and chat do without
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, field_validator
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import HTTPConnection
 
 from cli import InputError, command, port_number, positive_number, whole_number
 from decoding import add_decoding_flags
 from pretrained import published_or_persona
 from tables import TokenTable
 from utils import add_common_flags, open_dataset
-from web.batching import MEMORY, Bot, Busy, Client, Reply
+from web.api import PARAMETERS, client_of, openai_routes
+from web.batching import MEMORY, Busy
+from web.bot import Bot
 from web.connections import Connection, Server, allow_many_files, listen
 from web.events import check
 from web.guard import Guard, error
-from web.page import HEAD, STYLE, THEME, build_page, sentences
+from web.page import HEAD, STYLE, THEME, build_page
 
-OPTIONS = ("temperature", "top_k", "top_p", "num_beams", "seed")  # of decoding, under the names that they have here
 logger = logging.getLogger("demo")
-
-
-# -------------------------------------------------------------------------------------------- OpenAI's interface
-
-
-class Part(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class StreamOptions(BaseModel):
-    include_usage: bool = False
-
-
-class ChatRequest(BaseModel):
-    """A request of OpenAI's chat interface; ``top_k`` and ``num_beams`` are our own. Other fields are ignored.
-
-    Of the options of decoding only the kind is checked here; `Bot.options` knows their ranges.
-    """
-
-    messages: list[Message]
-    model: str = ""
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    num_beams: int | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None  # the newer name of max_tokens
-    seed: int | None = None
-    n: Any = 1
-    stop: Any = None
-    tools: Any = None
-    logprobs: Any = False
-
-    @field_validator("n", "stop", "tools", "logprobs")
-    @classmethod
-    def another_kind_of_answer(cls, value: object) -> object:
-        if value not in (None, 1, False, []):
-            raise ValueError("not offered here, leave it out")
-        return value
-
-    def conversation(self) -> tuple[list[str], list[str]]:
-        """The personality, from the system messages, and what was said, the user's first: several messages of one side
-        are one. Raises `InputError` unless the user spoke last."""
-        personality, said, speaker = [], [""], "user"
-        for message in self.messages:
-            if message.role in ("system", "developer"):
-                personality += sentences(message.text)
-            elif message.role == speaker:
-                said[-1] = f"{said[-1]} {message.text}".strip()
-            else:
-                said.append(message.text)
-                speaker = message.role
-        if speaker != "user" or not said[-1].strip():
-            raise InputError("messages: the last one must be the user's, and say something")
-        return personality, said if said[0] else said[1:]
-
-
-def client_of(request: HTTPConnection) -> Client:
-    """Return the client of a request: its address, and its key if it gives one."""
-    return Client.at(request.client and request.client.host, request.headers.get("authorization", ""))
-
-
-def openai_routes(app: FastAPI, bot: Bot) -> None:
-    """``/v1/models`` and ``/v1/chat/completions``."""
-    model = {"id": bot.name, "object": "model", "created": int(time.time()), "owned_by": "transfertransfo",
-             "version": bot.version}
-
-    @app.get("/v1/models")
-    def models() -> dict:
-        return {"object": "list", "data": [model]}
-
-    @app.get("/v1/models/{name:path}", response_model=None)
-    def one_model(name: str) -> dict | JSONResponse:
-        return model if name == bot.name else no_such_model(name)
-
-    def no_such_model(name: str) -> JSONResponse:
-        return error(404, f"There is no model {name!r} here, only {bot.name!r}.", "model_not_found", "model")
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(asked: ChatRequest, request: Request):
-        if asked.model not in ("", bot.name):
-            return no_such_model(asked.model)
-        length = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-        options = bot.options(**{name: getattr(asked, name) for name in OPTIONS}, max_length=length)
-        replies = bot.reply(*asked.conversation(), options, client_of(request))
-        frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": bot.name,
-                 "system_fingerprint": bot.version}
-        if (reply := await unless_gone(request, anext(replies))) is None:
-            await replies.aclose()
-            return Response()
-        if asked.stream:
-            with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            events = stream(bot, reply, replies, frame | {"object": "chat.completion.chunk"}, with_usage)
-            return StreamingResponse(events, media_type="text/event-stream")
-        async with aclosing(replies):
-            if (reply := await unless_gone(request, last(replies, reply))) is None:
-                return Response()
-        message = {"role": "assistant", "content": bot.text(reply)}
-        choice = {"index": 0, "message": message, "finish_reason": reply.finish}
-        return frame | {"object": "chat.completion", "choices": [choice], "usage": usage(reply)}
-
-    @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
-    def anything_else(rest: str) -> JSONResponse:
-        return error(404, f"/v1/{rest} is not offered here; /v1/chat/completions and /v1/models are.")
-
-
-async def unless_gone(request: Request, step: Coroutine) -> Reply | None:
-    """What ``step`` returns; None, and it is cancelled, when the client closes the connection before."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = asyncio.ensure_future(step), asyncio.ensure_future(gone())
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        if not task.done():
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-    return None if tasks[0].cancelled() else tasks[0].result()
-
-
-async def last(replies: AsyncGenerator[Reply, None], reply: Reply) -> Reply:
-    """The last one that comes behind ``reply``."""
-    async for reply in replies:  # noqa: B007
-        pass
-    return reply
-
-
-async def stream(bot: Bot, reply: Reply, replies: AsyncGenerator[Reply, None], frame: dict, with_usage: bool):
-    """A reply as server-sent events. ``replies`` go on behind ``reply``."""
-
-    def event(delta: dict, finish: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return f"data: {json.dumps(frame | {'choices': [choice]})}\n\n"
-
-    async with aclosing(replies):
-        yield event({"role": "assistant", "content": ""})
-        sent = ""
-        try:
-            while True:
-                finish, text = reply.finish, bot.text(reply)  # in this order: the last token may come in between
-                if not finish:  # the last word may change yet, and draw nearer: "do", "don't"
-                    text = text[:max(text.rfind(" "), 0)]
-                if len(text) > len(sent):
-                    yield event({"content": text[len(sent):]})
-                    sent = text
-                if finish:
-                    break
-                reply = await anext(replies)
-        except RuntimeError as problem:
-            yield f"data: {error(500, str(problem)).body.decode()}\n\n"
-            return
-    yield event({}, finish)
-    if with_usage:
-        yield f"data: {json.dumps(frame | {'choices': [], 'usage': usage(reply)})}\n\n"
-    yield "data: [DONE]\n\n"
-
-
-def usage(reply: Reply) -> dict[str, int]:
-    """Tokens read and written, control tokens included."""
-    read, written = len(reply.context.ids) + 1, len(reply.tokens) + (reply.finish == "stop")
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
 # ------------------------------------------------------------------------------------------------------ the server
@@ -251,6 +71,9 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str])
     @app.exception_handler(RequestValidationError)
     def not_understood(request: Request, problem: RequestValidationError) -> JSONResponse:
         first = problem.errors()[0]
+        if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+            return error(400, "The request does not say that it is JSON; send the header Content-Type: "
+                         "application/json.", "not_json")
         param = ".".join(map(str, first["loc"][1:])) or "body"
         if first["type"] == "json_invalid":
             return error(400, f"The body is not JSON at character {param} ({first['ctx']['error']}).", "invalid_json")
@@ -264,7 +87,7 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str])
     def not_usable(request: Request, problem: InputError) -> JSONResponse:
         message = str(problem).replace("max_length:", "max_tokens:", 1)
         param = message.partition(":")[0]
-        return error(400, message, "invalid_value", param if param in ("max_tokens", *OPTIONS) else None)
+        return error(400, message, "invalid_value", param if param in PARAMETERS else None)
 
     @app.exception_handler(Busy)
     def busy(request: Request, problem: Busy) -> JSONResponse:

@@ -46,6 +46,7 @@ class Segment(NamedTuple):
     ids: list[int]
     types: list[int]
     start: int = 0  # position of its first token
+    opened: bool = False  # a context whose last token already is the one behind which the reply begins
 
 
 def build_context(persona: Sequence[Sequence[int]], history: Sequence[Sequence[int]], special: Specials,
@@ -73,6 +74,12 @@ def build_reply(reply: Sequence[int], special: Specials, with_eos: bool = True) 
     """``<speaker1> reply <eos>``: one candidate, or with ``with_eos=False`` the beginning of one."""
     ids = [special.speaker1, *reply] + [special.eos] * with_eos
     return Segment(ids, [special.speaker1] * len(ids))
+
+
+def begin_reply(context: Segment, special: Specials, beginning: Sequence[int] = ()) -> Segment:
+    """All that a model reads before it goes on with a reply: the context, the opening, how the reply is to begin."""
+    ids, types, *_ = build_reply(beginning, special, with_eos=False)
+    return Segment(context.ids + ids[context.opened:], context.types + types[context.opened:], context.start)
 
 
 def fit_context(persona: list, history: list, budget: int, history_start: int = 0) -> tuple[list, list]:
@@ -148,7 +155,7 @@ def pack_turn(persona, history, candidates, special: Specials, max_positions: in
               [length] * length)
     last_token = {}  # candidate → where it ends in the row
     for candidate in dict.fromkeys(candidates):
-        ids, types, _ = build_reply(candidate, special)
+        ids, types, *_ = build_reply(candidate, special)
         row.input_ids.extend(ids)
         row.token_type_ids.extend(types)
         row.position_ids.extend(range(start, start + len(ids)))

@@ -37,6 +37,7 @@ class Tokenizer(Protocol):
     backend_tokenizer: Any
     added_tokens_decoder: dict[int, Any]
     chat_template: str | None
+    control: frozenset[int]
 
     def __call__(self, text: str | list[str], **kwargs) -> Any: ...
     def __len__(self) -> int: ...
@@ -230,7 +231,8 @@ def get_tokenizer(model_checkpoint: str) -> Tokenizer:
     if len(tokenizer) < 50:  # transformers makes an empty tokenizer of a folder without files
         raise InputError(f"{checkpoint}: no tokenizer files; add vocab.json and merges.txt, or tokenizer.json")
     tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
-    tokenizer.control = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    tokenizer.control = frozenset({*tokenizer.all_special_ids, *special}) - {tokenizer.unk_token_id}
     return tokenizer
 
 

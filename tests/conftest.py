@@ -1,5 +1,6 @@
 """What several tests need: the material beside the repository, runs of our scripts, small checkpoints."""
 
+import contextlib
 import functools
 import json
 import os
@@ -27,6 +28,8 @@ FAMILIES = ["openai-gpt", "gpt2"]
 SAMPLE = ROOT / "data" / "sample_personachat.json"
 TINY = ROOT / "models" / "tiny"
 pytest_plugins = ["feedback_world"]  # fixtures of several files
+WAIT = 240  # s; only a broken server ever takes as long
+LONG = 4096  # tokens: far more than are decoded while a test looks
 TINY_TOKENS = json.loads((TINY / "config.json").read_text())["vocab_size"]  # without the five control tokens
 
 
@@ -137,6 +140,60 @@ def server(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
+
+
+@contextlib.contextmanager
+def serving(bot, table):
+    """The whole server on a port of its own, in this process; yields its address."""
+    import demo  # which not all tests need
+
+    listening = demo.listen("127.0.0.1", 0)
+    app = demo.build_app(bot, table, demo.host_names("127.0.0.1", []), [])
+    server = demo.serve(bot, app, drain=1)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    bot.decoder.close()
+    listening.close()
+
+
+@pytest.fixture(scope="module")
+def bot(tmp_path_factory):
+    """A model of random weights, whose replies are exactly as long as asked for."""
+    import torch
+
+    import demo
+    from model import PostNormConfig, PostNormDoubleHeadsModel
+    from web.bot import Bot
+    from weights import save_model
+
+    folder = make_checkpoint(tmp_path_factory.mktemp("web") / "parrot", n_positions=2 * LONG + 512, n_embd=32, n_head=2,
+                             vocab_size=TINY_TOKENS + 5, initializer_range=0.3)
+    torch.manual_seed(5)
+    save_model(PostNormDoubleHeadsModel(PostNormConfig.from_pretrained(folder, num_labels=1)), folder)
+    return Bot(demo.parse_args(["--model_checkpoint", str(folder), "--device", "cpu", "--min_length", str(LONG),
+                                "--max_batch", "4", "--max_waiting", "8"]))
+
+
+@pytest.fixture(scope="module")
+def address(bot, tmp_path_factory):
+    """Of a server of that model."""
+    from utils import get_dataset
+
+    table = get_dataset(bot.tokenizer, str(SAMPLE), str(tmp_path_factory.mktemp("table") / "cache"))
+    with serving(bot, table) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    """OpenAI's own, at that server."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=WAIT) as client:
+        yield client
 
 
 def script(name: str, *args, cwd: Path, stdin: str | bytes = "", status: int = 0, env: dict | None = None) -> str:

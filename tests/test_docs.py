@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, script
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/architecture.md", "docs/results.md",
-             "docs/reliability.md", "feedback/README.md", "models/persona/README.md"]
+             "docs/programs.md", "docs/reliability.md", "feedback/README.md", "models/persona/README.md"]
 SCRIPTS = ["train.py", "interact.py", "convai_evaluation.py", "demo.py", "example_entry.py", "export.py", "weights.py"]
 OTHERS = {"--nproc_per_node", "--logdir", "--parlai", "--datapath",  # flags of torchrun, TensorBoard and ParlAI
           "--data", "--tokenizer"}  # and of benchmarks/

@@ -2,14 +2,12 @@
 clients and others."""
 
 import asyncio
-import contextlib
 import copy
 import json
 import random
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import gradio_client
@@ -18,20 +16,16 @@ import openai
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, ROOT, SAMPLE, TINY_TOKENS, make_checkpoint
+from conftest import FAMILIES, LONG, ROOT, WAIT
 
 import demo
 from cli import InputError
-from decoding import Decoding, generate_replies, readable
+from decoding import Decoding, decoded, generate_replies
 from inputs import Specials, build_context
 from model import DoubleHeadsModel, GPT2DoubleHeads, PostNormConfig, PostNormDoubleHeadsModel, decoder_class
-from utils import get_dataset
-from web.batching import Bot, Busy, Decoder
+from web.batching import Busy, Decoder
+from web.bot import Bot
 from web.page import MAX_SHARED, pack, unpack
-from weights import save_model
-
-WAIT = 240  # s; only a broken server ever takes as long
-LONG = 4096  # tokens: far more than are decoded while a test looks
 
 
 def until(condition, what: str) -> None:
@@ -93,7 +87,9 @@ def test_a_reply_among_others_is_the_reply_alone(family, history_start):
         args = asked(seed=number, max_length=rng.randint(1, 25), min_length=rng.choice([1, 6]),
                      no_sample=rng.random() < 0.3, temperature=rng.choice([0.7, 1.5]), top_k=rng.choice([0, 20]),
                      top_p=rng.choice([0.9, 0.0]), num_beams=rng.choice([1, 1, 1, 2, 4]),
-                     length_penalty=rng.choice([0.0, 0.65, 1.5]), no_repeat_ngram_size=rng.choice([0, 0, 2]))
+                     length_penalty=rng.choice([0.0, 0.65, 1.5]), no_repeat_ngram_size=rng.choice([0, 0, 2]),
+                     frequency_penalty=rng.choice([0, 0, 0.5]), presence_penalty=rng.choice([0, 0, -0.5]),
+                     logit_bias=rng.choice([(), ((3, -100), (4, 2.5))]))
         requests.append((context, args))
         replies.append(decoder.submit(context, args))
         if rng.random() < 0.5:  # some come while others are being answered
@@ -176,45 +172,6 @@ def test_a_step_that_fails_costs_its_own_replies_only():
 # ---------------------------------------------------------------------------------------------------- the server
 
 
-@contextlib.contextmanager
-def serving(bot: Bot, table):
-    """The whole server on a port of its own, in this process; yields its address."""
-    listening = demo.listen("127.0.0.1", 0)
-    app = demo.build_app(bot, table, demo.host_names("127.0.0.1", []), [])
-    server = demo.serve(bot, app, drain=1)
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    bot.decoder.close()
-    listening.close()
-
-
-@pytest.fixture(scope="module")
-def bot(tmp_path_factory) -> Bot:
-    """A model of random weights, whose replies are exactly as long as asked for."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("web") / "parrot", n_positions=2 * LONG + 512, n_embd=32, n_head=2,
-                             vocab_size=TINY_TOKENS + 5, initializer_range=0.3)
-    torch.manual_seed(5)
-    save_model(PostNormDoubleHeadsModel(PostNormConfig.from_pretrained(folder, num_labels=1)), folder)
-    return Bot(demo.parse_args(["--model_checkpoint", str(folder), "--device", "cpu", "--min_length", str(LONG),
-                                "--max_batch", "4", "--max_waiting", "8"]))
-
-
-@pytest.fixture(scope="module")
-def address(bot, tmp_path_factory):
-    table = get_dataset(bot.tokenizer, str(SAMPLE), str(tmp_path_factory.mktemp("table") / "cache"))
-    with serving(bot, table) as address:
-        yield address
-
-
-@pytest.fixture
-def client(address) -> openai.OpenAI:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=WAIT) as client:
-        yield client
-
-
 PERSONA = ["i have two dogs .", "i like sushi ."]
 DIALOG = ["hello !", "hi , how are you ?", "fine . do you have <eos> pets ?"]
 MESSAGES = [{"role": "system", "content": "\n".join(PERSONA)}, {"role": "user", "content": DIALOG[0]},
@@ -227,7 +184,7 @@ def reply_alone(bot: Bot, persona: list[str], said: list[str], seed: int, length
     context = build_context([encode(text) for text in persona], [encode(text) for text in said], bot.special)
     torch.manual_seed(seed)
     options = bot.options(max_length=length)
-    return readable(bot.tokenizer, generate_replies(bot.model, [context], bot.special, options)[0])
+    return decoded(bot.tokenizer, generate_replies(bot.model, [context], bot.special, options)[0]).strip()
 
 
 def answers(address: str) -> bool:
@@ -304,7 +261,6 @@ HOSTILE = {
     b'{"messages": 3}': "messages", b'{"messages": []}': "last one must be the user's",
     b'{"messages": [{"role": "king", "content": "x"}]}': "messages.0.role",
     b'{"messages": [{"role": "user", "content": ["x"]}]}': "messages.0.content",
-    b'{"messages": [{"role": "user", "content": "x"}], "n": 2}': "n: not offered here",
     b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}': "tools: not offered here",
     b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -1}': "max_tokens",
     b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}': "temperature",

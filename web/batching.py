@@ -3,35 +3,27 @@
 A reply does not depend on its neighbours: every request has its own decoding options and its own random generator, and
 is answered as `decoding.generate_replies` would answer it alone; what goes wrong with one ends that one. Nobody's
 request holds up another's for long: long contexts are computed in pieces, and each client has a share of what there is.
-From below: `Decoder` and its parts, which know token ids, and `Bot`, which knows texts. Nothing here knows pages or
-HTTP.
+Nothing here knows texts, pages or HTTP.
 """
 
 import asyncio
 import logging
 import threading
 import time
-from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import aclosing, suppress
-from functools import lru_cache
+from contextlib import suppress
 from ipaddress import IPv6Address, ip_address, ip_network
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from cli import InputError
-from decoding import BeamSearch, Decoding, allowed_scores, choose_tokens, fitted_context, load_checkpoint, readable
-from files import hash_tensors
-from inputs import Segment, Specials, build_reply
+from decoding import BeamSearch, Decoding, allowed_scores, choose_tokens
+from inputs import Segment, Specials, begin_reply
 from model import DoubleHeadsModel
-from pretrained import resolve_checkpoint
 from web.keyvalues import KeyValues, Place, Row, Work, let_attend_by_row_
 
-MAX_TEXT = 2_000  # characters of a message, and of a personality
-WIDEST = 16  # beams of a search
 MOST_READ = 256  # tokens of contexts computed in one step
 LEAST_READ = 8
 SHARE = 4  # a client that is not alone has this part of the batch: a fourth
@@ -72,6 +64,25 @@ class Client(NamedTuple):
 NOBODY = Client()
 
 
+class Wish(NamedTuple):
+    """What is wanted of a reply besides the options of decoding."""
+
+    beginning: tuple[int, ...] = ()  # tokens that the reply begins with
+    stops: tuple[str, ...] = ()  # texts before which it ends
+    likely: int | None = None  # of each token, keep log-probabilities: its own, and those of so many likeliest ones
+
+
+PLAIN = Wish()
+
+
+class Stopped(NamedTuple):
+    """Where a reply ends because one of the stops has come."""
+
+    letters: int  # of the text, before the stop
+    kept: int  # tokens that have these letters
+    tokens: int  # tokens until the stop was whole
+
+
 # ---------------------------------------------------------------------------------------------------------- tokens
 
 
@@ -80,15 +91,20 @@ class Reply:
 
     ``tokens``: the reply so far, without control tokens; beams decide only at the end. ``finish``: None until then,
     and then "stop" (the model ended it), "length", "cancelled", "error", "busy" (others had more right to its place in
-    the queue) or "stopping". ``last_step``, of finished replies but those of beams: the logits that the last token was
-    chosen from, (vocabulary,) each, as they were and as bans and filter left them.
+    the queue) or "stopping". ``stopped``: set when one of the wished stops has come, whatever comes behind it.
+    ``last_step``, of finished replies but those of beams: the logits that the last token was chosen from, (vocabulary,)
+    each, as they were and as bans and filter left them. ``likely``, where it is wished for: of each of `tokens` its
+    log-probability by the model, and the likeliest tokens with theirs.
     """
 
     def __init__(self, context: Segment, args: Decoding, special: Specials, device: torch.device, client: Client,
-                 notify: Callable[[], None]):
+                 notify: Callable[[], None], wish: Wish):
         self.context, self.args, self.special, self.client, self.notify = context, args, special, client, notify
+        self.wish, self.prompt = wish, begin_reply(context, special, wish.beginning)
         self.tokens: list[int] = []
         self.finish: str | None = None
+        self.stopped: Stopped | None = None
+        self.likely: list[tuple[float, list[tuple[int, float]]]] = []
         self.last_step: tuple[torch.Tensor, torch.Tensor] | None = None
         self.cancelled = False
         self.passed = 0  # how often others went first that had come later
@@ -111,7 +127,12 @@ class Reply:
     @property
     def longest(self) -> int:
         """Tokens that a row of it may come to."""
-        return len(self.context.ids) + 1 + self.args.max_length
+        return len(self.prompt.ids) + self.args.max_length
+
+    @property
+    def ended(self) -> str | None:
+        """`finish`, or "stop" where a stop has come before."""
+        return "stop" if self.stopped else self.finish
 
     @property
     def reading(self) -> bool:
@@ -119,9 +140,8 @@ class Reply:
         return len(self.rows) == 1 and len(self.rows[0].ids) > 1
 
     def begin(self, places: list[Place]) -> None:
-        context, begun = self.context, build_reply([], self.special, with_eos=False)
         self.places = places
-        self.rows = [Row(places[0], context.start, 0, context.ids + begun.ids, context.types + begun.types)]
+        self.rows = [Row(places[0], self.prompt.start, 0, self.prompt.ids, self.prompt.types)]
 
     def end(self, finish: str) -> None:
         self.rows, self.finish = [], self.finish or finish  # a reply that has its end keeps it when all is closed
@@ -129,6 +149,11 @@ class Reply:
     def go_on(self, token: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Take the next token, which may be the end, chosen from the logits ``after`` the filter."""
         if token not in self.special:
+            if self.wish.likely is not None:  # first: who sees the token may ask for it
+                chances = before.float().log_softmax(-1)
+                best = chances.topk(min(self.wish.likely, len(chances)))
+                self.likely.append((chances[token].item(), list(zip(best.indices.tolist(), best.values.tolist(),
+                                                                    strict=True))))
             self.tokens.append(token)
             self.rows[0].ids, self.rows[0].types = [token], [self.special.speaker1]
         if token in self.special or len(self.tokens) == self.args.max_length:
@@ -153,7 +178,7 @@ class Reply:
             place = row.place
             if parent in kept:
                 place = free.pop()
-                cache.copy(row.place, place, slice(len(self.context.ids) + 1, row.length))
+                cache.copy(row.place, place, slice(len(self.prompt.ids), row.length))
             kept.add(parent)
             rows.append(Row(place, row.start, row.length, tokens[-1:], [self.special.speaker1]))
         self.rows = rows
@@ -222,12 +247,16 @@ class Decoder:
         return None
 
     def submit(self, context: Segment, args: Decoding, client: Client = NOBODY,
-               notify: Callable[[], None] = lambda: None) -> Reply:
-        """Queue a request. Raises `Busy`, and `InputError` when it needs more memory than there may be.
+               notify: Callable[[], None] = lambda: None, wish: Wish = PLAIN) -> Reply:
+        """Queue a request. Raises `Busy`, and `InputError` when it needs more memory than there may be or names tokens
+        that the model has not.
 
         A ``seed`` of 0 is none. ``notify`` is called from the decoding thread each time the reply has changed.
         """
-        reply = Reply(context, args, self.special, self.model.device, client, notify)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        if unknown := [token for token, _ in args.logit_bias if token >= vocabulary]:
+            raise InputError(f"logit_bias: there is no token {unknown[0]}; the model knows {vocabulary:,}, from 0 on")
+        reply = Reply(context, args, self.special, self.model.device, client, notify, wish)
         needed = KeyValues.bytes_for(self.cache.token_bytes, reply.longest, reply.width)
         if needed > self.memory:
             raise InputError(f"a reply of up to {args.max_length:,} tokens to these messages needs {needed >> 20:,} "
@@ -245,7 +274,8 @@ class Decoder:
             self.wake.notify()
         return reply
 
-    async def reply(self, context: Segment, args: Decoding, client: Client = NOBODY) -> AsyncGenerator[Reply, None]:
+    async def reply(self, context: Segment, args: Decoding, client: Client = NOBODY, wish: Wish = PLAIN
+                    ) -> AsyncGenerator[Reply, None]:
         """`submit`, and the same `Reply` each time it has grown, the last time with its ``finish``.
 
         Leaving the loop early, or closing the generator, ends the decoding. Raises `Busy`, at the first step.
@@ -256,7 +286,7 @@ class Decoder:
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(changed.set)
 
-        reply = self.submit(context, args, client, notify)
+        reply = self.submit(context, args, client, notify, wish)
         try:
             finish = None
             while not finish:
@@ -414,7 +444,7 @@ class Decoder:
             own = [[one for one in work if any(one.row is row for row in reply.rows)] for reply in replies]
             return [done for reply, part in zip(replies, own, strict=True) for done in self._compute(part, [reply])]
         for reply in replies:  # what is read of a context is copied at once to where beams will want it
-            if reply.beams and reply.rows[0].length <= len(reply.context.ids) + 1:
+            if reply.beams and reply.rows[0].length <= len(reply.prompt.ids):
                 read = sum(one.tokens for one in work if one.row is reply.rows[0])
                 for place in reply.places[1:]:
                     self.cache.copy(reply.places[0], place, slice(reply.rows[0].length - read, reply.rows[0].length))
@@ -457,73 +487,3 @@ class Decoder:
                 logger.error("A reply could not be decoded: %s", str(problem).split("\n")[0])
                 reply.end("error")
             reply.notify()
-
-
-# ----------------------------------------------------------------------------------------------------------- texts
-
-
-class Bot:
-    """A model that answers texts, those of many conversations together.
-
-    ``args``: the flags of `utils.add_common_flags` and `decoding.add_decoding_flags`, ``max_batch``, ``max_waiting``
-    and ``memory``. ``decoding``: the options of a request that sets none.
-    """
-
-    def __init__(self, args: Namespace):
-        self.args, self.decoding = args, Decoding.of(args)
-        self.model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16,
-                                                     args.max_history)
-        self.special = Specials.of(self.tokenizer)
-        self.encode = lru_cache(1_000)(self.tokenizer.encode)  # the same texts come again with each message
-        self.encode_persona = lru_cache(1_000)(self.tokenizer.encode_persona)
-        self.name = Path(resolve_checkpoint(args.model_checkpoint)).name
-        self.version = hash_tensors(self.model.state_dict().items())[:12]
-        self.options()  # what the flags say must be possible here
-        self.decoder = Decoder(self.model, self.special, args.max_batch, args.max_waiting, args.memory)
-
-    def context(self, personality: list[str], said: list[str], options: Decoding) -> Segment:
-        """What the model reads before it answers the last of ``said``, the conversation's messages, the oldest first.
-
-        Raises `InputError` when a text is too long or there is no room for a reply.
-        """
-        said = said[-(2 * self.model.max_history + 1):]
-        for name, text in [("the personality", "\n".join(personality)), *(("a message", text) for text in said)]:
-            if len(text) > MAX_TEXT:
-                raise InputError(f"{name} has {len(text):,} characters; write at most {MAX_TEXT:,}")
-        return fitted_context(self.model, self.encode_persona(tuple(personality)), [self.encode(text) for text in said],
-                              self.special, options.max_length)
-
-    def options(self, **asked) -> Decoding:
-        """The server's options with what is ``asked`` over them; None: unchanged. Raises `InputError`.
-
-        A reply gets at most half of the model's positions, so that the context has the other half.
-        """
-        options = self.decoding.over(**asked)
-        if options.num_beams > WIDEST:
-            raise InputError(f"num_beams: the server searches with at most {WIDEST}, not {options.num_beams:,}")
-        return options.over(max_length=min(options.max_length, self.model.max_positions // 2))
-
-    async def reply(self, personality: list[str], said: list[str], options: Decoding, client: Client = NOBODY
-                    ) -> AsyncGenerator[Reply, None]:
-        """`Decoder.reply` to the last of ``said``, as somebody of that ``personality``, decoded by `options`.
-
-        Raises `InputError` and `Busy` before the first token, and ``RuntimeError`` when decoding broke down.
-        """
-        if reason := self.decoder.refuses(client):  # before any work is done
-            raise reason
-        context, shown = self.context(personality, said, options), 0
-        async with aclosing(self.decoder.reply(context, options, client)) as replies:
-            async for reply in replies:
-                if reply.finish == "busy":
-                    raise Busy
-                if reply.finish == "stopping" and not reply.tokens:
-                    raise Stopping
-                if reply.finish in ("error", "cancelled", "stopping"):
-                    raise RuntimeError("the reply broke off; the server's log says why")
-                if reply.finish or len(reply.tokens) >= shown + shown // 64:  # a text's cost grows with its length
-                    shown = len(reply.tokens)
-                    yield reply
-
-    def text(self, reply: Reply) -> str:
-        """The reply so far, for a person's eyes."""
-        return readable(self.tokenizer, reply.tokens)

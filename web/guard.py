@@ -21,7 +21,7 @@ ROUTES = {
                       r"|call/chat/[\w-]+)|/healthz|/v1(/.*)?"),
     "POST": re.compile(r"/gradio_api/(queue/join/?|run/predict/?|call/chat/?|cancel|reset/?)|/v1(/.*)?"),
 }
-ASKING = re.compile(r"/gradio_api/(queue/join/?|call/chat/?)|/v1/chat/completions")  # for a reply
+ASKING = re.compile(r"/gradio_api/(queue/join/?|call/chat/?)|/v1/(chat/)?completions")  # for a reply
 HELD, MOST_HELD = 0.5, 1000  # s that a refusal is held back; how many at once
 BELIEVED = (b"x-forwarded-host", b"x-gradio-server")  # by Gradio, though anybody can send them
 

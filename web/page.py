@@ -19,7 +19,8 @@ import gradio as gr
 from cli import InputError
 from corpora import check_corpus
 from tables import TokenTable
-from web.batching import MAX_TEXT, WIDEST, Bot, Busy, Client, Reply
+from web.batching import Busy, Client, Reply
+from web.bot import MAX_TEXT, WIDEST, Bot
 from web.events import bounded_
 
 SHOWN = 10  # likeliest next tokens
