@@ -4,14 +4,18 @@ import json
 import logging
 import os
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
+import gguf
+import numpy as np
 import transformers
 from huggingface_hub import constants, try_to_load_from_cache
+from transformers import modeling_gguf_pytorch_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cli import InputError, require_memory, short
@@ -192,6 +196,30 @@ def quiet_transformers():
         log.set_verbosity(level)
         log.enable_progress_bar()
         hub.setLevel(hub_level)
+
+
+class _PlainReader(gguf.GGUFReader):
+    """gguf's, which reads through a plain array: slices of a memory map take four times as long."""
+
+    data: Any
+
+    def _get(self, *args, **kwargs):
+        self.data = self.data.view(np.ndarray)
+        return super()._get(*args, **kwargs)
+
+
+@contextmanager
+def quick_gguf():
+    """Have the library read a GGUF file in a quarter of the time, and without a bar: here it looks once, not twice, at
+    what the file holds, and makes one table of names, not one for each of the model's modules."""
+    library = modeling_gguf_pytorch_utils
+    with ExitStack() as patches:
+        for where, name, quick in ((gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+                                   (gguf, "GGUFReader", cache(_PlainReader)),
+                                   (library, "tqdm", partial(library.tqdm, disable=True))):
+            patches.callback(setattr, where, name, getattr(where, name))
+            setattr(where, name, quick)
+        yield
 
 
 def read_config(checkpoint: str) -> transformers.PretrainedConfig:

@@ -34,6 +34,7 @@ from pretrained import (
     from_file,
     is_checkpoint_file,
     is_gguf,
+    quick_gguf,
     quiet_transformers,
     read_config,
     resolve_checkpoint,
@@ -43,6 +44,7 @@ from tokenization import ATTR_TO_SPECIAL_TOKEN, SPECIAL_TOKENS, Tokenizer, get_t
 logger = logging.getLogger(__name__)
 
 
+@quick_gguf()
 def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> DoubleHeadsModel:
     """The double-heads model of a checkpoint, in evaluation mode and float32, on the CPU.
 
