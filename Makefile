@@ -1,20 +1,22 @@
-# make demo    from a fresh clone to a trained, evaluated bot, on embedded defaults and without a hub
-# make web     the same bot on a web page, at http://127.0.0.1:7860
-# make test    the whole test suite
-# make test-fast  the tests that take less than two minutes together
-# make faults  kill a training run 40 times, resume it, compare the weights: some minutes; started again, it goes on
-# make attack  attack a running server, with honest clients beside: a quarter of an hour
-# make install the set-up alone: .venv
-# make bench   measure speed against the textbook path, write benchmarks/RESULTS.md (needs real data: see --help there)
-# make parlai  an environment with the real ParlAI: .venv-parlai
-# make fuzz    coverage-guided fuzzing of the readers and tokenizers, some minutes
-# make docker-check  build the Dockerfile without a Docker daemon, chat in its image, look what it holds (as root; needs
-#              buildah and debootstrap; some minutes)
-# make lint    style and types
+# make demo          evaluate the default bot, fine-tune it on the embedded sample, chat with it; needs no model hub
+# make web           open the default bot on a web page, at http://127.0.0.1:7860
+# make install       only install, into .venv
+# make test          run the whole test suite
+# make test-fast     run the tests that take less than two minutes together
+# make lint          check style and types
+# make faults        kill a training run 40 times, resume it and compare the weights: some minutes; if stopped, it continues
+# make attack        attack a running server while honest clients use it: a quarter of an hour
+# make fuzz          fuzz the readers and tokenizers, guided by coverage: some minutes
+# make bench         compare the speed with the textbook path and write benchmarks/RESULTS.md; needs real data, see
+#                    `python benchmarks/training.py --help`
+# make parlai        install the real ParlAI into .venv-parlai
+# make docker-check  build the Dockerfile without a Docker daemon, chat in its image and check what it holds: some
+#                    minutes, as root, with buildah and debootstrap
+# make clean         remove the environments and caches
 
 PYTHON ?= python3
 VENV := .venv
-TEST_PROCESSES := 2  # each computes on one thread, see tests/conftest.py
+TEST_PROCESSES := 2  # each of them computes on one thread, see tests/conftest.py
 BIN := $(VENV)/bin
 
 .PHONY: attack bench clean demo docker-check faults fuzz install lint parlai test test-fast web

@@ -48,7 +48,7 @@ def measure(bench: Bench, args: Namespace, half: str, dtype: torch.dtype) -> dic
     for batch in batches:
         gold = int((batch["labels"] != IGNORED).sum())
         work += 6 * (body * batch["input_ids"].numel() + model.lm_head.weight.numel() * gold)
-    return {"work": f"where a training step goes, 2 candidates, {half or 'float32'}", "unit": "s a step",
+    return {"work": f"where a training step goes, 2 candidates, {half or 'float32'}", "unit": "s per step",
             "ours": times.total(), "at the peak of matrix products, s": work / args.repeats / peak("cpu", dtype),
             **{f"{kind}, %": 100 * seconds / times.total() for kind, seconds in times.most_common()}}
 

@@ -7,37 +7,42 @@ from textbook import RESULTS, ROOT
 
 HEAD = """# Benchmark results
 
-Written by `make bench`; do not edit. Rows of benchmarks that were not run again stay. Ours against the textbook path:
-transformers' own `OpenAIGPTDoubleHeadsModel` used the 2019 way (float32, every candidate a full row padded to the
-data set's longest, all logits, no cache), openai-gpt's size (117 M parameters, random weights), real PERSONA-CHAT
-turns with redrawn distractors. Each benchmark checks that both sides compute the same before it times them,
-alternates them, and takes medians; training takes the mean over batches of an epoch's typical lengths.
+`make bench` writes this file; do not edit it. Rows of benchmarks that were not run again stay as they are.
+
+The table compares this project with the textbook path: transformers' own `OpenAIGPTDoubleHeadsModel`, used as the
+2019 script used it: it computes in float32, pads every candidate as a full row to the longest of the data set,
+computes all logits, and keeps no cache. Both sides have openai-gpt's size (117 M parameters, random weights) and
+read real PERSONA-CHAT turns whose distractors were drawn again. Each benchmark first checks that both sides compute
+the same. It then times them alternately and takes medians; for training it takes the mean over batches with the
+typical lengths of an epoch.
 
 """
 
-HEADER = "| work | ours | textbook | unit | ratio | more |"
+HEADER = "| work | this project | textbook | unit | ratio | more |"
 
 GROWTH = """
-## Growth
+## How time grows with size
 
 ![time against candidates, context length, batch size and turns](growth.png)
 
-A packed row's attention is over all its positions, and masks what a candidate may not see: its share grows with the
-square of candidates and of context length, while everything else grows in proportion. Small sizes cost more than their
-share because every weight is read whatever the size. A table of turns grows more slowly than its turns because strings
-repeat and each is tokenised once; batches come out of it at one speed whatever its size.
+The attention of a packed row covers all its positions and masks what a candidate may not see. The time for
+attention therefore grows with the square of the number of candidates and of the context length, and all other time
+in proportion. Small sizes cost more than their share, because every weight is read whatever the size. A token table
+grows more slowly than its turns, because strings repeat and each is tokenised once. Batches come out of it at the
+same speed whatever its size.
 
-## Where a training step goes
+## Where the time of a training step goes
 
-Mostly into matrix products, which run near the speed this machine has for them: see the rows "where a training step
-goes" above. bfloat16 can win over float32 no more than the machine multiplies faster in it. Machines of one name
-differ in that: the rows of training, of where a step goes and of the web server are of one whose large products run at
-0.94 TFLOP/s in bfloat16 and 0.22 in float32, all others of one that made 0.43 in bfloat16. Neither has AMX.
+Most of it goes into matrix products, which run near the highest speed that this machine reaches for them: see the
+rows "where a training step goes" above. bfloat16 can be faster than float32 only as far as the machine multiplies
+faster in it, and machines of the same name differ in this. The rows of training, of the training step and of the
+web server were measured on a machine whose large products run at 0.94 TFLOP/s in bfloat16 and 0.22 in float32. All
+other rows come from a machine that reached 0.43 in bfloat16. Neither has AMX.
 """
 
 
 def draw(curves: list[dict]) -> None:
-    """growth.png: each curve beside a line of exponent 1 through its largest size."""
+    """Draw growth.png: each curve beside a line of exponent 1 through its largest size."""
     figure, plots = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for plot, curve in zip(plots.flat, curves, strict=True):
         sizes, seconds = curve["sizes"], curve["seconds"]
@@ -51,7 +56,7 @@ def draw(curves: list[dict]) -> None:
 
 
 def main() -> None:
-    """Rows of benchmarks that were not run again stay as they are."""
+    """Write RESULTS.md; rows of benchmarks that were not run again stay as they are."""
     place = ROOT / "benchmarks" / "RESULTS.md"
     old = place.read_text() if place.exists() else ""
     rows = {line.split(" | ")[0]: line for line in old.splitlines() if line.startswith("| ")}
