@@ -10,7 +10,7 @@ HEAD = """# Benchmark results
 `make bench` writes this file; do not edit it. Rows of benchmarks that were not run again stay as they are.
 
 The table compares this project with the textbook path: transformers' own `OpenAIGPTDoubleHeadsModel`, used as the
-2019 script used it: it computes in float32, pads every candidate as a full row to the longest of the data set,
+2019 script used it. It computes in float32, pads every candidate as a full row to the longest of the data set,
 computes all logits, and keeps no cache. Both sides have openai-gpt's size (117 M parameters, random weights) and
 read real PERSONA-CHAT turns whose distractors were drawn again. Each benchmark first checks that both sides compute
 the same. It then times them alternately and takes medians; for training it takes the mean over batches with the
