@@ -31,7 +31,7 @@ from decoding import (  # noqa: F401  some for 2019 code, which imports them fro
 from inputs import Specials
 from model import DoubleHeadsModel
 from pretrained import published_or_persona
-from records import read_persona
+from shapes import read_persona
 from tokenization import Tokenizer
 from utils import add_common_flags, open_dataset
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cli import InputError, fraction
+from columns import is_row, is_table, is_utterance
 from corpora import check_entry, read_corpus
 from dialogs import (
     TARGETS,
@@ -20,7 +21,7 @@ from dialogs import (
     make_entries,
 )
 from distractors import METHODS
-from records import SPLIT_NAMES, is_entry, is_lines, is_record, peek, read_records, records, shape_of
+from records import SPLIT_NAMES, gather_turns, is_lines, peek, read_marked, read_records, records
 from releases import (
     RELEASES,
     find_release,
@@ -34,7 +35,8 @@ from releases import (
     read_synthetic_persona_chat,
     read_topical_chat,
 )
-from rows import is_table, read_table
+from rows import read_table
+from shapes import LIST_KEYS, is_entry, is_record, is_turn, lower_keys, shape_of
 from texts import (
     foreign_format,
     read_delimited,
@@ -48,7 +50,7 @@ from texts import (
 )
 
 # How the first line of a JSON file begins.
-JSON_START = re.compile(r'\{\s*($|["\'}])|\[\s*($|[{\["\]]|-?[0-9.]+\s*[,\]]|true|false|null)')
+JSON_START = re.compile(r'\{\s*($|["\'}])|\[\s*($|[{\["\]]|-?[0-9.]+\s*(,|\]\s*($|[,\]]))|true|false|null)')
 MARKUP_START = re.compile(r"<(\?xml|!doctype|html|body|head|div)", re.IGNORECASE)
 logger = logging.getLogger("readers")
 
@@ -71,6 +73,7 @@ FORMATS = {
     "numbered": Format("numbered lines", read_numbered),
     "labelled": Format("lines with speakers' names", read_labelled),
     "delimited": Format("a dialog per line", read_delimited),
+    "marked": Format("text with a chat template's marks", read_marked),
     "table": Format("a table", read_table),
     "parlai": Format("ParlAI's numbered text", read_parlai),
     "parlai_fields": Format("ParlAI's text with fields", read_parlai_fields),
@@ -155,7 +158,7 @@ def _count(dialogs: Iterable[Dialog], path: str | Path, name: str) -> Iterator[D
 
 def _read_entries(path: Path) -> Iterator[dict]:
     """Entries of the data format as a list or as JSON lines."""
-    for number, (_, _, entry) in enumerate(records(path)):
+    for number, (_, _, entry) in enumerate(gather_turns(records(path))):
         check_entry(entry, f"entry {number}", path)
         yield entry
 
@@ -167,11 +170,13 @@ def layout_of(path: Path) -> str:
     """
     start = read_sample(path)
     if start[:4] == b"PAR1":
-        return "json"
+        return _json_layout(path, "[")
     if start[:2] == b"PK" or start[257:262] == b"ustar":
         raise InputError(f"{path}: is an archive; unpack it and name the folder")
     for magic, what in ((b"%PDF", "a PDF"), (b"SQLite format", "a SQLite database"), (b"\x80", "a pickle"),
-                        (b"ARROW1", "an Arrow file"), (b"\xd0\xcf\x11\xe0", "an Office document")):
+                        (b"ARROW1", "an Arrow file"), (b"\xd0\xcf\x11\xe0", "an Office document"),
+                        (b"{\\rtf", "an RTF document"), (b"\x28\xb5\x2f\xfd", "packed with zstd"),
+                        (b"BZh", "packed with bzip2"), (b"\xfd7zXZ", "packed with xz")):
         if start.startswith(magic):
             raise InputError(f"{path}: is {what}; save its dialogs as text or JSON lines")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start and b"\n" in start.replace(b"\r", b"\n"):
@@ -218,11 +223,16 @@ def _json_layout(path: Path, first: str) -> str:
             return "multi_session_chat"
         if is_entry(record):
             return "corpus" if split else "entries"
+        if is_turn(record) and not split:
+            return "entries"
+        if not split and (is_utterance(record) or not is_record(record) and is_row(record)):
+            return "table"
         named = next(iter(record.values()), None)
         if isinstance(named, dict) and isinstance(named.get("content"), list) and "config" in named:
             return "topical_chat"
-        if not is_record(record) and (record.keys() <= SPLIT_NAMES.keys() or all(
-                isinstance(value, list) for value in record.values())) and "turns" not in record:
+        lists = all(isinstance(value, list) for value in record.values()) and not record.keys() & set(LIST_KEYS)
+        if (record.keys() <= SPLIT_NAMES.keys() or lists) and not is_record(record) and not is_record(
+                lower_keys(record)):
             return "corpus"
     if record is None:  # it cannot be read, and whoever tries says why
         return "json" if first[:1] == "[" or is_lines(path) else "corpus"

@@ -3,97 +3,32 @@
 A reader yields a file's dialogs as `Dialog`.
 """
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from cli import InputError, printable
+from columns import (
+    COLUMN_NAMES,
+    COLUMN_USES,
+    HEADLINE,
+    column_key,
+    find_columns,
+    find_delimiter,
+    further_prompts,
+    numbered_columns,
+)
 from corpora import JsonReader, read_lines
 from dialogs import Dialog, Utterance
-from records import is_record, read_transcript, shape_of
+from records import is_json, records
 from releases import read_rows, split_sentences
+from shapes import FURTHER_KEYS, is_record, parse_list, read_chat, read_transcript, shape_of
 from texts import answering_speaker
 
-# What columns are for, and how people call them, in the order in which names are looked for.
-COLUMN_NAMES = {
-    "prompt": """instruction question prompt query input context human user user_message q source statement request
-        post customer message frage eingabe anfrage pregunta consulta entrada domanda richiesta pergunta
-        vraag fråga spørgsmål spørsmål kysymys otázka pytanie kérdés soru întrebare вопрос запрос питання 问题
-        問題 提问 输入 質問 入力 질문 입력 प्रश्न سؤال السؤال שאלה ερώτηση câu_hỏi pertanyaan""",
-    "reply": """output answer response completion reply target assistant bot chatbot bot_response agent a gpt
-        antwort ausgabe respuesta salida réponse reponse risposta resposta antwoord svar vastaus odpověď
-        odpowiedź válasz cevap yanıt răspuns ответ відповідь 答案 回答 回复 输出 答え 応答 出力 답변 응답 출력
-        उत्तर جواب الجواب תשובה απάντηση câu_trả_lời jawaban""",
-    "text": """utterance text message content line sentence said words body äußerung nachricht satz texto mensaje
-        mensagem texte énoncé messaggio testo bericht tekst viesti teksti реплика сообщение текст 内容 消息 文本
-        発話 메시지""",
-    "speaker": """speaker role from author sender name who user agent speaker_idx speaker_id participant character
-        person sprecher rolle hablante rol locuteur rôle parlante ruolo falante spreker talare puhuja
-        говорящий роль автор 说话人 角色 話者 화자""",
-    "dialog": """dialog_id dialogue_id conversation_id conv_id session_id thread_id chat_id conversationid dialogueid
-        dialogid sessionid threadid chatid dialog dialogue conversation conv session thread chat gespräch_id
-        gespräch diálogo диалог 对话 对话id""",
-    "persona": "persona personality personas system system_prompt persönlichkeit personalidad personnalité",
-    "whole": "dialog dialogue conversation conversations messages transcript chat turns",
-}
-NUMBERED_STEMS = {"", "turn", "utterance", "utt", "message", "msg", "line", "sentence", "speaker", "person", "round",
-                  "text"}
-
-COLUMN_USES = tuple(kind for kind in COLUMN_NAMES if kind != "whole")
-
-
-def column_key(name: str) -> str:
-    """A column's name without what people write it with."""
-    return re.sub(r"[\s_./-]+", "_", name.strip().casefold().lstrip("\ufeff")).strip("_")
-
-
-def find_delimiter(first: str) -> str:
-    """What divides the fields of a table whose first line this is."""
-    outside = re.sub(r'"[^"]*"', "", first)
-    return max(",\t;|", key=outside.count)
-
-
-def find_columns(header: list[str]) -> dict[str, int]:
-    """Which column is for what, of `COLUMN_NAMES`: the one whose name stands first there."""
-    names = [column_key(name) for name in header]
-    found: dict[str, int] = {}
-    for kind, known in COLUMN_NAMES.items():
-        taken = {found["prompt"], found["reply"]} if {"prompt", "reply"} <= found.keys() else set()
-        for name in known.split():
-            if name in names and names.index(name) not in taken:
-                found[kind] = names.index(name)
-                break
-    return found
-
-
-def numbered_columns(header: list[str]) -> list[int]:
-    """Columns ``turn 1``, ``turn 2``, …: two or more of one name with numbers that rise."""
-    stems: dict[str, list[tuple[int, int]]] = {}
-    for column, name in enumerate(map(column_key, header)):
-        if (numbered := re.fullmatch(r"(\D*?)_?(\d{1,6})", name)) and numbered[1] in NUMBERED_STEMS:
-            stems.setdefault(numbered[1], []).append((int(numbered[2]), column))
-    best = max(stems.values(), key=len, default=[])
-    return [column for _, column in sorted(best)] if len(best) > 1 else []
-
-
-def is_table(found: list[str], name: str) -> bool:
-    """Whether a file is a table, by its name or how it begins: a header whose columns are known, or rows alike."""
-    written = [line for line in found if line.strip()]
-    if not written:
-        return False
-    divides = find_delimiter(written[0])
-    header = [field.strip().strip('"') for field in written[0].split(divides)]
-    columns = find_columns(header)
-    known = {"prompt", "reply"} <= columns.keys() or {"text", "speaker"} <= columns.keys() or (
-        {"text", "dialog"} <= columns.keys())
-    if len(header) > 1 and known and all(len(field) < 40 for field in header):
-        return True
-    return re.search(r"\.csv(\.gz)?$", name, re.IGNORECASE) is not None or (
-        len(header) > 1 and divides != "\t" and len(written) > 2
-        and all(re.fullmatch(r"\w[\w ]{0,30}\w?", field) for field in header) and f"{divides} " not in written[0]
-        and all(line.count(divides) >= len(header) - 1 for line in written))
+Row = tuple[str, list[str]]  # its place in the file, for messages, and its fields
 
 
 def read_table(path: str | Path, columns: str = "") -> Iterator[Dialog]:
@@ -104,70 +39,120 @@ def read_table(path: str | Path, columns: str = "") -> Iterator[Dialog]:
     follow each other are one. With numbers alone there is no header. Raises `InputError` when the columns are not
     found, or a row has more fields than the header.
     """
-    first = next((line for _, line in read_lines(path) if line.strip()), "")
-    rows = read_rows(path, find_delimiter(first))
-    number, header = next(rows, (1, []))
+    rows = _rows(path)
+    _, header = next(rows, ("line 1", []))
     turns, uses = _columns(path, header, columns)
     if columns and all(one.strip().isdecimal() for one in re.sub(r"\w+=", "", columns).split(",")):
-        rows = read_rows(path, find_delimiter(first))  # columns by number: the first row is no header
-    numbers = (row for row in rows if _check_row(path, *row, header))
+        rows = _rows(path)  # columns by number: the first row is no header
+    rows = (row for row in rows if _check_row(path, *row, header))
     if turns:
-        for number, row in numbers:
-            yield _make_dialog(f"line {number}", [Utterance(index % 2, _field(row, column))
-                                                  for index, column in enumerate(turns)], row, uses)
+        for place, row in rows:
+            said = [Utterance(index % 2, _field(row, column)) for index, column in enumerate(turns)]
+            yield _make_dialog(place, said, row=row, uses=uses)
     elif "whole" in uses:
-        for number, row in numbers:
-            text = _field(row, uses["whole"])
-            value: Any = text
-            if text.lstrip()[:1] in ("[", "{"):
-                value = JsonReader(iter([text]), f"{path}: line {number}").only_value()
-            if not isinstance(value, str) and not is_record(value):
-                raise InputError(f"{path}: line {number} holds JSON that is no dialog; write a list of messages or of "
-                                 "utterances")
-            dialog = read_transcript("", value) if isinstance(value, str) else shape_of(value).read("", value)
-            yield _make_dialog(f"line {number}", dialog.utterances, row, uses, dialog.personas)
+        for place, row in rows:
+            yield _make_dialog(place, *_whole(path, place, _field(row, uses["whole"])), row=row, uses=uses)
     else:
-        def of_dialog(numbered: tuple[int, list[str]]) -> object:
-            if "dialog" in uses:
-                return _field(numbered[1], uses["dialog"])
-            return numbered[0] if "reply" in uses else 0  # an exchange each; or one dialog, all of them
+        for of_one in _by_dialog(path, rows, uses):
+            place, first = of_one[0]
+            if "speaker" in uses and "reply" not in uses:
+                dialog = read_chat(place, [{"role": _field(row, uses["speaker"]).strip() or "?",
+                                            "content": _field(row, uses["text"])} for _, row in of_one])
+                yield _make_dialog(place, dialog.utterances, dialog.personas, row=first, uses=uses)
+            else:
+                said = [turn for _, row in of_one for turn in _turns(row, uses, header)]
+                yield _make_dialog(place, said, row=first, uses=uses)
 
-        for _, group in groupby(numbers, key=of_dialog):
-            of_one = list(group)
-            yield _make_dialog(f"line {of_one[0][0]}", [turn for row in of_one for turn in _turns(row[1], uses)],
-                               of_one[0][1], uses)
+
+def _rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a table, its header first; or of records, the keys of the first, then the values of each."""
+    if is_json(path):
+        header: list[str] = []
+        for _, place, record in records(path):
+            if not isinstance(record, dict):
+                raise InputError(f"{path}: {place} is no object, as the first is; write them alike")
+            if not header:
+                header = list(record)
+                yield place, header
+            yield place, [_cell(record.get(name)) for name in header]
+        return
+    written = (line for _, line in read_lines(path) if line.strip())
+    first = next(written, "")
+    headline = first.startswith(HEADLINE)
+    rows = read_rows(path, find_delimiter(next(written, "") if headline else first))
+    for index, (number, row) in enumerate(rows):
+        if index or not headline:
+            yield f"line {number}", row
 
 
-def _turns(row: list[str], uses: dict[str, int]) -> Iterator[Utterance]:
+def _cell(value: object) -> str:
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None or value != value else str(value)  # a NaN is nothing
+
+
+def _by_dialog(path: str | Path, rows: Iterator[Row], uses: dict[str, int]) -> Iterator[list[Row]]:
+    """The rows of each dialog; an exchange each where dialogs have no names. Of one dialog they may lie apart."""
+    key: Callable[[Row], object]
+    if "dialog" in uses:
+        def key(row: Row) -> object:
+            return _field(row[1], uses["dialog"])
+    else:
+        def key(row: Row) -> object:
+            return row[0] if "reply" in uses else 0  # without names and replies all rows are one dialog
+
+    ended, last = set(), None
+    for row in _rows(path) if "dialog" in uses else ():  # looked through first, so that few rows are kept
+        if key(row) != last and key(row) in ended:
+            dialogs: dict[object, list[Row]] = {}
+            for one in rows:
+                dialogs.setdefault(key(one), []).append(one)
+            yield from dialogs.values()
+            return
+        ended.add(last := key(row))
+    for _, of_one in groupby(rows, key=key):
+        yield list(of_one)
+
+
+def _whole(path: str | Path, place: str, text: str) -> tuple[list[Utterance], Mapping]:
+    """The turns and personas of a dialog in one field: a transcript, or a list in JSON or as Python writes it."""
+    value: Any = parse_list(text)
+    if value is None and text.lstrip()[:1] in ("[", "{"):
+        value = JsonReader(iter([text]), f"{path}: {place}").only_value()
+    if value is not None and not is_record(value):
+        raise InputError(f"{path}: {place} holds JSON that is no dialog; write a list of messages or of utterances")
+    dialog = read_transcript("", text) if value is None else shape_of(value).read("", value)
+    return dialog.utterances, dialog.personas
+
+
+def _turns(row: list[str], uses: dict[str, int], header: list[str]) -> Iterator[Utterance]:
     if "reply" in uses:
-        yield Utterance("prompt", _field(row, uses["prompt"]))
+        names = [column_key(name) for name in header]
+        more = [_field(row, names.index(name)) for name in FURTHER_KEYS.get(names[uses["prompt"]], ()) if name in names]
+        yield Utterance("prompt", " ".join([_field(row, uses["prompt"]), *more]))
         yield Utterance("reply", _field(row, uses["reply"]))
     else:
-        who = _field(row, uses["speaker"]).strip().casefold() if "speaker" in uses else None
-        yield Utterance(who, _field(row, uses["text"]))
+        yield Utterance(None, _field(row, uses["text"]))
 
 
-def _make_dialog(place: str, turns: list[Utterance], row: list[str], uses: dict[str, int],
-                 personas: Mapping | None = None) -> Dialog:
+def _make_dialog(place: str, turns: list[Utterance], personas: Mapping | None = None, *, row: list[str],
+              uses: dict[str, int]) -> Dialog:
     """A dialog with the persona that its first row names. Without speakers the two take turns."""
     if turns and all(turn.speaker is None for turn in turns):
         turns = [turn._replace(speaker=index % 2) for index, turn in enumerate(turns)]
-    system = [turn for turn in turns if turn.speaker in ("system", "developer")]
-    turns = [turn for turn in turns if turn not in system]
-    persona = [*split_sentences(_field(row, uses["persona"]) if "persona" in uses else ""),
-               *(sentence for turn in system for sentence in split_sentences(turn.text))]
+    persona = split_sentences(_field(row, uses["persona"]) if "persona" in uses else "")
     who = answering_speaker(turns)
     personas = {**(personas or {}), **({who: persona} if persona and who is not None else {})}
-    return Dialog(place, turns, personas, notes=("with a persona",) if persona else ())
+    return Dialog(place, turns, personas, notes=("with a persona",) if any(personas.values()) else ())
 
 
 def _field(row: list[str], column: int) -> str:
     return row[column] if column < len(row) else ""
 
 
-def _check_row(path: str | Path, number: int, row: list[str], header: list[str]) -> bool:
+def _check_row(path: str | Path, place: str, row: list[str], header: list[str]) -> bool:
     if len(row) > len(header) and any(map(str.strip, row[len(header):])):
-        raise InputError(f"{path}: line {number} has {len(row)} fields, not {len(header)}; put those that hold what "
+        raise InputError(f"{path}: {place} has {len(row)} fields, not {len(header)}; put those that hold what "
                          "divides them into quotation marks")
     return True
 
@@ -181,7 +166,7 @@ def _columns(path: str | Path, header: list[str], columns: str) -> tuple[list[in
             return int(wanted) - 1
         if column_key(wanted) in names:
             return names.index(column_key(wanted))
-        raise InputError(f"{path}: has no column {wanted.strip()!r} for --columns, only {_quoted(header)}; name those, "
+        raise InputError(f"{path}: has no column {wanted.strip()!r} for --columns, only {_listed(header)}; name those, "
                          "or their numbers, counted from 1")
 
     if columns:
@@ -199,16 +184,18 @@ def _columns(path: str | Path, header: list[str], columns: str) -> tuple[list[in
         if turns := [] if "reply" in uses and "prompt" in uses else numbered_columns(header):
             return turns, uses
     if {"prompt", "reply"} <= uses.keys():
+        if further := further_prompts(header, uses["prompt"]):
+            return [*further, uses["prompt"], uses["reply"]], uses
         return [], {kind: at for kind, at in uses.items() if kind in ("prompt", "reply", "persona")
                     or kind == "dialog" and (columns or names[at].endswith(("id", "nummer")))}
     if "text" in uses and {"speaker", "dialog"} & uses.keys():
         return [], {kind: at for kind, at in uses.items() if kind in ("text", "speaker", "dialog", "persona")}
     if "whole" in uses:
         return [], {kind: at for kind, at in uses.items() if kind in ("whole", "persona")}
-    raise InputError(f"{path}: its columns {_quoted(header)} are none that are known to hold prompts and replies, or "
+    raise InputError(f"{path}: its columns {_listed(header)} are none that are known to hold prompts and replies, or "
                      "utterances and speakers; say which do, such as --columns question,answer")
 
 
-def _quoted(header: Iterable[str]) -> str:
+def _listed(header: Iterable[str]) -> str:
     return ", ".join(repr(printable(name.strip()[:30])) for name in list(header)[:8]) or "(none)"
 

@@ -14,17 +14,29 @@ from dialogs import Dialog, Utterance, check_length, clean
 
 SAMPLE_SIZE = 1 << 16  # bytes looked at
 MAJORITY = 0.6  # of the lines: then the file is in that layout
-SEPARATORS = {name: re.compile(re.escape(name)) for name in (
-    "__eot__", "__eou__", "</t>", "<|endoftext|>", "</s>", "<eos>", "<EOS>", "[EOS]", "[SEP]", "<sep>", "<SEP>", "|||")}
+SEPARATORS = {name: re.compile(re.escape(name), re.IGNORECASE) for name in (
+    "__eot__", "__eou__", "</t>", "<|endoftext|>", "<|eos|>", "<|eot|>", "<|sep|>", "</s>", "<eos>", "<eou>", "<eot>",
+    "<sep>", "<turn>", "[EOS]", "[EOT]", "[SEP]", "[TURN]", "|||")}
 SEPARATORS |= {"EOS": re.compile(r"(?:^|(?<=\s))EOS(?=\s|$)"), "\t": re.compile(r"\t")}
 DIVIDER = re.compile(r"\s*([-=*_#~])\1{2,}\s*")  # a line drawn between dialogs
-NUMBERED = re.compile(r"\s*[\[(]?([0-9]{1,9})(?:[.):\]](?![0-9])\s*|[\t ]\s*)(.*)")
+NUMBERED = re.compile(r"\s*[\[(]?([0-9]{1,9})(?:[.):\]](?![0-9])\s*|[\t ]\s*(?:[-–—]\s+)?)(.*)")
 DAY, HOUR = r"\d{1,4}[/.-]\d{1,2}[/.-]\d{1,4}", r"\d{1,2}:\d{2}(?::\d{2})?(?:\s?[AaPp]\.?[Mm]\.?)?"
-TIME = rf"(?:[\[(]?{DAY},?\s{{1,3}}{HOUR}[\])]?\s{{0,3}}(?:-\s{{0,3}})?|[\[(]{HOUR}[\])]\s{{0,3}})?"
-NAME = r"[0-9]|[^\W\d_][\w.'’-]{0,30}(?: [\w.'’-]{1,30}){0,3}"
-LABELLED = re.compile(rf"[\s\u200e]{{0,8}}{TIME}(?:<({NAME})>\s*|"
-                      rf"[\s#>*_\[(]{{0,8}}({NAME})\s{{0,3}}[\])*_]{{0,3}}\s{{0,3}}[:：](?!//)[*_]{{0,3}}\s*)(.*)")
+STAMP = rf"[\s\u200e]{{0,8}}[\[(]?(?:{DAY}(?:,?\s{{1,3}}|T))?{HOUR}[\])]?\s{{1,3}}(?:[-–]\s{{0,3}})?"
+STAMPED = re.compile(STAMP)  # a message of a messenger: a time, and mostly who wrote it
+FACE = r"[\u2600-\u27bf\U0001f300-\U0001faff]\ufe0f?"
+NAME = rf"[0-9]|(?:{FACE}){{1,3}}|(?:{FACE} ?)?[^\W\d_][\w.'’-]{{0,30}}(?: #?[\w.'’-]{{1,30}}){{0,3}}"
+REMARK = r"(?:\s?[\[(][^\[\]()]{1,40}[\])])?"  # behind a name: (agent), [10:05 PM]
+LABELLED = re.compile(rf"(?:{STAMP})?(?:\s{{0,8}}<({NAME})>\s*|[\s\u200e#>*_\[(@•–-]{{0,8}}({NAME})\s{{0,3}}"
+                      rf"[\])*_#]{{0,3}}{REMARK}\s{{0,3}}(?:[:：](?!//)|\t)[*_]{{0,3}}\s*)(.*)")
 SYSTEM_LABELS = {"system", "developer", "persona", "personality", "your persona"}
+YAML_KEYS = {"role", "content", "from", "value", "text", "speaker", "message", "messages", "name", "id", "dialog",
+             "dialogs", "dialogue", "dialogues", "conversation", "conversations", "turns", "utterance", "utterances"}
+# How models' templates begin what somebody says: ChatML, Llama 3, Llama 2, Gemma, Zephyr, Vicuna, and plain tags.
+WHO = r"user|human|assistant|bot|system|(?:speaker|person|user)[ _]?[12]"
+MARKED = re.compile(
+    r"<\|im_start\|>\s*(\w+)\n?|<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>|<start_of_turn>\s*(\w+)\n?|"
+    rf"<\|?({WHO})\|?>\s*|(?:<s>)?(\[/?INST\])\s*|### ?(Human|Assistant|System|User|Instruction|Response): ?",
+    re.IGNORECASE)
 DASH = re.compile(r"\s*[-–—]\s+(.*)")
 
 
@@ -67,8 +79,8 @@ def blocks(path: str | Path, at_empty_lines: bool = True) -> Iterator[list[tuple
 def read_plain(path: str | Path) -> Iterator[Dialog]:
     """Plain text: a line an utterance, two people in turns, an empty line between dialogs.
 
-    Where each line begins with a dash, as in novels, the dash is no word. Raises `InputError` where an empty line
-    stands between all utterances.
+    Where each line begins with a dash, as in novels, the dash is no word. A dialog may begin with lines of ``your
+    persona: …``, who the second speaker is. Raises `InputError` where an empty line stands between all utterances.
     """
     looked = sample_lines(path)
     dashes = share_of(looked, DASH.fullmatch) == 1
@@ -78,7 +90,11 @@ def read_plain(path: str | Path) -> Iterator[Dialog]:
                          "out within a dialog")
     for block in blocks(path):
         said = [DASH.sub(r"\1", line) if dashes else line for _, line in block]
-        yield Dialog(f"line {block[0][0]}", [Utterance(index % 2, line) for index, line in enumerate(said)])
+        personas: dict[object, list[str]] = {}
+        while said and (label := _label(said[0])) and label[0] in {*SYSTEM_LABELS, "partner's persona"}:
+            personas.setdefault(int(label[0] != "partner's persona"), []).append(clean(label[1]))
+            del said[0]
+        yield Dialog(f"line {block[0][0]}", [Utterance(index % 2, line) for index, line in enumerate(said)], personas)
 
 
 def read_numbered(path: str | Path) -> Iterator[Dialog]:
@@ -114,10 +130,12 @@ def read_labelled(path: str | Path) -> Iterator[Dialog]:
     Dates and times before the name, as messengers write them, are left out. Where empty lines stand between all
     utterances, only a drawn line, ``---``, begins another dialog.
     """
-    groups = [group.split("\n") for group in re.split(r"\n\s*\n", "\n".join(sample_lines(path)).strip())]
+    looked = sample_lines(path)
+    groups = [group.split("\n") for group in re.split(r"\n\s*\n", "\n".join(looked).strip())]
     alone = sum(len({_label(line)[0] for line in group if LABELLED.fullmatch(line)}) < 2 for group in groups)
+    known = _labels(looked)
     for block in blocks(path, at_empty_lines=len(groups) < 3 or alone < 0.8 * len(groups)):
-        yield labelled_dialog(f"line {block[0][0]}", [line for _, line in block])
+        yield labelled_dialog(f"line {block[0][0]}", [line for _, line in block], known)
 
 
 def _label(line: str) -> tuple[str, str] | None:
@@ -126,12 +144,38 @@ def _label(line: str) -> tuple[str, str] | None:
     return ((found[1] or found[2]).casefold(), found[3]) if found else None
 
 
-def labelled_dialog(place: str, said: Iterable[str]) -> Dialog:
-    """A dialog of lines of which most begin with the speaker's name. What a system says is who the other one is."""
+def _labels(said: Iterable[str]) -> Counter:
+    """How often each name begins a line."""
+    return Counter(label for label, _ in filter(None, map(_label, said)) if label not in SYSTEM_LABELS)
+
+
+def _names(labels: Counter, known: Counter) -> dict[str, str]:
+    """Which labels of a dialog are names, and of whom. ``known``: how often labels begin a line in the whole file.
+
+    A colon is not always behind a name: of more than two labels, the two that come again are the names. ``q1``, ``a1``,
+    ``q2``, ``a2`` are two speakers.
+    """
+    if len(labels) > 2:
+        for counts in (labels, known):
+            often = {label: label for label in labels if counts[label] > 1}
+            if len(often) == 2:
+                return often
+        numbers: dict[str, set[str]] = {}
+        for label in labels:
+            stem = label.rstrip("0123456789").rstrip()
+            numbers.setdefault(stem, set()).add(label.removeprefix(stem).strip())
+        if len(numbers) == 2 and "" not in numbers and len(set(map(frozenset, numbers.values()))) == 1:
+            return {label: label.rstrip("0123456789").rstrip() for label in labels}
+    return {label: label for label in labels}
+
+
+def labelled_dialog(place: str, said: Iterable[str], known: Counter | None = None) -> Dialog:
+    """A dialog of lines of which most begin with the speaker's name. What a system says is who the other one is.
+
+    ``known``: as for `_names`. What a messenger itself wrote, a time without a name, is left out.
+    """
     said = list(said)
-    labels = Counter(label for label, _ in filter(None, map(_label, said)) if label not in SYSTEM_LABELS)
-    often = {label for label, count in labels.items() if count > 1}
-    names = often if len(labels) > 2 and len(often) == 2 else labels.keys()  # a colon is not always behind a name
+    names = _names(_labels(said), known or Counter())
     turns: list[Utterance] = []
     persona: list[str] = []
     others: list[str] = []
@@ -143,10 +187,10 @@ def labelled_dialog(place: str, said: Iterable[str]) -> Dialog:
             goes_on.append(clean(text))
         elif label in names:
             goes_on = None
-            turns.append(Utterance(label, text))
+            turns.append(Utterance(names[label], text))
         elif goes_on:
             goes_on.append(clean(line))
-        elif turns:
+        elif turns and not STAMPED.match(line):
             turns[-1] = turns[-1]._replace(text=f"{turns[-1].text} {line}")
     personas = {}
     if persona and (who := answering_speaker(turns)):
@@ -156,6 +200,7 @@ def labelled_dialog(place: str, said: Iterable[str]) -> Dialog:
     return Dialog(place, turns, personas)
 
 
+USER_ROLES = {"user", "human", "prompter", "customer", "client"}
 ASSISTANTS = {"assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "bing", "bard", "claude", "gemini"}
 
 
@@ -277,7 +322,11 @@ def text_layout(found: list[str]) -> str:
         return "parlai"
     if "__eou__" in first and "__eot__" not in first:
         return "dailydialog"
+    if share_of(written, lambda line: len(MARKED.findall(line)) > 1) >= MAJORITY:
+        return "marked"
     separator = separator_of(written)
+    if separator == "\t" and _names_before_tabs(found):
+        return "labelled"
     if separator not in (None, "\t"):
         return "delimited"
     numbers = [int(number[1]) if (number := NUMBERED.fullmatch(line)) else None for line in written]
@@ -291,15 +340,32 @@ def text_layout(found: list[str]) -> str:
         return "numbered"
     if separator:
         return "delimited"
-    if share_of(written, LABELLED.fullmatch) >= MAJORITY and len(written) > 1:
+    if MARKED.match(first) and not LABELLED.match(first):
+        return "marked"
+    labels = _labels(written)
+    if labels.keys() <= YAML_KEYS:
+        return "plain"  # or rather YAML, which `foreign_format` tells
+    if len(written) > 1 and (
+            share_of(written, LABELLED.fullmatch) >= MAJORITY or share_of(written, STAMPED.match) >= MAJORITY
+            or _label(first) and len(labels) == 2 and sum(labels.values()) > 2):  # names on lines of their own
         return "labelled"
     return "plain"
+
+
+def _names_before_tabs(found: list[str]) -> bool:
+    """Whether each line is a speaker's name, of two, a tab and an utterance, and not a dialog of two utterances."""
+    rows = [line.split("\t") for line in found if line.strip()]
+    names = {row[0].strip().casefold() for row in rows}
+    blank = any(not line.strip() for line in "\n".join(found).strip().split("\n"))
+    known = USER_ROLES | ASSISTANTS | {"q", "agent", "system"}
+    return len(names) == 2 and all(len(row) == 2 for row in rows) and (
+        blank or all(name in known or re.fullmatch(r"\w|.{0,12}\d", name) for name in names))
 
 
 FOREIGN_FORMATS = [  # what most lines of a plain text never look like, and what does
     (r"\s*[{\[<]", "JSON or markup that is cut at line breaks"),
     (r".* \+\+\+\$\+\+\+ ", "the Cornell Movie-Dialogs Corpus"),
-    (r"\s*- - |.*[\w ]:\s*$", "YAML"),
+    (rf"\s*- - |\s*-? ?({'|'.join(sorted(YAML_KEYS))})\s*:|.*[\w ]:\s*$", "YAML"),
     (r"\s*(import |from \w+ import |def |class |function |#include|[})\]]|//|#!)|.*[;{(\[]\s*$|.*\w\(.*\)\s*:?\s*$|"
      r"\s*[\w.]+ ?= ?[\w\"'\[{(]", "source code"),
     (r".*[;|].*[;|]", "a table"),

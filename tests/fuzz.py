@@ -71,7 +71,8 @@ def fuzz_json():
 
 def fuzz_readers():
     """A file of any layout is refused in one line, or each of its entries has the format."""
-    with atheris.instrument_imports(include=["corpora", "dialogs", "records", "releases", "rows", "readers", "texts"]):
+    with atheris.instrument_imports(include=["columns", "corpora", "dialogs", "records", "releases", "rows", "readers",
+                                             "shapes", "texts"]):
         import dialogs
         import readers
         from cli import InputError, printable

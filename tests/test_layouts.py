@@ -7,6 +7,8 @@ import logging
 import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import SAMPLE, SHARED, error_line, make_checkpoint, script, shared
 from hypothesis import HealthCheck, given, settings
@@ -44,6 +46,12 @@ def table(rows: list[list[str]], delimiter: str = ",") -> str:
 
 def jsonl(values: list) -> str:
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def parquet(rows: list[dict]) -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out)
+    return out.getvalue()
 
 
 def lined(dialogs: list[list[str]], line) -> str:
@@ -97,6 +105,44 @@ WRITERS = {
         [text, "AB"[n % 2], f"c{number}"] for number, s in enumerate(d) for n, text in enumerate(s))]), False),
     "utterances.tsv": (lambda d, p: table([["dialog_id", "role", "message"], *(
         [f"c{number}", "AB"[n % 2], text] for number, s in enumerate(d) for n, text in enumerate(s))], "\t"), False),
+    "faces.txt": (lambda d, p: lined(d, lambda n, text: f"{'🤖🙂'[n % 2]}: {text}"), False),
+    "persons.txt": (lambda d, p: lined(d, lambda n, text: f"#Person{n % 2 + 1}#: {text}"), False),
+    "remarks.txt": (lambda d, p: lined(
+        d, lambda n, text: f"{('Customer No. 7 (new)', 'Agent #1 (Ann)')[n % 2]}: {text}"), False),
+    "clock.txt": (lambda d, p: lined(d, lambda n, text: f"10:1{n} PM {('Ann B', 'Tom')[n % 2]}: {text}"), False),
+    "names_above.txt": (lambda d, p: "---\n".join("".join(
+        f"{('You', 'ChatGPT')[n % 2]} said:\n{text}\n" for n, text in enumerate(s)) for s in d), False),
+    "names_before_tabs.txt": (lambda d, p: lined(d, lambda n, text: f"{('Ann', 'Bob')[n % 2]}\t{text}"), False),
+    "tags.txt": (lambda d, p: "".join("".join(
+        f"<speaker{n % 2 + 1}> {text} " for n, text in enumerate(s)) + "\n" for s in d), False),
+    "chatml.txt": (lambda d, p: "\n".join("".join(
+        f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in messages(s, q))
+        for s, q in zip(d, p, strict=True)), True),
+    "llama3.jsonl": (lambda d, p: jsonl([{"text": "<|begin_of_text|>" + "".join(
+        f"<|start_header_id|>{one['role']}<|end_header_id|>\n\n{one['content']}<|eot_id|>" for one in messages(s, q))}
+        for s, q in zip(d, p, strict=True)]), True),
+    "gemma.jsonl": (lambda d, p: jsonl([{"text": "<bos>" + "".join(
+        f"<start_of_turn>{('user', 'model')[n % 2]}\n{text}<end_of_turn>\n" for n, text in enumerate(s))} for s in d]),
+        False),
+    "capitals.jsonl": (lambda d, p: jsonl([{"ID": 1, "Messages": messages(s, q, keys=("Role", "Content"))}
+                                           for s, q in zip(d, p, strict=True)]), True),
+    "by_name.json": (lambda d, p: json.dumps({"dialogs": {f"d{n}": messages(s, q) for n, (s, q) in enumerate(
+        zip(d, p, strict=True))}}), True),
+    "written.jsonl": (lambda d, p: jsonl([{"messages": json.dumps(messages(s, q))} for s, q in zip(d, p, strict=True)]),
+                      True),
+    "rows.jsonl": (lambda d, p: jsonl([{"conversationId": number, "speaker": "AB"[n % 2], "text": text}
+                                       for number, s in enumerate(d) for n, text in enumerate(s)]), False),
+    "rows.json": (lambda d, p: json.dumps([{"speaker": "AB"[n % 2], "text": text, "dialog_id": number}
+                                           for number, s in enumerate(d) for n, text in enumerate(s)]), False),
+    "apart.csv": (lambda d, p: table([["dialog_id", "speaker", "text"], *([str(number), "AB"[n % 2], s[n]]
+                                      for n in range(6) for number, s in enumerate(d) if n < len(s))]), False),
+    "python.csv": (lambda d, p: table([["act", "dialog"], *(["[1 2]", repr(s)] for s in d)]), False),
+    "numpy.csv": (lambda d, p: table([["dialog"], *(["[" + "\n ".join(map(repr, s)) + "]"] for s in d)]), False),
+    "messages.parquet": (lambda d, p: parquet([{"id": 1, "messages": messages(s, q)} for s, q in
+                                               zip(d, p, strict=True)]), True),
+    "strings.parquet": (lambda d, p: parquet([{"dialog": s, "emotion": [0] * len(s)} for s in d]), False),
+    "rows.parquet": (lambda d, p: parquet([{"dialog_id": number, "utterance_idx": n, "utterance": text}
+                                           for number, s in enumerate(d) for n, text in enumerate(s)]), False),
     "whole.csv": (lambda d, p: table([["id", "dialogue"], *(
         [str(number), "\n".join(f"{'AB'[n % 2]}: {text}" for n, text in enumerate(s))] for number, s in enumerate(d))]),
         False),
@@ -124,8 +170,10 @@ def test_what_was_written_is_what_is_read(tmp_path_factory, name, data):
     personas = [data.draw(PERSONAS) if keeps else [] for _ in dialogs]
     path = tmp_path_factory.mktemp("layout") / name
     ends = data.draw(st.sampled_from(["\n", "\r\n"])) if path.suffix == ".txt" else "\n"
-    text = data.draw(st.sampled_from(["", "\ufeff"])) + write(dialogs, personas)
-    path.write_bytes(text.replace("\n", ends).encode())
+    written = write(dialogs, personas)
+    if isinstance(written, str):
+        written = (data.draw(st.sampled_from(["", "\ufeff"])) + written.replace("\n", ends)).encode()
+    path.write_bytes(written)
     assert learnt(path) == to_learn(dialogs, personas)
 
 
@@ -215,10 +263,59 @@ CHAT = [{"role": "user", "content": "weather ?"}, {"role": "assistant", "content
      [([], ["a"], "b"), ([], ["a", "b"], "c"), ([], ["a", "b", "c"], "d")]),
     ("named.jsonl", jsonl([{"context": ["a", "b", "c"], "response": "d", "system": "GPT-2"}]),
      [([], ["a"], "b"), ([], ["a", "b"], "c"), ([], ["a", "b", "c"], "d")]),
+    ("turns.jsonl", jsonl([{"persona": ["p"], "history": history, "candidates": ["x", reply]} for history, reply in (
+        (["a"], "b"), (["a", "b", "c"], "d"), (["e"], "f"))]),
+     [(["p"], ["a"], "b"), (["p"], ["a", "b", "c"], "d"), (["p"], ["e"], "f")]),
+    ("turns.parquet", parquet([{"personality": ["p"], "history": ["a"], "candidates": ["x", "b"]}]),
+     [(["p"], ["a"], "b")]),
+    ("entries.parquet", parquet([{"personality": ["p"], "utterances": [{"history": ["a"], "candidates": ["x", "b"]}]}]),
+     [(["p"], ["a"], "b")]),
+    ("pairs.parquet", parquet([{"Frage": "a", "Antwort": "b"}, {"Frage": "c", "Antwort": None}]), [([], ["a"], "b")]),
+    ("by_speaker.jsonl", jsonl([{"personas": {"Bob": ["i bob"], "Ann": ["i ann"]}, "dialogue": [
+        {"speaker": "Ann", "text": "a"}, {"speaker": "Bob", "text": "b"}, {"speaker": "Ann", "text": "c"}]}]),
+     [(["i bob"], ["a"], "b"), (["i ann"], ["a", "b"], "c")]),
+    ("speakers.jsonl", jsonl([{"dialogue": ["a", "b", "c"], "speakers": ["X", "X", "Y"]}]), [([], ["a b"], "c")]),
+    ("system_answers.json", json.dumps([{"turns": [{"speaker": "USER", "utterance": "a"}, {
+        "speaker": "SYSTEM", "utterance": "b"}]}]), [([], ["a"], "b")]),
+    ("newest_first.json", json.dumps({"participants": [{"name": "A"}, {"name": "B"}], "messages": [
+        {"sender_name": who, "timestamp_ms": time, "content": text}
+        for who, time, text in (("B", 3, "c"), ("A", 2, "b"), ("A", 1, "a"))]}), [([], ["a b"], "c")]),
+    ("flags.jsonl", jsonl([{"messages": [{"is_user": True, "text": "a"}, {"is_user": False, "text": "b"},
+                                         {"is_user": False, "text": "c"}]}]),
+     [([], ["a"], "b c")]),
+    ("data.jsonl", jsonl([{"id": "0", "data": ["a", "b"]}]), [([], ["a"], "b")]),
+    ("chat_messages.json", json.dumps([{"uuid": "1", "my_list": [
+        {"text": "a", "sender": "human"}, {"text": "b", "sender": "assistant"}]}]), [([], ["a"], "b")]),
+    ("exchanges_system.jsonl", jsonl([{"conversation": [{"system": "p", "input": "a", "output": "b"}]}]),
+     [(["p"], ["a"], "b")]),
+    ("context.jsonl", jsonl([{"context": [{"id": "context", "text": "your persona: p\nyour persona: q"}], "dialog": [
+        [{"id": "x", "text": "a"}, {"id": "y", "text": "b"}]]}]), [(["p", "q"], ["a"], "b")]),
+    ("dolly.jsonl", jsonl([{"instruction": "i", "context": "x", "response": "r", "category": "c"}]),
+     [([], ["i x"], "r")]),
+    ("alpaca.csv", "instruction,input,output\ni,x,o\n", [([], ["i x"], "o")]),
+    ("nothing.jsonl",
+     '{"question": "a", "answer": 2}\n{"question": "c", "answer": null}\n{"question": 3, "answer": NaN}',
+     [([], ["a"], "2")]),
+    ("excel.csv", "sep=;\nquestion;answer\na;b\n", [([], ["a"], "b")]),
+    ("before.csv", "response,context,context/0,context/1\nd,c,b,a\nh,g,,\n",
+     [([], ["a"], "b"), ([], ["a", "b"], "c"), ([], ["a", "b", "c"], "d"), ([], ["g"], "h")]),
+    ("llama2.jsonl", jsonl([{
+        "text": "<s>[INST] <<SYS>>\np\n<</SYS>>\n\na [/INST] b </s><s>[INST] c [/INST] d </s>"}]),
+     [(["p"], ["a"], "b"), ([], ["a", "b"], "c"), (["p"], ["a", "b", "c"], "d")]),
+    ("brackets.txt", "[1] a\n[2] b\n[1] c\n[2] d\n", [([], ["a"], "b"), ([], ["c"], "d")]),
+    ("numbered_names.txt", "Q1: a\nA1: b\nQ2: c\nA2: d\n",
+     [([], ["a"], "b"), ([], ["a", "b"], "c"), ([], ["a", "b", "c"], "d")]),
+    ("colons.txt", "Ann: a\nNote: x\nBob: b\n\nAnn: c\nBob: d\n", [([], ["a Note: x"], "b"), ([], ["c"], "d")]),
+    ("messenger.txt", "12/31/20, 10:15 PM - Messages are encrypted.\n12/31/20, 10:15 PM - Ann: a\nand more\n"
+                      "12/31/20, 10:16 PM - Ann changed the subject\n12/31/20, 10:16 PM - Bob: b\n",
+     [([], ["a and more"], "b")]),
+    ("persona_lines.txt", "your persona: p\nyour persona: q\na\nb\n\nc\nd\n",
+     [(["p", "q"], ["a"], "b"), ([], ["c"], "d")]),
+    ("other_ends.txt", "a <eot> b\nc <EOT> d\n", [([], ["a"], "b"), ([], ["c"], "d")]),
     ("cr.txt", "a\rb\r\rc\rd\r", [([], ["a"], "b"), ([], ["c"], "d")]),
 ])
 def test_variants(tmp_path, name, content, wanted):
-    (tmp_path / name).write_bytes(content.encode())
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert learnt(tmp_path / name) == sorted([(tuple(who), tuple(history), gold) for who, history, gold in wanted],
                                              key=repr)
 
@@ -256,7 +353,11 @@ def test_the_finding_is_said_in_one_line_and_what_is_left_out_counted(tmp_path, 
     ("own.pdf", "%PDF-1.4\n", "is a PDF; save"), ("own.txt", "hi\nhello\n".encode("utf-16"), "save the file as UTF-8"),
     ("own.txt", "hi\nhello\n".encode("utf-16-le"), "save the file as UTF-8"),
     ("own.txt", "hi\ncafé\n".encode("cp1252"), "line 2 is not UTF-8 .*; save the file as UTF-8"),
-    ("own.parquet", b"PAR1....PAR1", "Parquet"),
+    ("own.parquet", b"PAR1....PAR1", "Parquet"), ("own.parquet", parquet([{"x": 1}]), r"dialog 0.*an object of 'x'"),
+    ("own.yaml", "- role: user\n  content: a\n- role: assistant\n  content: b\n", "looks like YAML"),
+    ("own.rtf", "{\\rtf1\\ansi\n{\\fonttbl}\nhi\\par\n}", "is an RTF document"),
+    ("own.zst", b"\x28\xb5\x2f\xfd\x04", "is packed with zstd"),
+    ("own.csv", 'dialog,x\n"[1, 2]",3\n', "holds JSON that is no dialog"),
 ])
 def test_what_cannot_be_read_is_told_what_it_is(tmp_path, name, content, complaint):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -276,6 +377,12 @@ def test_format_and_columns_override_what_is_found_by_looking(tmp_path):
     assert [turn["candidates"] for entry in found for turn in entry["utterances"]] == [["bar"], ["b"], ["d"]]
     with pytest.raises(InputError, match="has no column 'baz' for --columns, only 'foo', 'who', 'bar'"):
         list(read_any(tmp_path / "own.csv", columns="foo,baz")[None])
+    for name, content in (("own.jsonl", jsonl([{"foo": 1, "bar": "b"}]).encode()),
+                          ("own.parquet", parquet([{"foo": 1, "bar": "b"}]))):
+        (tmp_path / name).write_bytes(content)
+        (found,) = read_any(tmp_path / name, columns="prompt=foo,reply=bar").values()
+        assert [(turn["history"], turn["candidates"]) for entry in found for turn in entry["utterances"]] == [(
+            ["1"], ["b"])]
     (tmp_path / "own.txt").write_text("A: a\nB: b\n")
     (found,) = read_any(tmp_path / "own.txt", "plain").values()
     assert [turn["candidates"] for entry in found for turn in entry["utterances"]] == [["B: b"]]

@@ -1,0 +1,121 @@
+"""Names of columns: what those of a table, or the keys of a flat record, are for, in many languages.
+
+Knows names and how a file begins; reads no file.
+"""
+
+import re
+
+# What columns are for, and how people call them, in the order in which names are looked for.
+COLUMN_NAMES = {
+    "prompt": """instruction question prompt query input context human user user_message q source statement request
+        post customer message frage eingabe anfrage pregunta consulta entrada domanda richiesta pergunta
+        vraag fråga spørgsmål spørsmål kysymys otázka pytanie kérdés soru întrebare вопрос запрос питання 问题
+        問題 提问 输入 質問 入力 질문 입력 प्रश्न سؤال السؤال שאלה ερώτηση câu_hỏi pertanyaan""",
+    "reply": """output answer response completion reply target assistant bot chatbot bot_response agent a gpt
+        antwort ausgabe respuesta salida réponse reponse risposta resposta antwoord svar vastaus odpověď
+        odpowiedź válasz cevap yanıt răspuns ответ відповідь 答案 回答 回复 输出 答え 応答 出力 답변 응답 출력
+        उत्तर جواب الجواب תשובה απάντηση câu_trả_lời jawaban""",
+    "text": """utterance text message content line sentence said words body äußerung nachricht satz texto mensaje
+        mensagem texte énoncé messaggio testo bericht tekst viesti teksti реплика сообщение текст 内容 消息 文本
+        発話 메시지""",
+    "speaker": """speaker role from author sender name who user agent speaker_idx speaker_id participant character
+        person sprecher rolle hablante rol locuteur rôle parlante ruolo falante spreker talare puhuja
+        говорящий роль автор 说话人 角色 話者 화자""",
+    "dialog": """dialog_id dialogue_id conversation_id conv_id session_id thread_id chat_id conversationid dialogueid
+        dialogid sessionid threadid chatid dialog dialogue conversation conv session thread chat gespräch_id
+        gespräch diálogo диалог 对话 对话id""",
+    "persona": "persona personality personas system system_prompt persönlichkeit personalidad personnalité",
+    "whole": "dialog dialogue conversation conversations messages transcript chat turns",
+}
+NUMBERED_STEMS = {"", "turn", "utterance", "utt", "message", "msg", "line", "sentence", "speaker", "person", "round",
+                  "text"}
+HEADLINE = "sep="  # how a table of Excel's may begin, and then its delimiter
+COLUMN_USES = tuple(kind for kind in COLUMN_NAMES if kind != "whole")
+
+
+def column_key(name: str) -> str:
+    """A column's name without what people write it with."""
+    return re.sub(r"[\s_./-]+", "_", name.strip().casefold().lstrip("\ufeff")).strip("_")
+
+
+def find_delimiter(first: str) -> str:
+    """What divides the fields of a table whose first line this is."""
+    outside = re.sub(r'"[^"]*"', "", first)
+    return max(",\t;|", key=outside.count)
+
+
+def find_columns(header: list[str]) -> dict[str, int]:
+    """Which column is for what, of `COLUMN_NAMES`: the one whose name stands first there."""
+    names = [column_key(name) for name in header]
+    found: dict[str, int] = {}
+    for kind, known in COLUMN_NAMES.items():
+        taken = {found["prompt"], found["reply"]} if {"prompt", "reply"} <= found.keys() else set()
+        for name in known.split():
+            if name in names and names.index(name) not in taken:
+                found[kind] = names.index(name)
+                break
+    return found
+
+
+def numbered_columns(header: list[str]) -> list[int]:
+    """Columns ``turn 1``, ``turn 2``, …: two or more of one name with numbers that rise."""
+    stems: dict[str, list[tuple[int, int]]] = {}
+    for column, name in enumerate(map(column_key, header)):
+        if (numbered := re.fullmatch(r"(\D*?)_?(\d{1,6})", name)) and numbered[1] in NUMBERED_STEMS:
+            stems.setdefault(numbered[1], []).append((int(numbered[2]), column))
+    best = max(stems.values(), key=len, default=[])
+    return [column for _, column in sorted(best)] if len(best) > 1 else []
+
+
+def further_prompts(header: list[str], prompt: int) -> list[int]:
+    """Columns of what was said before the prompt, ``context/0``, ``context/1``, …, which go back in time; the oldest
+    first."""
+    names = [column_key(name) for name in header]
+    found = {int(name.rpartition("_")[2]): column for column, name in enumerate(names)
+             if re.fullmatch(rf"{re.escape(names[prompt])}_\d{{1,6}}", name)}
+    return [found[number] for number in sorted(found, reverse=True)]
+
+
+def is_row(record: object) -> bool:
+    """Whether this is a row of a table: an exchange, a dialog's utterances, or one utterance of a dialog with a name.
+
+    ``record``: a value of JSON.
+    """
+    if not isinstance(record, dict) or not all(isinstance(key, str) for key in record):
+        return False
+    names = [key for key, value in record.items() if isinstance(value, str | int) and not isinstance(value, bool)]
+    columns = find_columns(names)
+    return is_utterance(record) or {"prompt", "reply"} <= columns.keys() or len(numbered_columns(names)) > 1
+
+
+def is_utterance(record: object) -> bool:
+    """Whether this is one utterance of a dialog with a name. ``record``: a value of JSON."""
+    if not isinstance(record, dict):
+        return False
+    names = [key for key, value in record.items() if isinstance(value, str | int)]
+    return {"text", "dialog"} <= find_columns(names).keys() and not any(
+        isinstance(value, list | dict) and value and key in COLUMN_NAMES["whole"].split()
+        for key, value in record.items())
+
+
+def is_table(found: list[str], name: str) -> bool:
+    """Whether a file is a table, by its name or how it begins: a header whose columns are known, or rows alike."""
+    written = [line for line in found if line.strip()]
+    if written and written[0].startswith(HEADLINE):
+        del written[0]
+    if not written:
+        return False
+    divides = find_delimiter(written[0])
+    header = [field.strip().strip('"') for field in written[0].split(divides)]
+    columns = find_columns(header)
+    known = {"prompt", "reply"} <= columns.keys() or {"text", "speaker"} <= columns.keys() or (
+        {"text", "dialog"} <= columns.keys())
+    fields = [line.split(divides) for line in written[1:]]
+    again = any(len(row) == len(header) and any(row[at].strip() == header[at] for at in columns.values())
+                for row in fields)  # names of columns do not stand in them
+    if len(header) > 1 and known and not again and all(len(field) < 40 for field in header):
+        return True
+    return re.search(r"\.csv(\.gz)?$", name, re.IGNORECASE) is not None or (
+        len(header) > 1 and divides != "\t" and len(written) > 2
+        and all(re.fullmatch(r"\w[\w ]{0,30}\w?", field) for field in header) and f"{divides} " not in written[0]
+        and all(line.count(divides) >= len(header) - 1 for line in written))
