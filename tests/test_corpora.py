@@ -188,7 +188,7 @@ def test_the_blended_skill_talk_sample_is_read():
     ("own.jsonl", '{"turns": []}' + "[" * 100_000, "line 1: "),
     ("train.json", json.dumps([BST, {**BST, "personas": 1}]), "dialog 1, counted from 0, is not as in the release"),
     ("train.json", json.dumps([BST, {"personas": []}]), "dialog 1, counted from 0, has no 'free_turker_utterance'"),
-    ("train.json", json.dumps([3]), "dialog 0, counted from 0, is not as in the release"),
+    ("train.json", json.dumps([3]), "dialog 0, counted from 0, has no layout that can be read"),
     ("own.txt", b"hi\nhe\xffllo\n", "line 2 is not UTF-8 at byte 2"),
     ("own.txt", gzip.compress(b"hi\nhello\n" * 99, mtime=0)[:30], "the gzip data is damaged"),
     ("own.zip", b"PK\3\4....", "is an archive; unpack it"),
