@@ -25,6 +25,9 @@ ATTR_TO_SPECIAL_TOKEN = {
 }
 
 
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # what some tokenizers spell rare letters with
+
+
 class Tokenizer(Protocol):
     """What the project uses of a tokenizer: part of what transformers' have, and two methods of `_Prepared`."""
 
@@ -231,7 +234,8 @@ def get_tokenizer(model_checkpoint: str) -> Tokenizer:
     if len(tokenizer) < 50:  # transformers makes an empty tokenizer of a folder without files
         raise InputError(f"{checkpoint}: no tokenizer files; add vocab.json and merges.txt, or tokenizer.json")
     tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special = {token for token, added in tokenizer.added_tokens_decoder.items()
+               if added.special and not BYTE.fullmatch(added.content)}
     tokenizer.control = frozenset({*tokenizer.all_special_ids, *special}) - {tokenizer.unk_token_id}
     return tokenizer
 

@@ -39,7 +39,7 @@ def decoders(args: Namespace) -> list[Decoding]:
     """The command line's decoder, or one a ``--decoder``, each the command line's with its own flags on top."""
     parser = ArgumentParser(prog="--decoder", add_help=False)
     add_decoding_flags(parser)
-    parser.set_defaults(**{name: getattr(args, name) for name in (*OPTIONS, "fp16")})
+    parser.set_defaults(**{name: value for name, value in vars(args).items() if name in (*OPTIONS, "fp16")})
     return [Decoding.of(parser.parse_args(shlex.split(flags))) for flags in args.decoder or [""]]
 
 
@@ -143,7 +143,7 @@ def _batches_done(kept: list[dict], seed: int) -> int:
     return max((record["seed"] - seed + 1 for record in kept), default=0)
 
 
-def main() -> None:
+def parse_args(command_line: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(prog="python -m feedback.collect", description=__doc__.splitlines()[0])
     add_common_flags(parser, model_checkpoint="")
     add_decoding_flags(parser)
@@ -156,10 +156,14 @@ def main() -> None:
     add("--decoder", action="append", metavar="FLAGS",
         help="compare decoders: decoding flags in quotes, '--temperature 0.7'; may be given several times")
     add("--batch_size", type=positive_number, default=32, help="contexts at once (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(command_line)
     if args.replies * len(args.decoder or [""]) < 2:
         raise InputError("--replies 1 and one decoder: there is nothing to compare; ask for 2, or give two --decoder")
-    collect_pairs(args)
+    return args
+
+
+def main() -> None:
+    collect_pairs(parse_args())
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ NO_BETTER_THAN_CHANCE = ("{}: on held-out pairs it is not certainly better than 
                          "Collect more answers, or look at how far annotators agree")
 
 
-def main() -> None:
+def parse_args(command_line: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(prog="python -m feedback.reward", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model_checkpoint", default="", metavar="CHECKPOINT",
@@ -269,7 +269,11 @@ def main() -> None:
     add("--seed", type=whole_number, default=42, help="of the division and of dropout (default: %(default)s)")
     # What else the trainer of train.py and the loading of checkpoints ask for:
     parser.set_defaults(lm_coef=0.0, mc_coef=1.0, gradient_accumulation_steps=1, max_len=0)
-    train_reward(parser.parse_args())
+    return parser.parse_args(command_line)
+
+
+def main() -> None:
+    train_reward(parse_args())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from conftest import make_checkpoint
 from dialogs import Dialog, Utterance, make_entries
 from feedback import policy, reward
 from feedback.collect import collect_pairs
+from feedback.collect import parse_args as parse_collecting
 from feedback.pairs import read_pairs
 from inputs import TurnDataset, collate
 from tokenization import get_tokenizer
@@ -54,16 +55,12 @@ def world(tmp_path_factory) -> Path:
 
 
 def flags(world: Path, **changed) -> Namespace:
-    """collect's command line."""
-    return Namespace(**{
-        "model_checkpoint": str(world / "run"), "dataset_path": str(world / "data.json"), "dataset": "",
-        "data_dir": "data", "target": "both", "distractors": "random", "train_frac": None, "keep_repeated": False,
-        "format": "", "columns": "", "dataset_cache": str(world / "cache"),
-        "max_history": 1, "max_len": 0, "device": "cpu", "no_sample": False,
-        "max_length": 6, "min_length": 1, "temperature": 1.0, "top_k": 0, "top_p": 0.0, "num_beams": 1,
-        "length_penalty": 0.65, "no_repeat_ngram_size": 0, "fp16": "", "seed": 7,
-        "pairs": str(world / "pairs.jsonl"), "split": "valid", "contexts": 30, "replies": 2, "decoder": None,
-        "batch_size": 8} | changed)
+    """collect's command line, small; ``changed``: arguments by name."""
+    args = parse_collecting([str(word) for word in (
+        "--model_checkpoint", world / "run", "--dataset_path", world / "data.json", "--dataset_cache", world / "cache",
+        "--max_history", 1, "--device", "cpu", "--max_length", 6, "--temperature", 1.0, "--top_p", 0, "--seed", 7,
+        "--pairs", world / "pairs.jsonl", "--contexts", 30, "--batch_size", 8)])
+    return Namespace(**vars(args) | changed)
 
 
 @pytest.fixture(scope="session")
@@ -108,13 +105,12 @@ def numbers(folder: Path) -> list[str]:
 
 
 def reward_flags(world: Path, folder: Path, **changed) -> Namespace:
-    """feedback.reward's command line."""
-    return Namespace(**{
-        "model_checkpoint": str(world / "run"), "pairs": str(world / "pairs.jsonl"),
-        "answers": [str(folder / "answers.jsonl")], "reward": str(folder / "reward"),
-        "held_out": 0.3, "n_epochs": 16, "train_batch_size": 4, "lr": 3e-3,
-        "max_norm": 1.0, "save_every": 1000, "fp16": "", "device": "cpu", "seed": 1, "lm_coef": 0.0, "mc_coef": 1.0,
-        "gradient_accumulation_steps": 1, "max_len": 0} | changed)
+    """feedback.reward's command line, small; ``changed``: arguments by name."""
+    args = reward.parse_args([str(word) for word in (
+        "--model_checkpoint", world / "run", "--pairs", world / "pairs.jsonl", "--answers", folder / "answers.jsonl",
+        "--reward", folder / "reward", "--held_out", 0.3, "--n_epochs", 16, "--train_batch_size", 4, "--lr", 3e-3,
+        "--save_every", 1000, "--device", "cpu", "--seed", 1)])
+    return Namespace(**vars(args) | changed)
 
 
 @pytest.fixture(scope="session")
