@@ -71,7 +71,8 @@ def collect_pairs(args: Namespace) -> int:
     made = {
         "checkpoint": args.model_checkpoint, "model": model_hash(model),
         "data": table.metadata["key"][:16], "split": args.split, "max_history": model.max_history,
-        "decoders": [{name: value for name, value in asdict(way).items() if name != "seed"} for way in ways],
+        "decoders": [{name: value for name, value in asdict(way).items() if name not in ("seed", "logit_bias")}
+                     for way in ways],  # logit_bias has no flag
         "fp16": args.fp16,
     }
     model.to(half_dtype(args.device, args.fp16))  # each token reads all weights
