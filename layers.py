@@ -1,6 +1,6 @@
-"""Layers of the network that transformers and PEFT compute otherwise: attention over packed rows, low-rank updates.
+"""Compute attention over packed rows and low-rank layers faster than transformers and PEFT do.
 
-Knows tensors alone. Each has a test that compares it with the library's own computation.
+These functions deal with tensors only. Tests compare each of them with the library's own result.
 """
 
 import sys
@@ -22,11 +22,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
            attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
            **kwargs) -> tuple[torch.Tensor, None]:
-    """Attention in the form that transformers calls it: torch's SDPA, but for packed rows in bfloat16 on CPUs.
+    """Compute attention behind the interface of transformers: matrix products for packed rows, torch's SDPA otherwise.
 
-    There SDPA's kernel takes two to three times as long as these matrix products, mostly for its backward pass over a
-    mask; and query heads that share a key head need no copies of it. ``query`` is (batch, heads, queries, size),
-    ``key`` and ``value`` (batch, key heads, keys, size); the result is (batch, queries, heads, size).
+    For packed rows in bfloat16 on CPUs, SDPA's kernel takes two to three times as long as these matrix products,
+    mostly in the backward pass with a mask. It also needs a copy of a key head for each query head that shares it.
+    ``query`` is (batch, heads, queries, size), ``key`` and ``value`` are (batch, key heads, keys, size); the result is
+    (batch, queries, heads, size).
     """
     plain = not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
@@ -51,17 +52,20 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def usual_attention(name: str, module: nn.Module) -> Callable:
-    """The attention of that ``name``; of "eager", that of the family which ``module`` belongs to."""
+    """Return the attention function that transformers knows as ``name``.
+
+    For "eager", return the function of the model family that ``module`` belongs to.
+    """
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
 def extend_attention_(model: nn.Module, suffix: str, extended: Callable) -> bool:
-    """Let ``extended`` compute the model's attention, in place, around what has computed it so far.
+    """Wrap the model's attention in ``extended``, in place. Return False if the model family does not allow this.
 
-    transformers knows the result by the old name and ``suffix``; a model that has it already stays as it is.
-    ``extended(name, module, query, …)`` gets the old name, for `usual_attention`, and what transformers hands to an
-    attention. Returns False where the family's code has an attention of its own.
+    transformers calls ``extended(name, module, query, …)`` from then on: ``name`` is the name of the attention used so
+    far, for `usual_attention`; the other arguments are those of any attention function. The new attention is
+    registered under the old name plus ``suffix``; a model that already has this suffix is left unchanged.
     """
     name = model.config._attn_implementation
     if name.endswith(suffix):
@@ -76,16 +80,17 @@ def extend_attention_(model: nn.Module, suffix: str, extended: Callable) -> bool
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask of booleans as numbers to add to the scores: 0 where a query may see a key."""
+    """Convert a boolean mask to numbers that are added to the scores: 0 where a query may see a key."""
     return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
 def candidate_mask(segment_ids: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
-    """(batch, positions) segments → (batch, 1, positions, positions), True where a query (row) may see a key.
+    """Return the attention mask of packed rows, (batch, 1, queries, keys): True where a query may see a key.
 
-    A token sees what stands before it in the context (segment 0) and in its own segment. Of the context, a candidate
-    sees the first ``visible`` (batch, positions) tokens; without ``visible``, all of it. Padding sees the beginning of
-    the context, which keeps its softmax finite; nothing sees padding.
+    ``segment_ids`` (batch, positions) numbers the candidates from 1; the context is segment 0. A token sees the
+    earlier tokens of the context and of its own segment. ``visible`` (batch, positions) limits a candidate to the first
+    tokens of the context; without it, a candidate sees the whole context. Padding sees the beginning of the context,
+    which keeps its softmax finite; no token sees padding.
     """
     length, device = segment_ids.shape[1], segment_ids.device
     before = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -97,9 +102,9 @@ def candidate_mask(segment_ids: torch.Tensor, visible: torch.Tensor | None = Non
 
 
 class _LowRank(torch.autograd.Function):
-    """``x W' + scale (x A') B'`` (Hu et al. 2021) with W frozen, in as few passes over the states as there can be.
+    """Compute ``x W' + scale (x A') B'`` (Hu et al. 2021) with a frozen W, in as few passes over memory as possible.
 
-    x (tokens, in), W (out, in), A (rank, in), B (out, rank). Both sums are added up within the matrix products.
+    Shapes: x (tokens, in), W (out, in), A (rank, in), B (out, rank). The matrix products do both additions.
     """
 
     @staticmethod
@@ -119,13 +124,13 @@ class _LowRank(torch.autograd.Function):
 
 
 class LowRankLinear(lora.Linear):
-    """PEFT's layer, computed by `_LowRank` wherever the layer is plain: the same function with fewer passes.
+    """PEFT's low-rank layer, computed by `_LowRank` if it has no dropout or other extras; the result is the same.
 
-    PEFT casts the states twice and passes over the result four times more. Layers that read the same states, as those
-    of queries, keys and values, share one cast of them.
+    PEFT casts the input twice and makes four more passes over the result. Here, layers with the same input, such as the
+    projections to queries, keys and values, share one cast.
     """
 
-    _last_cast: tuple = (lambda: None, None, None)  # states (a weak reference), their version, their cast
+    _last_cast: tuple = (lambda: None, None, None)  # the last input (a weak reference), its version, its cast
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         adapter = self.active_adapters[0]

@@ -1,6 +1,7 @@
-"""Figures out of texts and records: hits, perplexity, F1, calibration, each defined once.
+"""Compute the metrics of an evaluation: hits@k, perplexity, F1, calibration, and their confidence intervals.
 
-Texts and records in, numbers out; knows neither the network nor files nor pages.
+Every metric is defined here, once. The functions take texts and records and return numbers; they use no network, no
+files and no HTML.
 """
 
 import logging
@@ -26,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def rank_of_right(scores, right):
-    """The ranks, counted from 1, of the first candidates that are ``right``, (…,) integers.
+    """Return the rank of the best right candidate, counted from 1: integers of shape (…,).
 
-    ``scores`` (…, candidates) and ``right``, booleans of that shape, are arrays of numpy or tensors of torch.
-    Candidates are ranked by score, of equals the earlier first, as ParlAI's agents hand them over; a hit@k is a right
-    one among the first k. The gold candidate is the last, so that a tie with a wrong one is no hit.
+    ``scores`` and ``right`` (booleans) both have the shape (…, candidates) and are numpy arrays or torch tensors.
+    Candidates are ranked by score; on ties the earlier candidate comes first, as in ParlAI's agents. The gold
+    candidate is the last one, so if it ties with a wrong candidate, this is not a hit.
     """
     place = (right | ~right).cumsum(-1)  # 1, 2, …
     mine, other = scores[..., :, None], scores[..., None, :]
@@ -39,22 +40,26 @@ def rank_of_right(scores, right):
 
 
 def gold_rank_by_words(scores: Sequence[float], texts: Sequence[str]) -> int:
-    """The rank of the gold reply, the last of ``texts``, or of the same words elsewhere, by ParlAI's normalisation."""
+    """Return the rank of the gold reply, the last of ``texts``, counted from 1.
+
+    Other candidates with the same words, after ParlAI's normalisation, count as the gold reply too.
+    """
     gold = normalized(texts[-1])
     return int(rank_of_right(np.array(scores), np.array([normalized(text) == gold for text in texts])))
 
 
 def choice_metrics(records: list[dict], split: "Split") -> dict[str, float | None]:
-    """Hits@k: the share of turns whose gold reply is among the k best candidates; MRR: the mean of 1 / its rank.
+    """Return Hits@k, MRR, and the accuracy and F1 of the chosen candidates.
 
-    ``records`` have ``scores`` and the best candidate as ``reply``, of whose text accuracy and F1 are. Turns with one
-    candidate, where there is nothing to choose, are left out; if there are no others, Hits@1 is None.
+    Hits@k is the share of turns with the gold reply among the k best candidates. MRR is the mean of 1 / rank of the
+    gold reply. Each of ``records`` has the ``scores`` of all candidates and the text of the best one as ``reply``.
+    Turns with a single candidate leave no choice and are skipped; if all turns are like this, Hits@1 is None.
     """
     chosen = [turn for turn, record in enumerate(records) if len(record["scores"]) > 1]
     if len(chosen) < len(records):
-        logger.warning("%s of %s turns have the gold reply as their only candidate: there is nothing to choose, and %s",
+        logger.warning("%s of %s turns have the gold reply as their only candidate, so there is nothing to choose; %s",
                        f"{len(records) - len(chosen):,}", f"{len(records):,}",
-                       "the choice's figures leave them out" if chosen else "hits@k says nothing")
+                       "Hits@k, MRR, F1 and accuracy skip them" if chosen else "hits@k cannot be measured")
     if not chosen:
         return {"Hits@1": None}
     places = [gold_rank_by_words(records[turn]["scores"], split.texts("candidates", turn)) for turn in chosen]
@@ -67,10 +72,11 @@ def softmax(scores: Sequence[float]) -> np.ndarray:
 
 
 def calibration(scores: Iterable[Sequence[float]], right: Sequence[bool], bins: int = 10) -> list[dict]:
-    """How often the likeliest candidate is ``right``, by the probability that the choice head gives it.
+    """Compare the probability of the likeliest candidate with how often this candidate is right.
 
-    ``scores`` of the candidates of each turn. Returns the bins that have turns: ``from``, ``to``, ``turns``, mean
-    ``confidence`` and ``accuracy``. Their weighted mean difference is the expected calibration error (Guo et al. 2017).
+    ``scores``: the candidates' scores, per turn; ``right``: whether the best one is right, per turn. Return a
+    dictionary for each bin of probabilities that has turns: its limits ``from`` and ``to``, the number of ``turns``,
+    the mean ``confidence`` (probability) and the ``accuracy``.
     """
     confidence, right = np.array([softmax(row).max() for row in scores]), np.array(right)
     place = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -80,7 +86,7 @@ def calibration(scores: Iterable[Sequence[float]], right: Sequence[bool], bins: 
 
 
 def calibration_error(bins: list[dict]) -> float:
-    """Mean over turns of |confidence - accuracy| of their bin."""
+    """Return the expected calibration error (Guo et al. 2017): |confidence - accuracy| of each bin, mean over turns."""
     total = sum(one["turns"] for one in bins)
     return sum(one["turns"] * abs(one["confidence"] - one["accuracy"]) for one in bins) / total
 
@@ -89,27 +95,28 @@ def calibration_error(bins: list[dict]) -> float:
 
 
 def split_words(text: str) -> list[str]:
-    """Words of the ConvAI2 dictionary: what stands between spaces, with . , ; : ! ? set apart."""
+    """Split a text into words as the ConvAI2 dictionary does: at spaces, with . , ; : ! ? as words of their own."""
     return re.sub(r"([.,;:!?])", r" \1 ", text).split()
 
 
 def count_words(table: "TokenTable") -> Counter:
-    """How often each word stands in the data: every persona sentence and every utterance of a dialog, once."""
+    """Count each word of the data. Each persona sentence and each utterance of a dialog is counted once."""
     counts = Counter()
     for split in table.values():
         last_turns = dict(zip(split.turn_dialog.tolist(), range(split.num_turns), strict=True))
         for dialog in range(len(split)):
             counts.update(word for text in split.texts("persona", dialog) for word in split_words(text))
-        for turn in last_turns.values():  # whose history is all that was said before
+        for turn in last_turns.values():  # its history holds all earlier utterances
             said = [*split.texts("history", turn), *split.texts("candidates", turn)[-1:]]
             counts.update(word for text in said for word in split_words(text))
     return counts
 
 
 def perplexities(records: list[dict]) -> dict[str, float]:
-    """Exponentials of the mean negative log-likelihood: a token, and a word by ConvAI2's protocol.
+    """Return the perplexity per token and the perplexity per word, the latter by ConvAI2's protocol.
 
-    The second is left out where most of the words count as unknown, because it would be a figure of the others alone.
+    A perplexity is the exponential of the mean negative log-likelihood (nats). The perplexity per word is left out if
+    most words are unknown, because it would describe only the few that are known.
     """
     total = Counter()
     for record in records:
@@ -117,12 +124,12 @@ def perplexities(records: list[dict]) -> dict[str, float]:
     figures = {"Token PPL": math.exp(total["nll"] / total["tokens"])}
     known, unknown = total["words"], total["unknown_words"]
     if unknown:
-        logger.info("%s of the replies' %s words are not in the dictionary and left out of Word PPL",
+        logger.info("%s of the replies' %s words are not in the dictionary; Word PPL skips them",
                     f"{unknown:,}", f"{known + unknown:,}")
     if known > unknown:
         return figures | {"Word PPL": math.exp(total["word_nll"] / known)}
-    logger.warning("Word PPL is left out: %s of the replies' %s words are none that the tokenizer can spell; compare "
-                   "models by Token PPL, or take a tokenizer made for the language", f"{unknown:,}",
+    logger.warning("Word PPL is left out, because the tokenizer cannot spell %s of the replies' %s words; compare "
+                   "models by Token PPL, or use a tokenizer made for this language", f"{unknown:,}",
                    f"{known + unknown:,}")
     return figures
 
@@ -131,9 +138,13 @@ def perplexities(records: list[dict]) -> dict[str, float]:
 
 
 def f1_score(reply: str, gold: str) -> float:
-    """Harmonic mean of precision and recall of the reply's bag of words against the gold reply's.
+    """Return the F1 of a reply: the harmonic mean of precision and recall of its words against the gold reply's words.
 
-    1 as well where the two differ in spaces alone: to GPT-1's tokenizer "cannot" and "can not" are one.
+    Texts are normalised as in ParlAI. Replies that differ from the gold reply only in spaces also score 1, because
+    GPT-1's tokenizer cannot distinguish "cannot" from "can not".
+
+    >>> f1_score("I have two big dogs!", "i have a dog")  # 2 common words; 5 words against 3, "a" does not count
+    0.5
     """
     reply_words, gold_words = normalized(reply), normalized(gold)
     common = sum((Counter(reply_words) & Counter(gold_words)).values())
@@ -143,9 +154,9 @@ def f1_score(reply: str, gold: str) -> float:
 
 
 def text_metrics(records: list[dict], split: "Split", turns: Iterable[int] | None = None) -> dict[str, float]:
-    """F1 of each ``reply`` against the gold one, and accuracy: the share that is the gold reply word for word.
+    """Return the mean F1 of the replies, and the accuracy: the share of replies that equal the gold reply.
 
-    ``turns``: which of them, default all.
+    Both compare words after ParlAI's normalisation. ``turns``: the turns to include (default: all).
     """
     turns = range(len(records)) if turns is None else turns
     pairs = [(records[turn]["reply"], split.texts("candidates", turn)[-1]) for turn in turns]
@@ -156,11 +167,11 @@ def text_metrics(records: list[dict], split: "Split", turns: Iterable[int] | Non
 
 
 def reply_metrics(records: list[dict], split: "Split", max_history: int) -> dict[str, float]:
-    """`text_metrics`, and what the replies look like.
+    """Return `text_metrics`, and measure the variety of the replies.
 
-    Mean length in words (of Chinese and Japanese, letters); distinct-1 and distinct-2, different words and pairs of
-    words over all of them (Li et al. 2016); copied: the share of replies that stand word for word in what the model
-    saw, persona or history.
+    ``Words per reply``: the mean length (Chinese and Japanese: in letters). ``Distinct-1`` and ``Distinct-2``: the
+    share of distinct words and word pairs among all (Li et al. 2016). ``Copied``: the share of replies that occur word
+    for word in the persona or in the part of the history that the model saw.
     """
     copied, lengths, grams = [], [], {1: Counter(), 2: Counter()}
     for turn, record in enumerate(records):
@@ -172,7 +183,7 @@ def reply_metrics(records: list[dict], split: "Split", max_history: int) -> dict
         for n, counts in grams.items():
             counts.update(zip(*(reply[start:] for start in range(n)), strict=False))
     distinct = {f"Distinct-{n}": len(counts) / max(1, counts.total()) for n, counts in grams.items()}
-    looks = {"Words a reply": fmean(lengths), **distinct, "Copied": fmean(copied)}
+    looks = {"Words per reply": fmean(lengths), **distinct, "Copied": fmean(copied)}
     return text_metrics(records, split) | looks
 
 
@@ -181,10 +192,11 @@ def reply_metrics(records: list[dict], split: "Split", max_history: int) -> dict
 
 def interval(values: ArrayLike, weights: ArrayLike, groups: ArrayLike, draws: int = 1000,
              seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of ``sum(values) / sum(weights)``, both (turns,), over draws of whole ``groups``, the dialogs.
+    """Return the 95 % confidence interval of ``sum(values) / sum(weights)``, by a bootstrap over dialogs.
 
-    Turns of one dialog resemble each other, so dialogs are drawn, with replacement: the percentile bootstrap of Efron
-    and Tibshirani (1993).
+    ``values``, ``weights`` and ``groups`` (the number of each turn's dialog) all have the shape (turns,). Turns of the
+    same dialog are not independent, so whole dialogs are drawn with replacement: the percentile bootstrap of Efron and
+    Tibshirani (1993).
     """
     group_of_turn = np.unique(groups, return_inverse=True)[1]
     number = group_of_turn.max() + 1
@@ -195,7 +207,7 @@ def interval(values: ArrayLike, weights: ArrayLike, groups: ArrayLike, draws: in
 
 
 def intervals(records: dict[str, list[dict]], split: "Split") -> dict[str, tuple[float, float]]:
-    """The `interval` of each main figure of an evaluation; ``records`` by kind: ``hits@1``, ``ppl``, ``f1``."""
+    """Return the `interval` of each main metric; ``records`` has the evaluations ``hits@1``, ``ppl`` and ``f1``."""
     dialogs, found = np.asarray(split.turn_dialog), {}
     if "hits@1" in records:
         chosen = [turn for turn, record in enumerate(records["hits@1"]) if len(record["scores"]) > 1]

@@ -1,6 +1,7 @@
-"""The double-heads network over packed turns: language modelling and next-utterance choice.
+"""The double-heads network: a language-model head and a next-utterance choice head over packed turns.
 
-Knows token ids, positions and segments; knows nothing about text, files or checkpoints.
+The network works on token ids, positions and segments. Texts are turned into these by inputs.py; weights.py loads and
+saves the models.
 """
 
 import math
@@ -28,15 +29,17 @@ from metrics import rank_of_right
 
 @dataclass
 class DoubleHeadsOutput(ModelOutput):
-    """What the two heads say of a batch of packed turns.
+    """The output of both heads for a batch of packed turns.
 
-    ``lm_loss``: negative log-likelihood a gold token, mean over the batch, in nats; ``mc_loss``: cross-entropy of the
-    gold candidate, mean over the turns; ``turns``: the number of turns, without those of a row of padding; ``nll`` and
-    ``tokens``, both (rows,): a row's gold negative log-likelihood and the number of tokens that it is the sum of;
-    ``mc_logits`` (turns, candidates), -inf where a turn has no such candidate; ``gold_rank`` (turns,): the rank of
-    the gold one, or of another of the same tokens, from 1 (`metrics.rank_of_right`);
-    ``logits``: (tokens, vocabulary), what the gold tokens were predicted with, row by row; or for decoding
-    (batch, positions kept, vocabulary).
+    - ``lm_loss``: negative log-likelihood per gold token, in nats, averaged over the batch
+    - ``mc_loss``: cross-entropy of the gold candidate, averaged over the turns
+    - ``turns``: the number of turns; rows of padding do not count
+    - ``nll``, ``tokens`` (rows,): the negative log-likelihood of a row's gold tokens, and the number of these tokens
+    - ``mc_logits`` (turns, candidates): the candidates' scores; -inf if a turn has fewer candidates
+    - ``gold_rank`` (turns,): the rank of the gold candidate, from 1 (`metrics.rank_of_right`); a candidate with the
+      same tokens counts as gold
+    - ``logits``: the predictions of the gold tokens, (gold tokens, vocabulary), row by row; when decoding,
+      (batch, positions kept, vocabulary)
     """
 
     lm_loss: torch.Tensor | None = None
@@ -57,28 +60,28 @@ else:
 
 
 class DoubleHeadsModel(_Network):
-    """Mixed into a language model of transformers, the `forward` that reads packed rows and asks both heads.
+    """A mixin for the language models of transformers; its `forward` reads packed rows and computes both heads.
 
-    ``generate()`` works with ``token_type_ids`` and the key-value cache.
+    transformers' ``generate()`` works too, with ``token_type_ids`` and the key-value cache.
     """
 
-    architecture: str  # what plain transformers opens our folders as
-    renamed: dict[str, str] = {}  # checkpoint's weight names → ours
-    extra_modules: tuple[str, ...] = ()  # modules that the plain architecture lacks; saved in a file of their own
+    architecture: str  # the class with which plain transformers opens a run folder
+    renamed: dict[str, str] = {}  # parts of weight names: in the checkpoint → in this class
+    extra_modules: tuple[str, ...] = ()  # modules that the plain architecture lacks; they are saved in another file
 
     @property
     def history_start(self) -> int:
-        """The position at which the dialog history always begins; 0: wherever the persona ends. See `build_context`."""
+        """The fixed position at which the history begins; 0: right after the persona. See `inputs.build_context`."""
         return getattr(self.config, "history_start", None) or 0
 
     @property
     def max_positions(self) -> int:
-        """Positions that a row may take: what the run was limited to by ``--max_len``, or else all there are."""
+        """The number of positions that a row may use: the run's ``--max_len`` if it has one, or all of the model's."""
         return min(getattr(self.config, "max_len", None) or math.inf, self.config.max_position_embeddings)
 
     @property
     def max_history(self) -> int:
-        """Exchanges of the history that the run was trained on; 2 where its config does not say, as in 2019."""
+        """The number of exchanges of history in training; 2, as in 2019, if the config does not say."""
         number = getattr(self.config, "max_history", None)
         return 2 if number is None else number
 
@@ -89,15 +92,15 @@ class DoubleHeadsModel(_Network):
 
     @property
     def no_token_types(self) -> bool:
-        """Whether the run was trained without token types; those that it is given are then left out."""
+        """Whether the run was trained without token types; if so, `forward` ignores them."""
         return getattr(self.config, "no_token_types", False)
 
     def encode(self, input_ids, token_type_ids=None, **inputs) -> ModelOutput:
-        """The body's ``last_hidden_state`` (batch, positions, hidden) and ``past_key_values``."""
+        """Return the body's ``last_hidden_state`` (batch, positions, hidden) and its ``past_key_values``."""
         raise NotImplementedError
 
     def vocabulary_logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Hidden states (…, hidden) → what the language-model head says of the next token, (…, vocabulary)."""
+        """Compute the logits of the next token, (…, vocabulary), from hidden states (…, hidden)."""
         logits, config = self.get_output_embeddings()(states), self.config.get_text_config()
         if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * scale
@@ -110,7 +113,7 @@ class DoubleHeadsModel(_Network):
     def forward(self, input_ids, token_type_ids=None, position_ids=None, attention_mask=None, segment_ids=None,
                 visible=None, labels=None, gold_places=None, mc_token_ids=None, mc_labels=None, mc_rows=None,
                 past_key_values=None, use_cache=None, logits_to_keep=0, **kwargs) -> DoubleHeadsOutput:
-        """Score packed turns, the batches of `inputs.collate`; without ``segment_ids``, give logits for decoding."""
+        """Score a batch of packed turns from `inputs.collate`; without ``segment_ids``, return logits for decoding."""
         packed = segment_ids is not None
         if packed:
             attention_mask = self.layer_masks(candidate_mask(segment_ids, visible), position_ids, position_ids)
@@ -126,8 +129,8 @@ class DoubleHeadsModel(_Network):
 
         out = DoubleHeadsOutput()
         if labels is not None:
-            # The state at one position predicts the token at the next. Only gold tokens need the vocabulary's logits.
-            if gold_places is None:  # on a GPU, to look for them here would wait for all work before
+            # The hidden state at each position predicts the next token. Only gold tokens need logits.
+            if gold_places is None:  # `collate` gives them, because searching here would make a GPU wait
                 gold_places = find_gold_places(labels)
             out.logits = self.vocabulary_logits(states.flatten(0, 1)[gold_places]).float()
             token_nll = F.cross_entropy(out.logits, labels.flatten()[gold_places + 1], reduction="none")
@@ -140,10 +143,10 @@ class DoubleHeadsModel(_Network):
             last_states = states[rows[:, None], mc_token_ids.clamp(min=0)]  # (turns, candidates, hidden)
             if labels is not None:
                 out.turns = (out.tokens[rows] > 0).sum()
-            with torch.autocast(states.device.type, enabled=False):  # half precision would make ties of near scores
+            with torch.autocast(states.device.type, enabled=False):  # half precision would turn near scores into ties
                 head = self.multiple_choice_head
                 scores = head(last_states.to(head.summary.weight.dtype)[:, :, None]).squeeze(-1).float()
-            # Candidates that end at one place are one: the same score to the last bit, whatever the kernel does.
+            # Equal candidates share a segment and so its last token. Give them exactly the same score.
             first = (mc_token_ids[:, :, None] == mc_token_ids[:, None, :]).int().argmax(-1)
             scores = scores.gather(1, first)
             out.mc_logits = scores.masked_fill(mc_token_ids == NO_CANDIDATE, float("-inf"))
@@ -152,19 +155,20 @@ class DoubleHeadsModel(_Network):
         return out
 
     def layer_masks(self, mask: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | dict:
-        """A mask (batch, 1, queries, keys) as the body takes it; where its layers see unequally far, one for each kind.
+        """Convert a mask (batch, 1, queries, keys) to the form that the body takes.
 
-        ``queries`` (batch, queries), ``keys`` (batch, keys): their positions. A sliding window counts those, not places
-        in the row: between a candidate and its context lie its siblings.
+        If only some layers have a sliding window, return a dictionary with a mask per kind of layer. ``queries``
+        (batch, queries) and ``keys`` (batch, keys) are positions. The window is measured in these and not in places of
+        the row, because other candidates lie between a candidate and its context.
         """
         config = self.config.get_text_config()
         window, masks = getattr(config, "sliding_window", None), {"full_attention": mask}
         if window:
             masks["sliding_attention"] = mask & (queries[:, None, :, None] - keys[:, None, None] < window)
-        if config._attn_implementation.startswith("eager"):  # which adds its mask to the scores
+        if config._attn_implementation.startswith("eager"):  # it adds its mask to the scores
             masks = {kind: additive(mask, self.dtype) for kind, mask in masks.items()}
         elif config._attn_implementation.startswith(ATTENTION) and torch.is_autocast_enabled(mask.device.type) and \
-                mask.device.type == "cpu":  # `packed_attention` adds it, in every layer
+                mask.device.type == "cpu":  # `packed_attention` adds it too: convert it once, not in every layer
             masks = {kind: additive(mask, torch.get_autocast_dtype("cpu")) for kind, mask in masks.items()}
         kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
         masks = {kind: masks[kind] for kind in set(kinds)}
@@ -172,7 +176,7 @@ class DoubleHeadsModel(_Network):
 
 
 class GPT2DoubleHeads(DoubleHeadsModel, GPT2DoubleHeadsModel):
-    """GPT-2 with both heads, of any size."""
+    """GPT-2 of any size, with both heads."""
 
     architecture = "GPT2DoubleHeadsModel"
 
@@ -184,14 +188,14 @@ class GPT2DoubleHeads(DoubleHeadsModel, GPT2DoubleHeadsModel):
         return self.transformer(input_ids, token_type_ids=None if self.no_token_types else token_type_ids, **inputs)
 
     def _fuse_activations(self) -> None:
-        """The tanh GELU of both families as one kernel: the same function."""
+        """Replace the tanh GELU of GPT-1 and GPT-2, which transformers spells out, by torch's fused kernel."""
         for block in self.transformer.h:
             if isinstance(block.mlp.act, NewGELUActivation):
                 block.mlp.act = nn.GELU(approximate="tanh")
 
 
 class PostNormBlock(GPT2Block):
-    """GPT-1's block: GPT-2's with each layer norm behind the residual sum instead of before the sublayer."""
+    """GPT-1's block: a GPT-2 block with each layer norm after the residual sum instead of before the sublayer."""
 
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, *args, use_cache=False, **kwargs):
         attended, _ = self.attn(hidden_states, past_key_values=past_key_values, attention_mask=attention_mask,
@@ -201,7 +205,7 @@ class PostNormBlock(GPT2Block):
 
 
 class PostNormConfig(OpenAIGPTConfig):
-    """A GPT-1 configuration, with what GPT-2's code asks for and GPT-1's leaves unsaid (not written to config.json)."""
+    """A GPT-1 configuration with the settings that GPT-2's code needs in addition; these are not saved."""
 
     n_inner = None
     scale_attn_weights = True
@@ -212,11 +216,11 @@ class PostNormConfig(OpenAIGPTConfig):
 
     @property
     def activation_function(self) -> str:
-        return {"gelu": "gelu_new", "swish": "silu"}.get(self.afn, self.afn)  # GPT-1's "gelu" is the tanh one
+        return {"gelu": "gelu_new", "swish": "silu"}.get(self.afn, self.afn)  # GPT-1's "gelu" is the tanh version
 
 
 class PostNormDoubleHeadsModel(GPT2DoubleHeads):
-    """GPT-1 with both heads, on GPT-2's code, which brings SDPA, the key-value cache and ``generate()``."""
+    """GPT-1 with both heads, built on GPT-2's code, which has SDPA, the key-value cache and ``generate()``."""
 
     config_class = PostNormConfig
     architecture = "OpenAIGPTDoubleHeadsModel"
@@ -231,7 +235,10 @@ class PostNormDoubleHeadsModel(GPT2DoubleHeads):
 
 
 class ChoiceHead(nn.Module):
-    """One number from the last of some states: (…, states, hidden) → (…, 1). GPT-2's own head, for everybody else."""
+    """The choice head, as in GPT-2, for all other families: hidden states (…, states, hidden) → scores (…, 1).
+
+    It reads the last hidden state only.
+    """
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -242,15 +249,15 @@ class ChoiceHead(nn.Module):
 
 
 class TokenTypes(nn.Embedding):
-    """What is added to a token's embedding for its speaker: two rows, which start at 0."""
+    """Embeddings of the two speakers, which are added to token embeddings; they start at 0."""
 
 
 class AnyDecoder(DoubleHeadsModel):
-    """Both heads and token types on a causal language model of transformers; `decoder_class` says on which.
+    """A mixin that adds both heads and token types to any causal language model of transformers (`decoder_class`).
 
-    Other families have no token types, and GPT-2's way, the speaker's own token embedding added to every token, would
-    disturb a pretrained model at random until it is learnt. So each speaker gets a row of its own, which is 0 at first:
-    training begins at exactly the pretrained model. ``config.speaker_ids`` says which ids the types are.
+    GPT-2 uses the embeddings of the speakers' tokens as token types. Other families have no token types, and adding
+    such untrained embeddings would disturb a pretrained model. So each speaker has an embedding of its own here, which
+    starts at 0: training begins with exactly the pretrained model. ``config.speaker_ids`` holds the two token types.
     """
 
     extra_modules = ("multiple_choice_head", "token_types")
@@ -271,7 +278,7 @@ class AnyDecoder(DoubleHeadsModel):
         return self.base_model(inputs_embeds=self.embed(input_ids, token_type_ids), **inputs)
 
     def embed(self, input_ids, token_type_ids=None) -> torch.Tensor:
-        """What the first layer reads: (batch, positions, hidden)."""
+        """Return the input of the first layer: embeddings of tokens plus speakers, (batch, positions, hidden)."""
         embedded = self.get_input_embeddings()(input_ids)
         if token_type_ids is not None and not self.no_token_types:
             embedded = embedded + self.token_types((token_type_ids == self.config.speaker_ids[1]).long())
@@ -283,7 +290,7 @@ MODELS = {"gpt2": GPT2DoubleHeads, "openai-gpt": PostNormDoubleHeadsModel}
 
 @cache
 def decoder_class(config_class: Any) -> type[AnyDecoder]:
-    """The double-heads model of a family that transformers knows as a causal language model by ``config_class``."""
+    """Return the double-heads class for a causal language model of transformers, given its configuration class."""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     return type(f"DoubleHeads{causal.__name__}", (AnyDecoder, causal), {"architecture": causal.__name__})
 
@@ -292,14 +299,15 @@ HALF = {"O1": torch.float16, "O2": torch.float16, "O3": torch.float16, "bf16": t
 
 
 def half_dtype(device: str, fp16: str = "") -> torch.dtype | None:
-    """The type that ``fp16`` asks for on a device; None, for ``""`` and O0, is float32.
+    """Return the half-precision type for a value of ``--fp16``; None means float32 (``""`` and O0).
 
-    O1, O2 and O3 are apex's names and mean float16, on a CPU bfloat16, which its matrix units have; bf16 is bfloat16.
+    bf16 means bfloat16. O1, O2 and O3, apex's names, mean float16; on CPUs they mean bfloat16, because CPUs have matrix
+    units for it.
     """
     return torch.bfloat16 if fp16 in HALF and torch.device(device).type == "cpu" else HALF.get(fp16)
 
 
 def autocast(device: str, fp16: str = "") -> torch.autocast:
-    """The context that computes in ``fp16``'s precision where that is safe, and adds up in float32."""
+    """Return a context that computes in the precision of ``fp16`` where this is safe, and in float32 elsewhere."""
     dtype = half_dtype(device, fp16)
     return torch.autocast(torch.device(device).type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -139,7 +139,7 @@ def test_ranks(tmp_path, caplog):
     metrics = choice_metrics(records, table["valid"])  # ranks 1; 3, for a tie counts as better; 8; none
     assert metrics == pytest.approx({"Hits@1": 1 / 3, "Hits@5": 2 / 3, "Hits@10": 1.0, "MRR": (1 + 1 / 3 + 1 / 8) / 3,
                                      "F1": 1 / 3, "Accuracy": 1 / 3})
-    assert "1 of 4 turns have the gold reply as their only candidate: there is nothing to choose" in caplog.text
+    assert "1 of 4 turns have the gold reply as their only candidate, so there is nothing to choose" in caplog.text
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.5]), st.booleans()), min_size=1, max_size=8))
@@ -176,7 +176,7 @@ def test_a_reply_without_an_alternative_is_no_hit(tmp_path, trained):
     assert "hits@1: nothing to choose, nll" in script.stderr
     said = script("convai_evaluation.py", "--dataset_path", "alone.json", "--distractors", "none", "--report", "report",
                   "--model_checkpoint", trained, cwd=tmp_path)
-    assert said == "FINAL Hits@1: nothing to choose\n" and "hits@k says nothing" in script.stderr
+    assert said == "FINAL Hits@1: nothing to choose\n" and "hits@k cannot be measured" in script.stderr
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["figures"] == {"Hits@1": None} and "ranks" not in report
     corpus["valid"].append({"utterances": [{"history": ["hi ."], "candidates": ["hi .", "bye ."]},
@@ -202,7 +202,7 @@ def test_what_replies_look_like(tmp_path):
     metrics = reply_metrics(records, table["valid"], max_history=1)
     assert metrics["F1"] == pytest.approx((2 * 1 / (3 + 3) + 2 * 1 / (3 + 1) + 0) / 3)
     assert metrics["Accuracy"] == 0
-    assert metrics["Words a reply"] == pytest.approx((4 + 3 + 0) / 3)
+    assert metrics["Words per reply"] == pytest.approx((4 + 3 + 0) / 3)
     assert metrics["Distinct-1"] == pytest.approx(5 / 7)  # I love cats . older, of which cats three times
     assert metrics["Distinct-2"] == pytest.approx(5 / 5)
     assert metrics["Copied"] == pytest.approx(1 / 3)  # the first, from the persona, whatever the case
