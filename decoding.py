@@ -1,7 +1,7 @@
 """Decode replies: the options with their bounds, the choice of a token, search and sampling over whole batches.
 
-The chat, evaluation, the web server and learning from preferences all decode by what stands here. Knows token ids; of
-text it knows only how to show a reply to a person.
+The chat, evaluation, the web server and learning from preferences all use these functions. They work on token ids; only
+`readable` makes text of a reply.
 """
 
 import logging
@@ -112,7 +112,7 @@ OPTIONS = {option.name: option for option in fields(Decoding)}
 
 
 def _temperature(text: str) -> float:
-    """Read ``--temperature``. Whoever asks for 0 learns which flag to use."""
+    """Convert the value of ``--temperature``; for 0, the error message names the flag to use."""
     try:
         return OPTIONS["temperature"].metadata["allowed"](text)
     except ArgumentTypeError as error:
@@ -147,9 +147,16 @@ def top_filtering(logits: torch.Tensor, top_k: float = 0.0, top_p: float = 0.9, 
                   filter_value: float = -float("Inf")) -> torch.Tensor:
     """Set the logits of unlikely tokens to ``filter_value``, under the name of 2019.
 
-    ``logits`` (…, vocabulary), of any number of rows. Of each row are kept the ``top_k`` largest (≤ 0: all); of these
-    the smallest set whose probability exceeds ``top_p`` (nucleus, Holtzman et al. 2020; ≤ 0: all), at least one token;
-    and of these the logits of at least ``threshold``. On ties at the nucleus's edge, the first tokens stay.
+    Three filters are applied to each row of ``logits`` (…, vocabulary), one after the other. ``top_k`` keeps the K
+    largest logits (0 or less: all). ``top_p`` keeps the smallest set of tokens with a total probability above P, at
+    least one token (nucleus, Holtzman et al. 2020; 0 or less: all); on ties, it keeps the earliest tokens.
+    ``threshold`` keeps the logits that are not below it.
+
+    >>> logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    >>> top_filtering(logits, top_p=0.6).exp()  # 0.5 alone is too little
+    tensor([0.5000, 0.3000, 0.0000])
+    >>> top_filtering(logits, top_k=1, top_p=0.0).exp()
+    tensor([0.5000, 0.0000, 0.0000])
     """
     top_k = min(int(top_k), logits.shape[-1])
     if top_k > 0:
@@ -172,14 +179,14 @@ def top_filtering(logits: torch.Tensor, top_k: float = 0.0, top_p: float = 0.9, 
 
 
 def _descending(rows: torch.Tensor) -> torch.Tensor:
-    """Each row sorted, the largest first. On CPUs by numpy, whose vectorised sort takes a thirtieth of torch's time."""
+    """Sort each row, the largest value first. On CPUs numpy sorts, in a thirtieth of torch's time."""
     if rows.device.type == "cpu" and rows.dtype.itemsize >= 4:  # numpy has no bfloat16
         return torch.from_numpy(np.sort(rows.detach().numpy())).flip(-1)
     return rows.sort(descending=True).values
 
 
 def repeating(said: Sequence[int], size: int) -> list[int]:
-    """The tokens after which the last ``size`` tokens of ``said`` would be there a second time; ``size`` 0: none."""
+    """Return the next tokens that would repeat an n-gram of ``said``, where n is ``size``; none if ``size`` is 0."""
     last = tuple(said[len(said) - size + 1:])
     return [said[start + size - 1] for start in range(len(said) - size + 1) if size
             and tuple(said[start:start + size - 1]) == last]
@@ -187,13 +194,13 @@ def repeating(said: Sequence[int], size: int) -> list[int]:
 
 def allowed_scores(logits: torch.Tensor, options: Sequence[Decoding], said: Sequence[Sequence[int]],
                    special: Specials, new: Sequence[int] | None = None) -> torch.Tensor:
-    """The logits (rows, vocabulary) in float32 as a row's options change them, with -inf for the tokens they forbid.
+    """Apply each row's options to its logits (rows, vocabulary); return them in float32, -inf for forbidden tokens.
 
-    First penalties and biases are added. Control tokens are forbidden before ``min_length``, then tokens that would
-    repeat an n-gram, and where a row samples its logits are divided by the temperature and filtered. ``options``: of
-    each row; ``said``: the reply so far, with whatever words it was given to begin with; ``new``: how many tokens of
-    it, the last ones, count for ``min_length`` and penalties (default: all). Each row is computed by itself, and one
-    whose logits are not numbers disturbs no other.
+    Penalties and biases are added first. Then control tokens before ``min_length`` and tokens that would repeat an
+    n-gram are forbidden. If a row samples, its logits are divided by the temperature and filtered. ``options``: the
+    options of each row; ``said``: each reply so far, including the given words that it begins with; ``new``: how many
+    of its last tokens count for ``min_length`` and penalties (default: all). Rows are independent: one with logits
+    that are not numbers does not disturb the others.
     """
     scores = logits.to(torch.float32, copy=True)
     sampled: dict[tuple, list[int]] = {}
@@ -219,10 +226,10 @@ def allowed_scores(logits: torch.Tensor, options: Sequence[Decoding], said: Sequ
 
 def choose_tokens(scores: torch.Tensor, options: Sequence[Decoding],
                   generators: Sequence[torch.Generator | None] | None = None) -> list[int | None]:
-    """The next token of each row of `allowed_scores`: the likeliest, or one drawn by its probability.
+    """Choose the next token of each row of `allowed_scores`: the likeliest, or one drawn by its probability.
 
-    ``generators``: of random numbers, one for each row (default: torch's global one). None stands for a row that has no
-    choice, because its logits are not numbers or every token is forbidden; its neighbours do not notice.
+    ``generators``: a random generator per row (default: torch's global one). The result has None for a row without a
+    choice, because its logits are not numbers or all tokens are forbidden.
     """
     usable, likeliest = scores.amax(-1).isfinite().tolist(), scores.argmax(-1).tolist()
     tokens: list[int | None] = []
@@ -233,7 +240,7 @@ def choose_tokens(scores: torch.Tensor, options: Sequence[Decoding],
             tokens.append(likeliest[row])
         else:
             generator = generators[row] if generators else None
-            allowed = (scores[row] > -math.inf).nonzero()[:, 0]  # mostly few: a random number is drawn for each
+            allowed = (scores[row] > -math.inf).nonzero()[:, 0]  # usually few; each costs a random number
             drawn = torch.multinomial(scores[row, allowed].softmax(-1), 1, generator=generator)
             tokens.append(int(allowed[drawn]))
     return tokens
@@ -254,13 +261,14 @@ def generate_replies(
 ) -> list[list[int]]:
     """Decode replies to each context, all in one batch.
 
-    ``decoding``: `Decoding`, or whatever `Decoding.of` takes, such as parsed flags. ``beginnings``: token ids that each
-    reply starts with. ``streamer`` is given the prompt and then each token; only for one reply without beams.
-    ``samples``: replies per context, which is computed once for all of them; with beams, the best ``samples`` (at most
-    ``num_beams``) of the search.
-    Returns (contexts · samples) lists of the token ids after the beginning, a context's replies side by side, without
-    control tokens; any control token ends a reply, and none can come before ``min_length``. A reply whose logits are
-    not numbers ends there, with a warning. Draws from torch's global random state.
+    ``decoding``: a `Decoding` or anything that `Decoding.of` takes, such as parsed flags. ``beginnings``: the token ids
+    that each reply must start with. ``streamer``: receives the prompt and then each token; it works for a single reply
+    without beams. ``samples``: the number of replies per context, which share its computation; with beams, the best
+    ``samples`` (at most ``num_beams``) hypotheses of the search.
+
+    Return contexts · samples lists of token ids, without the beginnings and without control tokens; the replies to one
+    context are adjacent. Any control token ends a reply, but none can occur before ``min_length``. A reply ends early,
+    with a warning, if its logits are not numbers. Random numbers come from torch's global generator.
     """
     decoding, beginnings = Decoding.of(decoding), beginnings or [[]] * len(contexts)
     prompts = [begin_reply(context, special, beginning)
@@ -275,7 +283,7 @@ def generate_replies(
 
 def _sampled(model: DoubleHeadsModel, prompts: list[Segment], special: Specials, decoding: Decoding,
              beginnings: Sequence[list[int]], streamer: TextStreamer | None, samples: int) -> list[list[int]]:
-    """Replies token by token, greedy or sampled; those that have ended leave the batch."""
+    """Decode replies greedily or by sampling; contexts with all replies ended leave the batch."""
     replies: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     rows = list(range(len(replies)))  # of each row of the batch, the number of its reply
     going, broken = set(rows), 0
@@ -314,23 +322,23 @@ def _sampled(model: DoubleHeadsModel, prompts: list[Segment], special: Specials,
 
 
 def _close_ranks(staying: list[int]) -> list[int]:
-    """The same numbers, each below ``len(staying)`` in its own place, so that few of them have to move."""
+    """Reorder context numbers so that each one below ``len(staying)`` keeps its place, and few have to be copied."""
     kept, movers = set(staying), [place for place in staying if place >= len(staying)]
     return [place if place in kept else movers.pop() for place in range(len(staying))]
 
 
 def _warn_of_broken(broken: int, replies: int) -> None:
     if broken:
-        logger.warning("%s of %s replies end early: what the model predicts there are not numbers; it may need float32",
+        logger.warning("%s of %s replies end early, because the model's logits are not numbers there; try float32",
                        f"{broken:,}", f"{replies:,}")
 
 
 class BeamSearch:
-    """The beam search for one context, a step at a time, and beside it the greedy reply.
+    """Beam search for one context, step by step, together with greedy decoding.
 
-    Hypotheses compete by log-likelihood over length to the power of ``length_penalty``. The search ends when no
-    hypothesis that is left can overtake the best ``replies`` (Freitag and Al-Onaizan 2017). A beam can lose the greedy
-    reply on the way and end with a worse one; then the greedy reply is the answer.
+    Hypotheses are scored by log-likelihood / length^``length_penalty``. The search ends when no remaining hypothesis
+    can beat the best ``replies`` (Freitag and Al-Onaizan 2017). Beam search may drop the greedy reply and end with a
+    worse one; in this case the greedy reply is returned.
     """
 
     def __init__(self, decoding: Decoding, special: Specials, replies: int = 1):
@@ -342,17 +350,19 @@ class BeamSearch:
 
     @property
     def hypotheses(self) -> list[list[int]]:
-        """Tokens of each row to compute: the beams, then the greedy reply. At first they are all one."""
+        """The tokens of each row to compute: the beams, then the greedy reply. At first there is one empty row."""
         return [tokens for _, tokens in self.live] + ([self.greedy[1]] if self.greedy and self.greedy[1] else [])
 
     def candidates(self, vocabulary: int) -> int:
-        """How many tokens of each row can matter in a step: some of them end a reply."""
+        """Return how many of the likeliest tokens of each row a step needs, since some of them may end a reply."""
         return min(self.decoding.num_beams * (1 + len(self.special)), vocabulary)
 
     def step(self, best: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]) -> list[int]:
-        """Choose from the likeliest next tokens of each of `hypotheses` and their log-probabilities, the best first.
+        """Extend the hypotheses by one token.
 
-        Returns the row that each of the new `hypotheses` continues; none when the search is over.
+        ``best`` and ``tokens``: for each of `hypotheses`, the log-probabilities and ids of its likeliest next tokens,
+        the best first. Return, for each of the new `hypotheses`, the row that it continues; an empty list ends the
+        search.
         """
         width, length = self.decoding.num_beams, len(self.hypotheses[0]) + 1
         last, parents = length == self.decoding.max_length, []
@@ -391,7 +401,7 @@ class BeamSearch:
         return (score, tokens[:-1], "stop") if tokens[-1] in self.special else (score, tokens, "length")
 
     def results(self) -> list[tuple[float, list[int], str]]:
-        """The best replies with their scores and "stop" or "length"; none where no step had numbers to choose from."""
+        """Return the best replies: score, tokens, and "stop" or "length". Empty if the logits were never numbers."""
         greedy = self.greedy_ended
         if greedy and (not self.ended or greedy[0] > self.ended[0][0] and
                        greedy[1] not in [tokens for _, tokens, _ in self.ended]):
@@ -400,10 +410,10 @@ class BeamSearch:
 
 
 def likeliest(logits: torch.Tensor, scores: torch.Tensor, most: int) -> tuple[list[list[float]], list[list[int]]]:
-    """What `BeamSearch.step` reads: the ``most`` likeliest tokens of each row with their log-probabilities.
+    """Return log-probabilities and ids of the ``most`` likeliest tokens of each row, as `BeamSearch.step` takes them.
 
-    ``logits`` (rows, vocabulary) give the probabilities, and ``scores``, those of `allowed_scores`, the choice. A row
-    whose logits are not numbers has probabilities of 0.
+    ``scores`` (from `allowed_scores`) decide which tokens are likeliest, ``logits`` give the probabilities; both are
+    (rows, vocabulary). If a row's logits are not numbers, its log-probabilities are -inf.
     """
     best, tokens = scores.topk(most)
     best = best - logits.float().logsumexp(-1, keepdim=True)
@@ -412,7 +422,10 @@ def likeliest(logits: torch.Tensor, scores: torch.Tensor, most: int) -> tuple[li
 
 def _searched(model: DoubleHeadsModel, prompts: list[Segment], special: Specials, decoding: Decoding,
               beginnings: Sequence[list[int]], samples: int) -> list[list[int]]:
-    """The best replies of beam searches, one for each prompt, side by side; searches that are over leave the batch."""
+    """Run a beam search per prompt, all in one batch, and return the best replies.
+
+    Finished searches leave the batch.
+    """
     copies = decoding.num_beams + 1  # the beams and the greedy reply
     searches = [BeamSearch(decoding, special, samples) for _ in prompts]
     sequences = sequences_for(model, prompts, copies, decoding.max_length)
@@ -453,7 +466,7 @@ def sample_sequence(personality, history, tokenizer: Tokenizer, model, args, cur
     """Decode one reply, under the name of 2019.
 
     ``personality``, ``history``: lists of token-id lists; ``args``: options as `Decoding.of` takes them;
-    ``current_output``: token ids that the reply begins with. Returns the reply's token ids, that beginning included.
+    ``current_output``: token ids that the reply begins with. Return the reply's token ids, including these.
     """
     decoding, beginning, special = Decoding.of(args), list(current_output or []), Specials.of(tokenizer)
     context = fitted_context(model, personality, history, special, decoding.max_length + len(beginning))
@@ -461,11 +474,11 @@ def sample_sequence(personality, history, tokenizer: Tokenizer, model, args, cur
 
 
 def fitted_context(model: DoubleHeadsModel, persona, history, special: Specials, reply_length: int) -> Segment:
-    """`build_context`, its oldest part left out where a reply of ``reply_length`` tokens would not fit behind it."""
+    """Build a context that leaves room for a reply of ``reply_length`` tokens; its oldest part is cut if necessary."""
     room, history_start = model.max_positions - reply_length - 1, model.history_start
     if room < max(2, history_start + 1):
         raise InputError(f"--max_length {reply_length}: the model has {room + reply_length + 1} positions for context "
-                         "and reply together; ask for a shorter reply")
+                         "and reply together; choose a smaller --max_length")
     return build_context(*fit_context(persona, history, room, history_start), special, history_start)
 
 
@@ -474,15 +487,15 @@ def fitted_context(model: DoubleHeadsModel, persona, history, special: Specials,
 
 def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0, fp16: str = "",
                     max_history: int | None = None) -> tuple[DoubleHeadsModel, Tokenizer]:
-    """The model of a checkpoint, on its device, and the tokenizer.
+    """Load a model, in evaluation mode, on its device, and its tokenizer.
 
-    ``max_len``: how many positions a row may take (default 0: as in the checkpoint's training). ``fp16``: the precision
-    of the weights, for decoding alone, which reads all of them for each token: half the bytes take half the time.
-    ``max_history``: exchanges that it sees (default None: as in the checkpoint's training).
-    Raises `InputError` as `model.load_model` does.
+    ``max_len``: the number of positions that a row may use (default 0: as in training). ``max_history``: the number of
+    exchanges that the model sees (default None: as in training). ``fp16``: the precision of the weights, only for
+    decoding: each token reads all weights, so half the bytes take half the time. Raises `InputError` as
+    `weights.load_model` does.
     """
     tokenizer = get_tokenizer(model_checkpoint)
-    with torch.random.fork_rng(devices=[]):  # what the checkpoint lacks is the same each time, and nothing else is
+    with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks get the same random values each time
         torch.default_generator.manual_seed(0)
         model = load_model(model_checkpoint)
         add_special_tokens_(model, tokenizer)
@@ -494,16 +507,16 @@ def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0
 
 
 def readable(tokenizer: Tokenizer, reply: list[int]) -> str:
-    """A whole reply for a person to read, on one line."""
+    """Decode a whole reply to text for a person, on one line."""
     return printable(decoded(tokenizer, reply)).strip()
 
 
 def decoded(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The text of tokens, without control tokens."""
+    """Decode tokens to text, without control tokens."""
     words = [token for token in tokens if token not in tokenizer.control]
     return tokenizer.decode(words, clean_up_tokenization_spaces=joins(tokenizer))
 
 
 def joins(tokenizer: Tokenizer) -> bool:
-    """Whether decoding must join tokens: GPT-1's stand apart as its training text did ("do n't")."""
+    """Return whether decoding must join tokens: GPT-1's tokenizer splits words that people write as one ("do n't")."""
     return isinstance(tokenizer, OpenAIGPTTokenizer)

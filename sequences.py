@@ -1,6 +1,6 @@
-"""The forward passes of decoding: many contexts at once without padding, then one token per reply and pass.
+"""Compute the forward passes of decoding: many contexts at once without padding, then one token per reply and pass.
 
-Knows token ids, keys and values; `decoding` chooses the tokens.
+The classes here manage token ids, keys and values; decoding.py chooses the tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,42 +18,42 @@ from layers import extend_attention_, usual_attention
 from model import DoubleHeadsModel
 
 PASS = 512  # new tokens of contexts in one forward pass: activations stay in the processor's cache
-IN_STEP = "_in_step"  # in the name of an attention, behind that of the attention that it extends
+IN_STEP = "_in_step"  # the suffix of the attention's name, see `layers.extend_attention_`
 
 
 class Part(NamedTuple):
-    """One context in the row of tokens of a forward pass."""
+    """One context within a forward pass, which computes several contexts as one row of tokens."""
 
-    slot: int  # where its keys and values lie
+    slot: int  # the place of its keys and values
     source: int  # the slot of a context that begins with the same tokens
-    shared: int  # how many tokens those are; they are copied from there
-    tokens: slice  # where its other tokens lie in the row
-    length: int  # of the whole context
+    shared: int  # the number of these tokens; their keys and values are copied from there
+    tokens: slice  # the places of its other tokens in the row
+    length: int  # the number of tokens of the whole context
 
 
 class Sequences:
-    """Contexts, and for each of them ``copies`` replies that grow by one token per `step`.
+    """Contexts with ``copies`` replies each; every reply grows by one token per `step`.
 
-    ``logits``: what the model predicts after each context, (contexts, vocabulary). The contexts are computed as one
-    row of tokens, and what several of them begin with is computed once. A reply's row is number context · copies +
-    copy; all copies read the keys and values of their context from one place.
+    ``logits`` (contexts, vocabulary) are the predictions after each context. All contexts are computed as one row of
+    tokens without padding; tokens that several contexts begin with are computed once. The reply ``copy`` of a context
+    has the row number context · copies + copy; all copies share the keys and values of their context.
     """
 
     def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int):
-        """``longest``: the most tokens that a reply can have."""
+        """Compute the contexts. ``longest``: the largest number of tokens that a reply can have."""
         self.model, self.copies, self.longest = model, copies, longest
         self.starts = [context.start for context in contexts]
         self.lengths = [len(context.ids) for context in contexts]
         self.width, self.steps = max(self.lengths), 0
         self.of_contexts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer → keys, values
         self.of_replies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.parts: list[Part] = []  # of the pass over contexts that is being computed
+        self.parts: list[Part] = []  # the contexts of the current pass; empty in a `step`
         self.layers = llama_layers(model)
-        self.logits = self._read(contexts, share=True)
-        if not self.logits.amax(-1).isfinite().all():  # no context may harm those that begin like it
-            self.logits = self._read(contexts, share=False)
+        self.logits = self._encode(contexts, share=True)
+        if not self.logits.amax(-1).isfinite().all():  # a broken context must not harm others that begin like it
+            self.logits = self._encode(contexts, share=False)
 
-    def _read(self, contexts: Sequence[Segment], share: bool) -> torch.Tensor:
+    def _encode(self, contexts: Sequence[Segment], share: bool) -> torch.Tensor:
         def sequence(slot: int) -> list[tuple[int, int]]:
             return list(zip(contexts[slot].ids, contexts[slot].types, strict=True))
 
@@ -76,7 +76,7 @@ class Sequences:
         return torch.cat(logits)[back]
 
     def _pass(self, contexts: Sequence[Segment]) -> torch.Tensor:
-        """Compute ``parts``; returns the logits after the last token of each."""
+        """Compute ``parts`` and return the logits after the last token of each."""
         ids = [token for part in self.parts for token in contexts[part.slot].ids[part.shared:]]
         types = [kind for part in self.parts for kind in contexts[part.slot].types[part.shared:]]
         columns = [column for part in self.parts for column in range(part.shared, part.length)]
@@ -89,13 +89,13 @@ class Sequences:
         return self.model.vocabulary_logits(states[0, [part.tokens.stop - 1 for part in self.parts]])
 
     def step(self, tokens: Sequence[int], kind: int) -> torch.Tensor:
-        """Add one token of type ``kind`` to each row; returns the logits of the next ones, (rows, vocabulary)."""
+        """Add one token of type ``kind`` to each row and return the logits of the next tokens, (rows, vocabulary)."""
         device = self.model.device
         lengths = torch.tensor(self.lengths, device=device).repeat_interleave(self.copies)[:, None]
         starts = torch.tensor(self.starts, device=device).repeat_interleave(self.copies)[:, None]
         columns = torch.arange(self.width + self.steps + 1, device=device)[None]
         of_reply = columns >= self.width
-        keys = torch.where(of_reply, columns - self.width + lengths, columns)  # places of keys, in each row's own count
+        keys = torch.where(of_reply, columns - self.width + lengths, columns)  # each key's place in its own sequence
         places = lengths + self.steps
         states = self._states(torch.tensor([tokens], device=device),
                               torch.full((1, len(tokens)), kind, device=device), (places + starts).T,
@@ -105,20 +105,20 @@ class Sequences:
 
     def _states(self, ids: torch.Tensor, types: torch.Tensor, positions: torch.Tensor,
                 mask: torch.Tensor | dict) -> torch.Tensor:
-        """The last hidden states of one row of tokens, (1, tokens, hidden)."""
+        """Compute the last hidden states of a row of tokens, (1, tokens, hidden)."""
         if self.layers is None:
             return self.model.encode(ids, token_type_ids=types, position_ids=positions, use_cache=True,
                                    past_key_values=self, attention_mask=mask).last_hidden_state
         states, body = self.model.embed(ids, types), self.model.base_model
         cosines, sines = (table[0, :, None] for table in body.rotary_emb(states, position_ids=positions))
         half = cosines.shape[-1] // 2
-        sines = torch.cat([-sines[..., :half], sines[..., half:]], -1)  # the sign of `rotate_half`
+        sines = torch.cat([-sines[..., :half], sines[..., half:]], -1)  # the minus sign of transformers' `rotate_half`
         for layer in self.layers:
             states = layer(states, cosines, sines, self, mask[layer.kind] if isinstance(mask, dict) else mask)
         return body.norm(states)
 
     def keep(self, contexts: list[int]) -> None:
-        """Go on with these contexts alone, and their replies, in this order; each is below or where it was."""
+        """Keep only these contexts and their replies, in this order; no context may move to a higher number."""
         for states, rows in ((self.of_contexts, 1), (self.of_replies, self.copies)):
             for layer, pair in states.items():
                 for tensor in pair:
@@ -130,7 +130,7 @@ class Sequences:
         self.lengths = [self.lengths[context] for context in contexts]
 
     def follow(self, parents: list[int]) -> None:
-        """Let each row go on from what the row ``parents[row]`` of the same context has said."""
+        """Let each row continue the reply of the row ``parents[row]``, which must belong to the same context."""
         if parents == list(range(len(parents))):
             return
         rows = torch.tensor(parents, device=self.model.device)
@@ -145,14 +145,14 @@ class Sequences:
         return _additive(masks)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__) -> tuple:
-        """Take in the keys and values of a pass, (1, heads, tokens, size) each; attention calls it.
+        """Store the keys and values of a pass, (1, heads, tokens, size) each; the model's layers call this.
 
-        What it returns tells `decoding_attention` where to look.
+        The returned keys carry references to this object and the layer, for `decoding_attention`.
         """
         states, rows, width = self.of_replies, len(self.lengths) * self.copies, self.longest
         if self.parts:
             states, rows, width = self.of_contexts, len(self.lengths), self.width
-        if layer not in states:  # keys lie as their product with queries reads them
+        if layer not in states:  # keys are stored transposed, as their product with queries reads them
             states[layer] = (keys.new_zeros(rows, keys.shape[1], keys.shape[3], width),
                              values.new_zeros(rows, values.shape[1], width, values.shape[3]))
         all_keys, all_values = states[layer]
@@ -169,14 +169,14 @@ class Sequences:
         return keys, values
 
     def get_seq_length(self, *_) -> int:
-        """Some families ask, to number positions; they are given ours."""
+        """Return 0. Some families use this to number positions, but here positions are given."""
         return 0
 
     def attend(self, layer: int, query: torch.Tensor, mask: torch.Tensor, attention: Callable, scaling: float,
                softcap: float | None) -> torch.Tensor:
-        """Attention of a pass: ``query`` (1, heads, tokens, size) → (1, tokens, heads, size).
+        """Compute the attention of a pass: ``query`` (1, heads, tokens, size) → (1, tokens, heads, size).
 
-        ``attention`` computes that of a context, in the interface of transformers.
+        ``attention``: the function for the tokens of one context, with the interface of transformers.
         """
         keys, values = self.of_contexts[layer]
         if self.parts:
@@ -188,7 +188,7 @@ class Sequences:
         said_keys, said_values = self.of_replies[layer]
         said_keys, said_values = said_keys[..., :self.steps + 1], said_values[:, :, :self.steps + 1]
         query = query[0].transpose(0, 1) * scaling  # (rows, query heads, size)
-        query = query.reshape(len(query), heads, -1, size)  # query heads by the key head that they share
+        query = query.reshape(len(query), heads, -1, size)  # group query heads by the key head that they share
 
         def by_context(rows: torch.Tensor) -> torch.Tensor:
             """(rows, heads, queries, …) → (contexts, heads, copies · queries, …)"""
@@ -200,7 +200,7 @@ class Sequences:
         scores = torch.cat([by_row(by_context(query) @ keys), query @ said_keys], -1)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        weights = (scores + mask).softmax(-1).to(values.dtype)  # the sum and the softmax in float32
+        weights = (scores + mask).softmax(-1).to(values.dtype)  # mask and softmax are computed in float32
         out = by_row(by_context(weights[..., :self.width]) @ values) + weights[..., self.width:] @ said_values
         return out.flatten(1, 2)[None]
 
@@ -214,7 +214,7 @@ def _additive(mask: torch.Tensor) -> torch.Tensor:
 def decoding_attention(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
            attention_mask: torch.Tensor | None, scaling: float | None = None, softcap: float | None = None,
            **how) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention in the interface of transformers: that of `Sequences` in its passes, ``attention`` otherwise."""
+    """Compute attention behind the interface of transformers: `Sequences.attend` in its passes, else ``attention``."""
     usual = usual_attention(attention, module)
     options = how | {name: value for name, value in (("scaling", scaling), ("softcap", softcap)) if value is not None}
     sequences = getattr(key, "sequences", None)
@@ -234,9 +234,9 @@ LLAMA_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "sel
 
 
 class LlamaLayer:
-    """A layer of Llama, Mistral or Qwen2 in as few operations as torch has for it; the weights stay where they are.
+    """Compute a layer of Llama, Mistral or Qwen2 in as few torch operations as possible, with the layer's own weights.
 
-    At one token per reply, the calls of modules and small operations take longer than their arithmetic.
+    With one token per reply, calling modules and small operations takes longer than the arithmetic.
     """
 
     def __init__(self, layer: nn.Module, number: int, kind: str | None, attention: Callable):
@@ -270,7 +270,7 @@ class LlamaLayer:
 
 
 def llama_layers(model: DoubleHeadsModel) -> list[LlamaLayer] | None:
-    """The layers of a model of Llama's build; None where it has others, or linear layers that are not plain."""
+    """Return the layers of a model of Llama's kind; None for other layers, or for linear layers that are not plain."""
     layers, config = getattr(model.base_model, "layers", []), model.config
     plain = all(type(layer).__name__ in LLAMA_LAYERS and
                 all(type(layer.get_submodule(name)) is nn.Linear for name in LLAMA_LINEAR) for layer in layers)
@@ -283,7 +283,7 @@ def llama_layers(model: DoubleHeadsModel) -> list[LlamaLayer] | None:
 
 
 class PaddedSequences:
-    """What `Sequences` does, with the cache of transformers: rows padded on the left. For all other families."""
+    """The same as `Sequences` for other model families, with the cache of transformers and padding on the left."""
 
     def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int):
         self.model, self.copies, self.steps, self.cache = model, copies, 0, DynamicCache()
@@ -320,6 +320,6 @@ class PaddedSequences:
 
 
 def sequences_for(model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int):
-    """`Sequences`, or `PaddedSequences` for families whose attention cannot be replaced."""
+    """Return `Sequences`, or `PaddedSequences` for model families with attention that cannot be replaced."""
     kind = Sequences if extend_attention_(model, IN_STEP, decoding_attention) else PaddedSequences
     return kind(model, contexts, copies, longest)
