@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import os
+import signal
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -23,12 +24,23 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line that names the thing, the place and the cure."""
 
 
+def say_start() -> None:
+    """Say in a terminal that a script has started, before the imports that take it seconds, and let Ctrl-C end these
+    quietly; `command` takes over from here."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell's background job, which ignores it
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    if sys.stdin.isatty() and sys.stdout.isatty() and not {"-h", "--help"} & {*sys.argv}:
+        print("Loading the model …", flush=True)
+
+
 def command(main: Callable[[], Any]) -> None:
     """Run a script's ``main``: an `InputError`, or a file that cannot be used, becomes one line and exit status 2.
 
     Ctrl-C ends quietly with 130, a closed output pipe with 141, as the shell's own commands do. Neither errors nor the
     log can carry commands to the terminal, and a terminal that lacks a letter shows a question mark.
     """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -1,15 +1,22 @@
 """Talk to a model in the terminal.
 
-Reads lines from a person or a pipe, keeps the last exchanges as history, and answers as the persona.
+Reads lines from a person or a pipe, keeps the last exchanges as history, and answers as the persona. In a terminal
+there are commands, which begin with a slash; a pipe gets replies and nothing else.
 """
 
 import io
+import json
 import logging
 import os
 import random
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+
+from cli import say_start
+
+if __name__ == "__main__":
+    say_start()  # what follows takes seconds
 
 import torch
 from transformers import TextStreamer
@@ -39,13 +46,30 @@ LARGEST_PERSONALITY = 1 << 20  # bytes of a file; no model has positions for a t
 logger = logging.getLogger("interact")
 
 
+HELP = """\
+  /persona TEXT or FILE  be somebody else, and begin anew; without a text: say who the bot is
+  /reset                 begin anew
+  /retry                 reply once more to what you said last
+  /save FILE             write the conversation as a data file, which training and example_entry.py read
+  /help                  this list
+Ctrl-C stops a reply that is being written. At the prompt it ends the chat, as Ctrl-D does and {end_command}"""
+
+
 class ReplyStreamer(TextStreamer):
-    """Prints a reply's words as they are decided, without the blank before the first one."""
+    """Prints a reply's words as they are decided, without the blank before the first one.
+
+    ``tokens``: the reply so far.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True,
                          clean_up_tokenization_spaces=joins(tokenizer))
-        self.begun = False
+        self.begun, self.tokens = False, list[int]()
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.tokens += value.tolist()
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         text = printable(text) if self.begun else printable(text).lstrip()
@@ -53,35 +77,148 @@ class ReplyStreamer(TextStreamer):
         super().on_finalized_text(text, stream_end)
 
 
+class Conversation:
+    """A persona and what was said to it and by it, as texts and as token ids."""
+
+    def __init__(self, model: DoubleHeadsModel, tokenizer: Tokenizer, personality: list[str], decoding: Decoding):
+        self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
+        self.special = Specials.of(tokenizer)
+        self.become(personality)
+
+    def become(self, personality: list[str]) -> None:
+        """Be somebody, and begin anew."""
+        self.personality, self.persona = personality, self.tokenizer.encode_persona(personality)
+        self.reset()
+
+    def reset(self) -> None:
+        self.said: list[str] = []  # the user's and the bot's in turns
+        self.history: list[list[int]] = []  # of the same
+
+    def hear(self, text: str) -> bool:
+        """Take in what the user said. False when nothing is left of it as tokens."""
+        if ids := self.tokenizer.encode(text):
+            self.said.append(text.strip())
+            self.history.append(ids)
+        return bool(ids)
+
+    def take_back(self) -> bool:
+        """Forget the last reply. False when there is none."""
+        del self.said[-1:], self.history[-1:]
+        return bool(self.said)
+
+    def answer(self) -> None:
+        """Print a reply to what was said last, word by word but for beams, and remember it.
+
+        Ctrl-C stops it; what was printed until then remains said, or, where that is nothing, the user's line is
+        forgotten. It goes on its way as ``KeyboardInterrupt``.
+        """
+        history = self.history[-(2 * self.model.max_history + 1):]
+        context = fitted_context(self.model, self.persona, history, self.special, self.decoding.max_length)
+        streamer = ReplyStreamer(self.tokenizer) if self.decoding.num_beams == 1 else None
+        try:
+            reply = generate_replies(self.model, [context], self.special, self.decoding, streamer=streamer)[0]
+        except KeyboardInterrupt:
+            if streamer and streamer.tokens:
+                streamer.end()  # prints the word that it was waiting to complete
+                self._remember(streamer.tokens)
+            else:
+                self.take_back()
+            raise
+        if not streamer:
+            print(readable(self.tokenizer, reply))
+        self._remember(reply)
+
+    def _remember(self, reply: list[int]) -> None:
+        self.said.append(readable(self.tokenizer, reply))
+        self.history.append(reply)
+
+    def save(self, name: str) -> None:
+        """Write a data file, both of whose splits have the conversation. Raises `InputError`."""
+        turns = [{"history": self.said[:place], "candidates": [self.said[place]]}
+                 for place in range(1, len(self.said), 2)]
+        if not turns:
+            raise InputError("nothing to save yet; talk first")
+        entry = {"personality": self.personality, "utterances": turns}
+        try:
+            with open(name, "x", encoding="utf-8", errors="replace") as file:
+                file.write(json.dumps({"train": [entry], "valid": [entry]}, indent=1, ensure_ascii=False) + "\n")
+        except FileExistsError:
+            raise InputError(f"{name}: is there already; name another file") from None
+        except OSError as error:
+            raise InputError(f"{name}: cannot be written ({error.strerror}); name a place you may write to") from None
+
+
 def chat(model: DoubleHeadsModel, tokenizer: Tokenizer, personality: list[str], decoding: Decoding,
          end_command: str) -> None:
     """Read utterances from standard input until it ends, or says ``end_command``, and print a reply to each."""
-    special = Specials.of(tokenizer)
-    persona, history = tokenizer.encode_persona(personality), []
+    talk, at_terminal = Conversation(model, tokenizer, personality, decoding), sys.stdin.isatty()
+    label = paint("bot: ", 36) if at_terminal and sys.stdout.isatty() else ""
     while True:
         text = _line()
         if text.strip() == end_command:
             return
-        if len(text) > LONGEST_SENTENCE:
+        if at_terminal and text.startswith("/"):
+            if not obey(talk, *text[1:].partition(" ")[::2], end_command):
+                continue
+        elif len(text) > LONGEST_SENTENCE:
             print(f"Please say less: the line has more than {LONGEST_SENTENCE:,} letters.")
             continue
-        said = tokenizer.encode(text)
-        if not said:
+        elif not talk.hear(text):
             print("Please say something: the line is empty.")
             continue
-        history = [*history, said][-(2 * model.max_history + 1):]
-        context = fitted_context(model, persona, history, special, decoding.max_length)
-        streamer = ReplyStreamer(tokenizer) if decoding.num_beams == 1 else None
-        reply = generate_replies(model, [context], special, decoding, streamer=streamer)[0]
-        if not streamer:
-            print(readable(tokenizer, reply))
-        history.append(reply)
+        print(label, end="", flush=True)
+        try:
+            talk.answer()
+        except KeyboardInterrupt:
+            if not at_terminal:
+                raise
+            print("(stopped)")
+
+
+def obey(talk: Conversation, command: str, about: str, end_command: str) -> bool:
+    """Do what a line after a slash says; whether a reply is to follow."""
+    about = about.strip()
+    try:
+        if command == "reset":
+            talk.reset()
+            print("We begin anew.")
+        elif command == "retry":
+            if talk.take_back():
+                return True
+            print("Nothing was said yet.")
+        elif command == "save" and about:
+            talk.save(about)
+            print(f"Saved as {printable(about)}.")
+        elif command == "persona":
+            if about:
+                talk.become(read_personality(about, "/persona"))
+            show(talk.personality)
+        else:
+            print(HELP.format(end_command=end_command))
+    except InputError as error:
+        print(printable(str(error)))
+    return False
+
+
+def show(personality: list[str]) -> None:
+    print("Personality:", *map(printable, personality or ["(none)"]), sep="\n  ")
+
+
+def paint(text: str, colour: int, before_input: bool = False) -> str:
+    """The text in one of the terminal's colours, or as it is where colours are not wanted (https://no-color.org).
+
+    ``before_input``: with the marks by which readline knows what takes no room on the line.
+    """
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty():
+        return text
+    start, end = f"\x1b[1;{colour}m", "\x1b[0m"
+    return f"\1{start}\2{text}\1{end}\2" if before_input else f"{start}{text}{end}"
 
 
 def _line() -> str:
     """The next line of standard input; of an endless one no more than shows that it is too long."""
     if sys.stdin.isatty():
-        return input(">>> ")
+        return input(paint("you: ", 32, before_input=True) if sys.stdout.isatty() else ">>> ")
     text = piece = sys.stdin.readline(LONGEST_SENTENCE + 2)
     if not text:
         raise EOFError
@@ -98,15 +235,21 @@ def choose_personality(args: Namespace, model: DoubleHeadsModel, tokenizer: Toke
         table = open_dataset(args, tokenizer)
         split, dialog = random.choice([(split, dialog) for split in table.values() for dialog in range(len(split))])
         return split.texts("persona", dialog)
-    text, name = args.personality, "--personality"
+    return read_personality(args.personality, "--personality")
+
+
+def read_personality(text: str, name: str) -> list[str]:
+    """The sentences that a person gave, or those of the file that is named. Raises `InputError`, which begins with
+    ``name``, where the text came from."""
     one_word = text and not any(map(str.isspace, text))
     if one_word and ("/" in text or Path(text).suffix) or os.path.isfile(text):  # no sentence: a file's name
+        source = name
         try:
-            name, text = f"--personality {text}", "".join(read_pieces(text, largest=LARGEST_PERSONALITY))
+            name, text = f"{source} {text}", "".join(read_pieces(text, largest=LARGEST_PERSONALITY))
         except InputError as error:
             cure = "save the file as UTF-8" if "UTF-8" in str(error) else \
                 "name a file with a sentence per line, or write the sentences themselves"
-            raise InputError(f"--personality {str(error).partition(';')[0]}; {cure}") from None
+            raise InputError(f"{source} {str(error).partition(';')[0]}; {cure}") from None
         if "\0" in text:
             raise InputError(f"{name}: has zero bytes, as UTF-16 has; save the file as UTF-8")
     return read_persona(text, name)
@@ -133,11 +276,11 @@ def main() -> None:
         model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16,
                                            args.max_history)
         personality = choose_personality(args, model, tokenizer)
-        print("Personality:", *map(printable, personality or ["(none)"]), sep="\n  ")
+        show(personality)
         if sys.stdin.isatty():
             import readline  # noqa: F401  arrow keys and history in input()
 
-            print(f"Say something; {args.end_command} or Ctrl-D ends the chat.")
+            print(f"Ready. Say something; /help lists the commands, {args.end_command} or Ctrl-D ends the chat.")
         chat(model, tokenizer, personality, Decoding.of(args), args.end_command)
     except (EOFError, KeyboardInterrupt):
         print()
