@@ -1,8 +1,7 @@
-"""How a run that ends before its time goes on: its checkpoints, and the signals that ask it to stop.
+"""Resume interrupted runs: checkpoints and stop signals.
 
-A checkpoint is one safetensors file, ``RUN/checkpoints/step-120.safetensors``: tensors, and a JSON header for the rest,
-so that reading one runs no code, with a hash of both. It describes the run after a whole optimizer step, whenever it is
-written. Knows engines, state dicts, files and signals; nothing of text or of the network.
+A checkpoint is one safetensors file, ``RUN/checkpoints/step-120.safetensors``, with tensors, a JSON header for all
+other state, and a hash of both. Reading it runs no code. It always describes the run after a whole optimizer step.
 """
 
 import json
@@ -32,7 +31,7 @@ from tokenization import Tokenizer, save_tokenizer
 from utils import make_logdir
 from weights import save_model
 
-# What a resumed run may do otherwise than it began: run elsewhere, find its files elsewhere, write more or fewer.
+# Flags that may change when a run is resumed: they say where it runs, where its files are, and how many it writes.
 MAY_CHANGE = {"resume", "device", "local_rank", "num_workers", "shard", "compile", "dataset_path", "dataset_cache",
               "data_dir", "model_checkpoint", "valid_batch_size", "eval_before_start", "checkpoint_every",
               "keep_checkpoints"}
@@ -41,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Writes and reads the checkpoints of a run, and stops it where it must not go on.
+    """Write and read the checkpoints of a run, and stop the run on signals and bad losses.
 
-    Every process has one and calls its methods at the same places; the first process writes. ``schedule``: the learning
-    rate's, with ``state_dict()``; of the arguments ``resume``, ``n_epochs``, ``checkpoint_every`` and
-    ``keep_checkpoints`` count here.
+    Every process has such an object and calls its methods at the same points; the first process writes. ``schedule``:
+    the learning-rate schedule. The arguments ``resume``, ``n_epochs``, ``checkpoint_every``, ``keep_checkpoints`` and
+    ``device`` are used.
     """
 
     def __init__(self, run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -55,11 +54,12 @@ class Checkpoints:
         self.signal, self.refused, self.model_saved = 0, set(), True
 
     def run(self, trainer: Engine, evaluator: Engine, loader: DataLoader) -> None:
-        """``trainer.run`` over all epochs, or over what ``--resume`` has left of them.
+        """Run the trainer over all epochs, or, with ``--resume``, over those that remain.
 
-        ``trainer.state.step`` counts optimizer steps. SIGTERM and SIGINT let the batch at hand be finished, save, and
-        exit with 143 or 130. Raises `InputError` where another process trains this run, where a checkpoint does not
-        fit, at a loss that is no number, and when the weights could not be written in the end.
+        ``trainer.state.step`` counts optimizer steps. On SIGTERM or SIGINT the current batch is finished, a checkpoint
+        is saved, and the process exits with status 143 or 130. Raises `InputError` if another process is training this
+        run, if the checkpoint does not fit, if a loss is not a finite number, or if the final weights could not be
+        written.
         """
         self.facts = {"data": loader.dataset.split.table.metadata["key"], "batches an epoch": len(loader)}
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._check_loss, loader)
@@ -74,17 +74,17 @@ class Checkpoints:
                 trainer.state.step = header["step"]
                 logger.info("Going on after step %d", header["step"])
                 if header["iteration"] and header["iteration"] % len(loader) == 0 and header["nll"] is None:
-                    trainer.fire_event(Events.EPOCH_COMPLETED)  # stopped before the epoch was validated
+                    trainer.fire_event(Events.EPOCH_COMPLETED)  # the run was stopped before this epoch's validation
             if trainer.state.iteration < self.args.n_epochs * len(loader):
                 trainer.run(loader, max_epochs=self.args.n_epochs)
         if not self.model_saved:
-            raise InputError(f"{self.run_folder}: all is trained, but the weights could not be written; make room and "
-                             f"--resume {self.run_folder} ({self._last()})")
+            raise InputError(f"{self.run_folder}: training is complete, but the weights could not be written; make "
+                             f"room, then use --resume {self.run_folder} ({self._last()})")
 
     def _check_loss(self, engine: Engine, loader: DataLoader) -> None:
         state = engine.state
         loss, norm = float(state.output["loss"]), float(devices.unsharded(torch.as_tensor(state.gradient_norm)))
-        # Under loss scaling infinite gradients are in order: their step is left out, and the scale lowered.
+        # With loss scaling, infinite gradients are normal: the scaler skips the step and lowers the scale.
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
             return
         batch = loader.batch_sampler.batches()[(state.iteration - 1) % len(loader)]
@@ -96,14 +96,14 @@ class Checkpoints:
         state, every = engine.state, self.args.checkpoint_every
         if state.step > self.place["step"]:
             self.mark(state.step, state.iteration)
-            if every and state.step % every == 0 and state.iteration % state.epoch_length:  # else the epoch's end saves
+            if every and state.step % every == 0 and state.iteration % state.epoch_length:  # its end saves
                 self.save()
         self._stop_if_told()
 
     def _stop_if_told(self) -> None:
-        if number := devices.max_over_processes(self.signal):  # processes get it at different batches
+        if number := devices.max_over_processes(self.signal):  # processes receive it at different batches
             self.save()
-            logger.info("Stopped after step %d; --resume %s goes on", self.place["step"], self.run_folder)
+            logger.info("Stopped after step %d; continue with --resume %s", self.place["step"], self.run_folder)
             raise SystemExit(128 + number)
 
     @contextmanager
@@ -120,7 +120,7 @@ class Checkpoints:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other run writes into this folder meanwhile, and what a killed one left half-written is gone."""
+        """Keep other processes from training in this folder, and delete unfinished files of a killed run."""
         if not devices.is_first():
             yield
             return
@@ -138,19 +138,19 @@ class Checkpoints:
             yield
 
     def mark(self, step: int, iteration: int) -> None:
-        """A whole step is done: this is the place that `save` describes until the next mark.
+        """Note the state after a whole optimizer step; `save` describes this state until the next call.
 
-        Batches seen since then, of an unfinished step, move the random streams and the schedule only, which are
-        therefore kept here; a resumed run sees those batches again.
+        Later batches, of an unfinished step, change only the random generators and the schedule, whose states are
+        therefore copied here. A resumed run computes those batches again.
         """
         self.place = {"step": step, "iteration": iteration, "schedule": self.schedule.state_dict()}
         self.streams = _random_streams(self.args.device)
 
     def save(self, nll: float | None = None) -> None:
-        """Write the checkpoint of the marked place, and remove those that are no longer to be kept.
+        """Write a checkpoint of the state at the last `mark`, and delete old checkpoints.
 
-        ``nll``: how these weights validated at the end of an epoch, in nats a token; None if they have not been. A disk
-        that refuses costs the checkpoint, not the run.
+        ``nll``: the validation loss of these weights at the end of an epoch, in nats per token; None if there was no
+        validation. If the disk is full, the run continues without this checkpoint.
         """
         header = self.place | self.facts | {
             "config": self.model.config.to_diff_dict(), "nll": nll, "scaler": self.scaler.state_dict(),
@@ -165,12 +165,12 @@ class Checkpoints:
         self._write(path.relative_to(self.run_folder), named_state(self.model, self.optimizer), write)
 
     def save_model(self) -> None:
-        """Write the weights as they are now as the run folder's model, or keep the old one where the disk refuses."""
+        """Write the current weights as the run folder's model; if the disk is full, keep the old model."""
         self.model_saved = self._write(Path("model.safetensors"), self.model.state_dict().items(),
                                        lambda weights: save_model(self.model, self.run_folder, weights))
 
     def _write(self, what: Path, tensors: Iterable[tuple[str, torch.Tensor]], write: Callable) -> bool:
-        """Gather tensors by name, and let the first process ``write`` them. Returns whether that worked."""
+        """Gather tensors by name and let the first process ``write`` them; return whether this succeeded."""
         gathered = {}
         for name, tensor in tensors:
             tensor = devices.unsharded(tensor)
@@ -181,23 +181,23 @@ class Checkpoints:
         return worked
 
     def _attempt(self, what: Path, write: Callable[[], None]) -> bool:
-        """Whether ``write()`` worked. If the disk refuses, say so once, not at every try."""
+        """Call ``write()`` and return whether it succeeded; repeated failures are reported once."""
         kind = what.parent  # checkpoints, or the model
         try:
             write()
         except OSError as error:
             if kind not in self.refused:
-                logger.warning("%s/%s cannot be written (%s). Training goes on, %s. Make room", self.run_folder, what,
-                               error.strerror or error, self._last())
+                logger.warning("%s/%s cannot be written (%s). Training goes on, %s. Make room", self.run_folder,
+                               what, error.strerror or error, self._last())
             self.refused.add(kind)
             return False
         if kind in self.refused:
-            logger.warning("%s/%s: written again", self.run_folder, what)
+            logger.warning("%s/%s can be written again", self.run_folder, what)
         self.refused.discard(kind)
         return True
 
     def _last(self) -> str:
-        """In words, which checkpoint a resumed run would go on from."""
+        """Return a phrase that names the checkpoint from which a resumed run would continue."""
         found = step_files(self.run_folder)
         return f"{found[-1].name} is kept" if found else "there is no checkpoint yet"
 
@@ -208,19 +208,19 @@ class Checkpoints:
             try:
                 validated[path] = read_header(path)["nll"]
             except InputError:
-                continue  # not ours to judge
+                continue  # a damaged checkpoint has no known loss
         best = min((path for path in validated if validated[path] is not None), key=validated.get, default=None)
         for path in files[:-self.args.keep_checkpoints]:
             if path != best:
                 path.unlink(missing_ok=True)
 
     def restore(self, path: Path) -> dict:
-        """Put everything back as a checkpoint has it, and return its header. Raises `InputError` if it does not fit."""
+        """Restore all state from a checkpoint and return its header. Raises `InputError` if it does not fit."""
         header = read_header(path)
         for name, now in self.facts.items():
             if header.get(name) != now:
-                raise InputError(f"{path}: this run cannot go on: its {name} was {header.get(name)} and is {now} now; "
-                                 "give it what it began with")
+                raise InputError(f"{path}: cannot be resumed: its {name} was {header.get(name)} and is now {now}; "
+                                 "use the same data and flags as at its start")
         try:
             restore_state(path, self.model, self.optimizer)
             self.scaler.load_state_dict(header["scaler"])
@@ -234,9 +234,9 @@ class Checkpoints:
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a checkpoint holds, by name: ``model.WEIGHT``, and ``optimizer.FIELD.WEIGHT``, what is kept of each weight.
+    """Yield the tensors of a checkpoint by name: ``model.WEIGHT`` and ``optimizer.FIELD.WEIGHT``.
 
-    Lasting buffers are there as well, and tensors that are one under several names once.
+    Persistent buffers are included; a tensor with several names is included once.
     """
     for name, tensor in distinct_tensors(model).items():
         yield f"model.{name}", tensor
@@ -247,7 +247,7 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
 
 @torch.no_grad()
 def restore_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Set a model and its optimizer, in place, to what `named_state` said when the checkpoint was written.
+    """Set a model and its optimizer, in place, to the `named_state` in a checkpoint.
 
     Raises ``SafetensorError``, ``OSError``, ``RuntimeError``, ``LookupError`` or ``ValueError`` where it does not fit.
     """
@@ -261,15 +261,16 @@ def restore_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
                 value, weight = file.get_tensor(key), weights[name]
                 if value.ndim:
                     value = devices.placed_like(value, weight)
-                elif optimizer.defaults.get("fused"):  # which counts steps beside the weights, others on the CPU
+                elif optimizer.defaults.get("fused"):  # it counts steps on the weights' device, others count on the CPU
                     value = value.to(weight.device)
                 optimizer.state[weight][field] = value
 
 
 def find_checkpoint(resume: str) -> tuple[Path, Path]:
-    """The run folder and the checkpoint that ``--resume`` means: a run, whose last one is taken, or a checkpoint.
+    """Return the run folder and the checkpoint that ``--resume`` names.
 
-    A damaged last one is passed over with a warning. Raises `InputError` when there is none, or a named one is damaged.
+    ``resume`` is a checkpoint, or a run folder, which stands for its last checkpoint. A damaged last checkpoint is
+    skipped with a warning. Raises `InputError` if there is no checkpoint, or the named one is damaged.
     """
     path = Path(resume)
     if path.suffix == ".safetensors":
@@ -287,8 +288,8 @@ def find_checkpoint(resume: str) -> tuple[Path, Path]:
             return path, file
         except InputError as error:
             logger.warning("%s; trying the one before", error)
-    raise InputError(f"--resume {path}: has no checkpoint, which is written when an epoch ends, every "
-                     "--checkpoint_every steps, and on SIGTERM or Ctrl-C; train anew")
+    raise InputError(f"--resume {path}: has no checkpoint (one is written at the end of an epoch, every "
+                     "--checkpoint_every steps, and on SIGTERM or Ctrl-C); start a new run")
 
 
 def _run_of(checkpoint: Path) -> Path:
@@ -296,7 +297,7 @@ def _run_of(checkpoint: Path) -> Path:
 
 
 def open_run_folder(args: Namespace, tokenizer: Tokenizer) -> Path:
-    """The run folder, in all processes: that of ``--resume``, or a new one with tokenizer and arguments in it."""
+    """Return the run folder, in all processes: that of ``--resume``, or a new one with the tokenizer and arguments."""
     if args.resume:
         return _run_of(Path(args.resume))
     run = Path(idist.broadcast(make_logdir(args.model_checkpoint) if devices.is_first() else None, safe_mode=True))
@@ -305,8 +306,8 @@ def open_run_folder(args: Namespace, tokenizer: Tokenizer) -> Path:
             save_tokenizer(tokenizer, run)
             write_text(run / ARGUMENTS, json.dumps(vars(args), indent=2) + "\n")
         except OSError as error:
-            raise InputError(f"{run}: cannot be written ({error.strerror or error}); make room, or start where "
-                             "there is some") from None
+            raise InputError(f"{run}: cannot be written ({error.strerror or error}); make room, or start "
+                             "in another folder") from None
     return run
 
 
@@ -336,14 +337,14 @@ def parse_resumable(parser: ArgumentParser) -> Namespace:
     args = parser.parse_args()
     for name, value in began.items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
-            raise InputError(f"--{name} {getattr(args, name)}: the run began with {value!r} and goes on with it; leave "
-                             "the flag out, or start a new run")
+            raise InputError(f"--{name} {getattr(args, name)}: the run began with {value!r}, which cannot change; "
+                             "leave the flag out, or start a new run")
     args.resume = str(checkpoint)
     return args
 
 
 def _random_streams(device: str) -> dict:
-    """The states of all random streams of this process, of the GPUs' that of ``device``."""
+    """Return the states of this process's random generators, including that of ``device``."""
     cuda = torch.cuda.get_rng_state(device) if _on_gpu(device) and torch.cuda.is_initialized() else None
     return {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": torch.get_rng_state(),
             "cuda": cuda}
@@ -359,7 +360,7 @@ def _to_json(streams: dict) -> dict:
 
 
 def _restore_streams(all_streams: list[dict], step: int, device: str) -> None:
-    """Let this process's random streams go on where those of its rank stood; more processes than then get new ones."""
+    """Restore this process's random generators from its rank's states; additional processes get new seeds."""
     rank = idist.get_rank()
     if rank >= len(all_streams):
         manual_seed(1_000_003 * rank + step)

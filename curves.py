@@ -1,4 +1,4 @@
-"""What a training leaves to look at: ``metrics.json``, and curves, flags and sample replies for TensorBoard."""
+"""Record a training run: ``metrics.json``, and curves, flags and sample replies for TensorBoard."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from inputs import Specials, TurnDataset
 from model import DoubleHeadsModel
 from tokenization import Tokenizer
 
-# How ignite's progress bars look.
+# The format of ignite's progress bars.
 BAR = "{desc}[{n_fmt}/{total_fmt}] {percentage:3.0f}%|{bar}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
 SAMPLES = 3  # replies per epoch
 LENGTH = 20  # tokens of a sample reply
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Samples:
-    """Greedy replies to a few validation turns, the same ones each time, as Markdown."""
+    """Decode greedy replies to a few validation turns, always the same turns, as Markdown."""
 
     def __init__(self, model: DoubleHeadsModel, tokenizer: Tokenizer, dataset: TurnDataset):
         self.model, self.tokenizer, self.dataset = model, tokenizer, dataset
@@ -36,7 +36,7 @@ class Samples:
     @torch.inference_mode()
     def __call__(self) -> str:
         training, special, shown = self.model.training, Specials.of(self.tokenizer), []
-        # Under --lora and --fp16, the type of the frozen weights; otherwise empty.
+        # With --lora and --fp16, the type of the frozen weights; otherwise an empty set.
         half = {weight.dtype for weight in self.model.parameters()} - {torch.float32}
         self.model.eval()
         for turn in range(0, len(self.dataset), -(-len(self.dataset) // SAMPLES)):
@@ -51,10 +51,10 @@ class Samples:
 
 
 def attach_record(run: Path, trainer: Engine, evaluator: Engine) -> None:
-    """Let each validation enter its figures into the run's ``metrics.json``, a list with an object per epoch.
+    """Let each validation add its metrics to the run's ``metrics.json``, a list with an object per epoch.
 
-    A figure that is no number is null there. A resumed run keeps the epochs before. A disk that refuses costs the
-    record, not the run.
+    Values that are not finite become null. A resumed run keeps the earlier epochs. If the disk is full, the run
+    continues without this record.
     """
     path = run / METRICS
 
@@ -77,10 +77,10 @@ def attach_record(run: Path, trainer: Engine, evaluator: Engine) -> None:
 
 def attach_curves(run: Path, trainer: Engine, evaluator: Engine, optimizer: torch.optim.Optimizer, args: Namespace,
                   samples: Callable[[], str]) -> TensorboardLogger:
-    """Let TensorBoard see the losses, the learning rate and the validation over one axis, the batches seen; the flags;
-    and after each epoch sample replies.
+    """Write losses, learning rate, validation metrics, the flags, and sample replies after each epoch for TensorBoard.
 
-    Where a reply would need all processes (``--shard``) or be compiled anew (``--compile``), there are none.
+    The axis of all curves is the number of batches. With ``--shard`` there are no sample replies, because decoding
+    would need all processes; with ``--compile`` there are none, because the network would be compiled again.
     """
     curves = tolerate_full_disk(TensorboardLogger(log_dir=run, write_to_disk=devices.is_first()))
     curves.attach_output_handler(trainer, Events.ITERATION_COMPLETED, tag="training", output_transform=lambda out: out)
@@ -96,13 +96,13 @@ def attach_curves(run: Path, trainer: Engine, evaluator: Engine, optimizer: torc
 
 
 def tolerate_full_disk(curves: TensorboardLogger) -> TensorboardLogger:
-    """Let a full disk end the curves, not the run.
+    """Let a full disk end the curves, but not the run.
 
-    tensorboardX writes in a thread that would die of it, or of a clock that jumps, and training would then wait for
-    its full queue; so events are written here and now.
+    tensorboardX writes in a thread, which a full disk or a jump of the clock would end; then training would wait for
+    its full queue forever. So events are written immediately, without the thread.
     """
     if not devices.is_first():
-        return curves  # which writes nothing
+        return curves  # the other processes write nothing
     writer = curves.writer.file_writer.event_writer
     events, ended = writer._ev_writer, False
     writer._worker.stop()

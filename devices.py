@@ -1,7 +1,6 @@
-"""Where training runs: in one process or many, with whole or sharded weights, in which precision.
+"""Run training on any number of processes, with whole or sharded weights, in float32 or half precision.
 
-Knows processes, devices and number formats; nothing of dialogs, files or the training loop. All of it works in one
-process, too, where most of it does nothing.
+All functions also work in a single process, where most of them do nothing.
 """
 
 import ctypes
@@ -28,8 +27,8 @@ from cli import InputError, process_number
 from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, autocast, half_dtype
 from weights import linear_layers
 
-# A process that does not answer within a step's exchange is lost. Before the first step, and while one process writes
-# a checkpoint, the others wait longer.
+# How long the others wait for a process: in the exchange of gradients, where a silent process counts as lost, and
+# elsewhere, for example while the first process downloads something or writes a checkpoint.
 LOST_AFTER, PATIENCE = timedelta(seconds=50), timedelta(hours=2)
 
 logger = logging.getLogger(__name__)
@@ -48,33 +47,34 @@ def add_flags(add: Callable) -> None:
 
 
 class _Groups:
-    """Of the processes of this run; None where there is only one."""
+    """The process groups of this run; None if there is only one process."""
 
-    gradients: dist.ProcessGroup | None = None  # on the devices, impatient
-    agreement: dist.ProcessGroup | None = None  # on the CPUs, patient
+    gradients: dist.ProcessGroup | None = None  # on the devices, waits for LOST_AFTER
+    agreement: dist.ProcessGroup | None = None  # on the CPUs, waits for PATIENCE
 
 
 @contextmanager
 def processes(args: Namespace) -> Iterator[None]:
-    """Join the other processes of this run, if a launcher started some; ``args.device`` becomes this process's own.
+    """Join the other processes of this run, if a launcher has started several.
 
-    torchrun, ``python -m torch.distributed.launch`` and its forebear of 2019, which gave ``--local_rank``, say in the
-    environment who is who, and so does Slurm's ``srun``. NCCL joins GPUs, gloo CPUs. ``args.processes`` becomes how
-    many there are, unless a resumed run knows how many it began with; ``args.fp16`` what the device can do. Raises
-    `InputError` when there are more processes than GPUs, and when another process is lost on the way.
+    torchrun, ``python -m torch.distributed.launch`` and Slurm's ``srun`` number the processes in the environment; the
+    launcher of 2019 passes ``--local_rank``. NCCL connects GPUs, gloo connects CPUs. Three arguments are changed:
+    ``args.device`` to this process's own device, ``args.fp16`` to a precision that the device supports, and
+    ``args.processes`` to the number of processes, unless a resumed run has set it. Raises `InputError` if there are
+    more processes than GPUs, or if another process is lost during the run.
     """
     if args.local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     launched = "WORLD_SIZE" in os.environ
     several = int(os.environ.get("WORLD_SIZE" if launched else "SLURM_STEP_NUM_TASKS", 1)) > 1
     if several and launched:
-        os.environ.pop("SLURM_JOB_ID", None)  # ignite would take torchrun's processes on a node for one of Slurm's
+        os.environ.pop("SLURM_JOB_ID", None)  # or ignite would ignore torchrun's processes within a Slurm job
     backend = "gloo"
     if several and torch.device(args.device).type == "cuda":
         backend, local_rank = "nccl", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         if local_rank >= torch.cuda.device_count():
             raise InputError(f"process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; "
-                             "start as many processes as GPUs, or give --device cpu")
+                             "start as many processes as GPUs, or use --device cpu")
         args.device = f"cuda:{local_rank}"
     try:
         if several:
@@ -89,27 +89,27 @@ def processes(args: Namespace) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise InputError("another process of this run was lost; see its own message, start all of them again, and "
-                         "give --resume RUN to go on from the last checkpoint") from None
+        raise InputError("another process of this run was lost; see its own message, then start all processes again "
+                         "with --resume RUN to continue from the last checkpoint") from None
     if several:
         idist.finalize()
         _Groups.gradients = _Groups.agreement = None
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and talks to the user."""
+    """Return whether this process is the one that writes files and prints messages."""
     return idist.get_rank() == 0
 
 
 def wait_for_all() -> None:
-    """Return when all processes have come here, however long one of them takes."""
+    """Wait until all processes have reached this point."""
     if _Groups.agreement:
         dist.barrier(_Groups.agreement)
 
 
 @contextmanager
 def first_of_each_machine() -> Iterator[None]:
-    """One process of each machine does what is inside, a download, say; then the others, who find it done."""
+    """Run the block in one process of each machine first, then in the others; for downloads, for example."""
     if idist.get_local_rank():
         wait_for_all()
     yield
@@ -118,7 +118,7 @@ def first_of_each_machine() -> Iterator[None]:
 
 
 def max_over_processes(number: int) -> int:
-    """The largest of all processes' numbers, in every process."""
+    """Return the largest of all processes' numbers; every process gets it."""
     if not _Groups.agreement:
         return number
     numbers = torch.tensor(number)
@@ -127,7 +127,7 @@ def max_over_processes(number: int) -> int:
 
 
 def gather(value: object) -> list:
-    """All processes' values, by rank; in the others than the first, nothing."""
+    """Gather the values of all processes, by rank, in the first process; the other processes get an empty list."""
     if not _Groups.agreement:
         return [value]
     values = [None] * idist.get_world_size() if is_first() else None
@@ -136,7 +136,7 @@ def gather(value: object) -> list:
 
 
 def end_all(message: str) -> None:
-    """End every process, each of which has come here, with the one line of an `InputError`."""
+    """End all processes, each of which must call this; the first one prints ``message`` as an `InputError`."""
     if is_first():
         raise InputError(message)
     raise SystemExit(2)
@@ -146,17 +146,17 @@ def end_all(message: str) -> None:
 
 
 class HalfPrecision(nn.Module):
-    """A model that computes as ``--fp16`` says, with apex's meanings. Its outputs are losses and scores in float32.
+    """Run a model in the precision of ``--fp16``, with apex's meanings; losses and scores are in float32.
 
-    O1 and bf16: float32 weights, autocast. O2: float32 master weights, those of the model, and a half-precision copy of
-    them that computes; gradients reach the masters through the cast. O3: weights in half precision, no masters.
-    In all of them the choice head, a dot product, keeps float32: see docs/architecture.md.
+    O1 and bf16: float32 weights with autocast. O2: float32 master weights (the model's) and a half-precision copy for
+    each batch; gradients reach the masters through the cast. O3: weights in half precision. The choice head always
+    stays in float32, see docs/architecture.md.
     """
 
     def __init__(self, model: DoubleHeadsModel, device: str, fp16: str):
         super().__init__()
         self.model, self.device, self.fp16 = model, device, fp16
-        self.copies = fp16 == "O2" and not is_sharded(model)  # there, sharding makes the copies
+        self.copies = fp16 == "O2" and not is_sharded(model)  # FSDP makes the copies of sharded weights
 
     def forward(self, **batch) -> DoubleHeadsOutput:
         if self.copies:
@@ -168,14 +168,14 @@ class HalfPrecision(nn.Module):
 
 
 def prepare(model: DoubleHeadsModel, device: str, fp16: str = "", shard: bool = False, seed: int = 0) -> nn.Module:
-    """The network that training calls: ``model`` on its device, in its precision, joined to those of other processes.
+    """Return the network for training: ``model`` on its device, in its precision, synchronised across processes.
 
-    With ``--shard`` each process holds a part of every weight, gradient and optimizer state, and gathers a block's
-    weights while it computes (FSDP2); ``model``'s parameters become those parts. Otherwise each has all of them. From
-    here on the random streams of processes differ, for their dropout.
+    With ``shard`` each process holds a part of every weight, gradient and optimizer state (FSDP2), and gathers the
+    weights of a block to compute it; the parameters of ``model`` become these parts. Otherwise each process holds
+    everything. Afterwards each process has its own random numbers, for dropout.
     """
     if device.startswith("cuda"):
-        torch.backends.cuda.matmul.fp32_precision = "tf32"  # what is left in float32 need not be exact to the last bit
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # faster; training needs no exact float32 products
     model.to(device)
     half, world = half_dtype(device, fp16), idist.get_world_size()
     if fp16 == "O3":
@@ -183,7 +183,7 @@ def prepare(model: DoubleHeadsModel, device: str, fp16: str = "", shard: bool = 
             if not _of_choice(name):
                 weight.data = weight.data.to(half)
     elif fp16 in ("O1", "bf16") and not shard and getattr(model, "peft_config", None):
-        for layer in linear_layers(model):  # cast frozen weights once instead of in every forward pass
+        for layer in linear_layers(model):  # cast frozen weights once, not in every forward pass
             if not layer.weight.requires_grad and isinstance(layer, nn.Linear):
                 layer.weight.data = layer.weight.data.to(half)
     if shard and world > 1:
@@ -205,13 +205,13 @@ def prepare(model: DoubleHeadsModel, device: str, fp16: str = "", shard: bool = 
 
 
 def loss_scaler(device: str, fp16: str) -> torch.amp.GradScaler:
-    """Scales the loss where float16 gradients need it; bfloat16, also what CPUs compute in, has float32's range."""
+    """Return a loss scaler, active only for float16; bfloat16, which CPUs use, has the range of float32."""
     kind = torch.device(device).type
     return torch.amp.GradScaler(kind, enabled=fp16 in ("O1", "O2") and kind != "cpu")
 
 
 def _usable_precision(device: str, fp16: str) -> str:
-    """``fp16``, or with a warning what comes nearest to it on this device."""
+    """Return ``fp16``, or, with a warning, the nearest setting that this device supports."""
     kind = torch.device(device).type
     if kind == "cpu" and fp16 in ("O1", "O2", "O3"):
         logger.warning("--fp16 %s: on a CPU, half precision is bfloat16, which needs no loss scaling", fp16)
@@ -226,12 +226,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def unsharded(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered from all processes, each of which must ask for it; any other as it is."""
+    """Gather a sharded tensor from all processes, each of which must call this; return other tensors unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor on the device of ``like`` and sharded as ``like`` is."""
+    """Move a whole tensor to the device of ``like``, and shard it in the same way."""
     tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
@@ -244,11 +244,11 @@ def _of_choice(name: str) -> bool:
 
 
 def scale_losses(out: DoubleHeadsOutput) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lm_loss, mc_loss) twice: as this process should descend them, and of the whole batch, to be told.
+    """Return (lm_loss, mc_loss) twice: scaled for this process's backward pass, and averaged over the batch for the log.
 
-    One is a mean over tokens and the other over turns, of which processes have different numbers; the gradient that
-    they exchange is the mean of theirs. Each therefore weighs its losses by its own share of the batch's tokens or
-    turns, times the number of processes: the mean gradient is then that of one process that has the whole batch.
+    lm_loss is a mean over tokens and mc_loss a mean over turns, but processes have different numbers of these, and
+    their gradients are averaged. So each process scales its losses by its share of the batch's tokens or turns, times
+    the number of processes. The averaged gradient then equals that of one process with the whole batch.
     """
     losses = torch.stack([out.lm_loss, out.mc_loss])
     if not _Groups.gradients:
@@ -261,33 +261,34 @@ def scale_losses(out: DoubleHeadsOutput) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def exchanging(network: nn.Module, now: bool) -> AbstractContextManager:
-    """The context of one batch's forward and backward pass; without ``now`` gradients stay in the process.
+    """Return the context for a batch's forward and backward pass; gradients are exchanged if ``now``.
 
-    Sharded ones are exchanged with every batch: to keep them whole would take the memory that sharding saves.
+    Sharded gradients are exchanged with every batch, because storing them whole would need the memory that sharding
+    saves.
     """
     return nullcontext() if now or not isinstance(network, DistributedDataParallel) else network.no_sync()
 
 
-def mean_over_turns(of: Callable[[DoubleHeadsOutput], torch.Tensor]) -> Metric:
-    """The mean over all turns, in all processes, of ``of(output)``, which is (batch,)."""
-    return MetricsLambda(float, Average(lambda out: of(out)[out.tokens > 0, None].double()))  # padding has no tokens
+def mean_over_turns(value: Callable[[DoubleHeadsOutput], torch.Tensor]) -> Metric:
+    """Return a metric: the mean of ``value(output)``, of shape (batch,), over all turns of all processes."""
+    return MetricsLambda(float, Average(lambda out: value(out)[out.tokens > 0, None].double()))  # padding has no tokens
 
 
 TRIMMED_EVERY = 8  # batches
 
 
 def _give_memory_back() -> None:
-    """Return the free pages of the heap to the system.
+    """Return free pages of the heap to the system; this does nothing where the C library is not glibc.
 
-    glibc keeps what the tensors of one batch leave behind, which fits badly where the next batch has other lengths, so
-    that the heap grows with every batch. On other systems this does nothing.
+    glibc keeps the memory of a batch's tensors. It rarely fits the next batch, which has other lengths, so the heap
+    would grow with every batch.
     """
     if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def within_memory(process: Callable, args: Namespace, training: bool = True) -> Callable:
-    """``process(engine, batch)`` that says what to lower, and to what, when memory runs out."""
+    """Wrap ``process(engine, batch)``: if memory runs out, an `InputError` says which flag to lower to which value."""
 
     def explained(engine, batch):
         try:
@@ -307,7 +308,7 @@ def within_memory(process: Callable, args: Namespace, training: bool = True) -> 
             cure = (f"give --train_batch_size {half} --gradient_accumulation_steps "
                     f"{2 * args.gradient_accumulation_steps}, or resume with twice as many processes")
         else:
-            cure = f"give fewer than {args.num_candidates} --num_candidates, a shorter --max_history, or --fp16 bf16"
+            cure = f"give a --num_candidates below {args.num_candidates}, a smaller --max_history, or --fp16 bf16"
         raise InputError(f"out of memory on a batch of {turns} turns, {positions} positions each; {cure}")
 
     return explained

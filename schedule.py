@@ -1,4 +1,4 @@
-"""How the weights move: the optimizer of 2019, and its learning rate over a run."""
+"""The optimizer of 2019, and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from cli import learning_rate, share
 class AdamW(torch.optim.AdamW):
     """The AdamW of transformers 2.5, with which the script of 2019 trained.
 
-    It adds ε to the root of the second moment before that moment's bias is corrected, the second form of Kingma and Ba
-    (2015, section 2): θ ← θ − lr · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε). torch adds ε behind the correction. At step t
-    the two agree when torch's ε is ε / √(1 − β₂ᵗ), which makes the first steps much shorter where gradients are small.
+    It adds ε to the root of the second moment before the bias correction, the second form of Kingma and Ba (2015,
+    section 2): θ ← θ − lr · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε). torch adds ε after the correction. At step t both
+    agree if torch's ε is ε / √(1 − β₂ᵗ). With small gradients this makes the first steps much shorter.
 
-    The moments are float32 whatever the weights are: in float16 the squares of most gradients would be 0.
+    The moments are float32 even if the weights are float16, in which the squares of most gradients would be 0.
     """
 
     def __init__(self, weights, lr: float, eps: float = 1e-6):
@@ -26,7 +26,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        taken = next((int(state["step"]) for state in self.state.values() if state), 0)  # one for all weights
+        taken = next((int(state["step"]) for state in self.state.values() if state), 0)  # the same for all weights
         for group in self.param_groups:
             group["eps"] = self.defaults["eps"] / math.sqrt(1 - group["betas"][1] ** (taken + 1))
             for weight in group["params"]:
@@ -35,9 +35,9 @@ class AdamW(torch.optim.AdamW):
         return super().step(closure)
 
     def _step_from_float32(self, weight: nn.Parameter, group: dict) -> None:
-        """Move one weight of half precision, and take its gradient away.
+        """Update one weight in half precision, and delete its gradient.
 
-        torch's kernel takes weight, gradient and moments of one type only, so it gets float32 copies, one weight at a
+        torch's kernel requires weight, gradient and moments of one type, so it gets float32 copies of one weight at a
         time.
         """
         copy, gradient, state = weight.float(), weight.grad.float(), self.state[weight]
@@ -53,9 +53,10 @@ class AdamW(torch.optim.AdamW):
 
 
 class Decay(ParamScheduler):
-    """Sets it before each iteration: from 0 to ``--lr`` over ``--warmup_ratio`` of all iterations, then to 0.
+    """Set the learning rate before each iteration: it rises from 0 to ``lr``, then falls to 0.
 
-    Linearly, as in 2019, or with ``--lr_decay polynomial`` by the square of the share of iterations that is left.
+    It rises linearly over the share ``warmup_ratio`` of all ``iterations``. Then it falls linearly, as in 2019, or, if
+    ``lr_decay`` is "polynomial", with the square of the remaining share of iterations.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, iterations: int, lr: float, warmup_ratio: float = 0.0,
@@ -71,9 +72,10 @@ class Decay(ParamScheduler):
 
 
 def add_schedule_flags(add: Callable) -> None:
-    """The flags of `Decay`; ``add``: the ``add_argument`` of a parser or of a group of flags."""
-    add("--lr", type=learning_rate, default=6.25e-5, help="learning rate, at its highest (default: %(default)s)")
+    """Add the flags of `Decay`; ``add`` is the ``add_argument`` of a parser or of a group of flags."""
+    add("--lr", type=learning_rate, default=6.25e-5, help="highest learning rate (default: %(default)s)")
     add("--warmup_ratio", type=share, default=0.0, metavar="R",
-        help="share of all iterations over which it rises (default: %(default)s)")
+        help="share of all iterations over which the learning rate rises (default: %(default)s)")
     add("--lr_decay", default="linear", choices=["linear", "polynomial"],
-        help="how it then falls to 0; polynomial: by the square of what is left (default: %(default)s)")
+        help="how the learning rate then falls to 0; polynomial: with the square of the remaining share of iterations "
+             "(default: %(default)s)")

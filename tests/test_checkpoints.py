@@ -230,7 +230,7 @@ def test_a_full_disk_costs_checkpoints_and_no_more(arguments, undisturbed, tmp_p
         assert script.stderr.count("cannot be written (") == 2 == script.stderr.count("No space left on device")
         assert re.search(r"step-2.safetensors cannot .*, step-1.safetensors is kept", script.stderr)
         assert "Epoch [2/2]: [8/8]" in script.stderr  # it went on to the end
-        assert "all is trained, but the weights could not be written; make room" in script.stderr
+        assert "training is complete, but the weights could not be written; make room" in script.stderr
         assert files_of(run) == ["step-1.safetensors"] and not list(run.rglob("*.unfinished"))
         subprocess.run(["mount", "-o", "remount,size=50m", tmp_path / "runs"], check=True)
         script("train.py", "--resume", run, cwd=tmp_path)
