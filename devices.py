@@ -244,7 +244,7 @@ def _of_choice(name: str) -> bool:
 
 
 def scale_losses(out: DoubleHeadsOutput) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (lm_loss, mc_loss) twice: scaled for this process's backward pass, and averaged over the batch for the log.
+    """Return (lm_loss, mc_loss) twice: scaled for this process's backward pass, and averaged over the batch for logs.
 
     lm_loss is a mean over tokens and mc_loss a mean over turns, but processes have different numbers of these, and
     their gradients are averaged. So each process scales its losses by its share of the batch's tokens or turns, times
