@@ -1,4 +1,4 @@
-"""The texts that go with an exported model: its chat template, Ollama's ``Modelfile``, its model card."""
+"""Write the texts of an exported model: chat template, Ollama's ``Modelfile`` and model card."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from pretrained import NAMED, adapter_base, resolve_checkpoint
 from releases import ABOUT
 from tokenization import SPECIAL_TOKENS, Tokenizer
 
-# What a server is asked becomes what training has, see `inputs.build_context`: the persona's sentences, behind a space
-# each (of GPT-2, as in 2019, behind nothing), then the last utterances, each behind the token of its speaker, several
-# messages of one side as one. A finished conversation ends with <eos>. Control tokens within a text get a space.
+# Renders messages to the same tokens as in training, see `inputs.build_context`: the persona's sentences, each after a
+# space (for GPT-2 without one, as in 2019), then the last utterances, each after its speaker's token. Consecutive
+# messages of one side are merged. A finished conversation ends with <eos>. Control tokens in a text get a space.
 TEMPLATE = """
 {{- '<bos>' }}
 {%- set its = namespace(said=[], speaker='', role='', text='') %}
@@ -52,17 +52,16 @@ TEMPLATE = """
 {%- endif %}
 """.strip()
 
-MARK = "# Written by TransferTransfo's export.py."  # the first line of a Modelfile: a folder that may be written again
+MARK = "# Written by TransferTransfo's export.py."  # a Modelfile that begins so marks a folder to overwrite
 
 
 def model_name(folder: Path) -> str:
-    """What the model is called: as its folder."""
+    """Return the model's name: that of its folder."""
     return folder.resolve().name
 
 
 def make_chat_template(model: DoubleHeadsModel, tokenizer: Tokenizer, between: str) -> str:
-    """`TEMPLATE` for one model: its control tokens, how many utterances it sees, whether it knows personas, and what
-    stands ``between`` their sentences."""
+    """Fill in `TEMPLATE` for a model; ``between`` is the text between persona sentences."""
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     values = {"CONTROL": json.dumps(control, ensure_ascii=False), "UTTERANCES": str(2 * model.max_history + 1),
               "PERSONA": "false" if model.no_persona else "true", "BETWEEN": between}
@@ -73,9 +72,9 @@ def make_chat_template(model: DoubleHeadsModel, tokenizer: Tokenizer, between: s
 
 
 def modelfile(source: str, between: str) -> str:
-    """What ``ollama create`` reads: where the weights are, the prompt, the stops and the decoding options.
+    """Return the text that ``ollama create`` reads: the weights' place, prompt, stop tokens and decoding options.
 
-    Ollama's templates cannot divide a text into lines, so there the persona is a single line.
+    Ollama's templates cannot split a text into lines, so the persona must be a single line.
     """
     options = Decoding()
     stops = "\n".join(f'PARAMETER stop "{token}"' for token in SPECIAL_TOKENS)
@@ -97,7 +96,7 @@ PARAMETER num_predict {options.max_length}
 
 
 def model_card(run: str, folder: Path, licence: str, model: DoubleHeadsModel) -> str:
-    """The model card: what the run's folder tells of its base, its data and its figures, and how to use it."""
+    """Return the model card: base model, data, licence and metrics from the run folder, and how to use the model."""
     place = Path(resolve_checkpoint(run))
 
     def read(name: str):
@@ -110,8 +109,8 @@ def model_card(run: str, folder: Path, licence: str, model: DoubleHeadsModel) ->
     base = args.get("model_checkpoint") or adapter_base(str(place))
     facts = [f"Base: {Path(base).name}." if base else "", f"Data: {_data(args)}." if args else ""]
     facts += [f"Licence: {licence}." if licence else
-              "Licence: none was stated when this was written; those of the base and of the data bind it."]
-    table = ["\n## Figures\n", "Of the validation split, after each epoch of the training.\n",
+              "Licence: not stated; the licences of the base model and of the data apply."]
+    table = ["\n## Figures\n", "Measured on the validation split after each epoch of training.\n",
              f"| {' | '.join(figures[0])} |", "|---" * len(figures[0]) + "|"] if figures else []
     table += [f"| {' | '.join(f'{value:.4g}' if value is not None else '' for value in row.values())} |"
               for row in figures] + [""] * bool(figures)
@@ -124,7 +123,7 @@ def model_card(run: str, folder: Path, licence: str, model: DoubleHeadsModel) ->
 
 
 def _data(args: dict) -> str:
-    """The training data in words, with licences where they are known."""
+    """Describe the training data, with licences if known."""
     names = [name for name in (args.get("dataset") or "").split(",") if name in ABOUT]
     if not names and args.get("dataset_path"):
         return Path(args["dataset_path"]).name
@@ -145,16 +144,16 @@ and exported as an ordinary model of its architecture.
 
 The system message is the persona, a sentence per line, in the spelling of the training data ("{persona}"). The chat
 template renders the last {utterances} utterances as they were in training:
-`<bos> persona <speaker2>user<speaker1>bot…<speaker1>`. Control tokens end a reply; a text that spells one gets a space
-into it.
+`<bos> persona <speaker2>user<speaker1>bot…<speaker1>`. Control tokens end a reply; if a text contains one, a space is
+inserted.
 
     from transformers import pipeline
     bot = pipeline("text-generation", "FOLDER")
     print(bot([{{"role": "system", "content": "{persona}"}}, {{"role": "user", "content": "any pets ?"}}],
               return_full_text=False))
 
-A GGUF file of it serves in llama.cpp (`llama-server -m FILE.gguf --jinja`), and in Ollama after
-`ollama create {name} -f Modelfile`, there with the persona on one line.
+A GGUF file runs in llama.cpp (`llama-server -m FILE.gguf --jinja`) and, after `ollama create {name} -f Modelfile`, in
+Ollama, where the persona must be on one line.
 
-It is a small model that makes conversation: what it says of the world, or of itself, need not be true.
+This is a small model for conversation: its statements about the world, or about itself, need not be true.
 """

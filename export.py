@@ -1,9 +1,9 @@
-"""Write a run as other software opens it: an ordinary transformers folder with a chat template, or a GGUF file.
+"""Export a run for other software: an ordinary transformers folder with a chat template, and GGUF files.
 
     python export.py runs/<your run> FOLDER [--gguf f16] [--push_to_hub NAME]
 
-The template renders messages, the system message being the persona with a sentence per line, to the very tokens that
-the run was trained on, so that a server that knows nothing of this project gives the same replies.
+The template renders messages to exactly the tokens of training, so that other servers give the same replies. The system
+message is the persona, one sentence per line.
 """
 
 import json
@@ -31,19 +31,20 @@ logger = logging.getLogger("export")
 def export(run: str, folder: Path, licence: str = "") -> None:
     """Write the run's model, merged, its tokenizer, a generation config, a model card and a ``Modelfile``.
 
-    ``licence``: of the model, for its card, such as apache-2.0. Raises `InputError` for a run that was trained with
-    what servers lack: GPT-1's way to split words, token types, or a history that begins at a fixed position; and for a
-    folder with something else in it.
+    ``licence``: the model's licence for its card, such as apache-2.0. Raises `InputError` if the run needs what
+    servers lack (GPT-1's word splitting, token types, or a history at a fixed position), or if the folder contains
+    other files.
     """
     model, tokenizer = load_checkpoint(run)
     if model.config.model_type == "openai-gpt":
-        raise InputError(f"{run}: is a GPT-1, whose words are split by spaCy, which other software does not do; train "
-                         "another decoder, gpt2 or smollm2 for example")
+        raise InputError(f"{run}: is a GPT-1, which needs spaCy to split words, and other software has none; train "
+                         "another decoder, for example gpt2 or smollm2")
     if not model.no_token_types:
         raise InputError(f"{run}: was trained with token types, which other software lacks; train it with "
                          "--no_token_types")
     if model.history_start:
-        raise InputError(f"{run}: was trained with --history_first, whose positions other software cannot give")
+        raise InputError(f"{run}: was trained with --history_first, and other software lacks its positions; train it "
+                         "without")
     _make_room(folder)
     save_model(model, folder)
     (folder / HEADS).unlink(missing_ok=True)  # other software has no place for the choice head
@@ -71,9 +72,9 @@ def export(run: str, folder: Path, licence: str = "") -> None:
 
 
 def _make_room(folder: Path) -> None:
-    """An empty folder, or one that was written here before, without its GGUF files, which an older run may have given.
+    """Create the folder, or reuse one that export.py has written, without its old GGUF files.
 
-    Raises `InputError` for any other.
+    Raises `InputError` if the folder contains anything else.
     """
     notes = folder / "Modelfile"
     if folder.is_dir() and any(folder.iterdir()):
@@ -82,11 +83,11 @@ def _make_room(folder: Path) -> None:
         for old in folder.glob("*.gguf"):
             old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    notes.write_text(MARK + "\n")  # an export that was interrupted can be written again, too
+    notes.write_text(MARK + "\n")  # so that an interrupted export can be repeated
 
 
 def _write_tokenizer(tokenizer: Tokenizer, chat_template: str, folder: Path) -> None:
-    """The tokenizer as plain transformers loads it, with the chat template; here control tokens in a text are those."""
+    """Write the tokenizer for plain transformers, with the chat template; it reads control tokens in texts as such."""
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
@@ -98,10 +99,10 @@ def _write_tokenizer(tokenizer: Tokenizer, chat_template: str, folder: Path) -> 
 
 
 def push(folder: Path, name: str, private: bool) -> str:
-    """Upload the folder's files to the hub as the model ``name``, made if it is not there. Returns its address.
+    """Upload the folder's files to the hub as the model ``name``, which is created if necessary; return its address.
 
-    The token is `huggingface_hub`'s: ``HF_TOKEN``, or what ``hf auth login`` has kept. Raises `InputError` when there
-    is none, it has no right to write there, or the hub cannot be reached.
+    The token comes from ``HF_TOKEN`` or ``hf auth login``. Raises `InputError` if there is no token, if it does not
+    allow writing there, or if the hub cannot be reached.
     """
     flag, hub = f"--push_to_hub {name}", constants.ENDPOINT
     kept = f"the files are in {folder}"
@@ -115,15 +116,15 @@ def push(folder: Path, name: str, private: bool) -> str:
     except HFValidationError as error:
         raise InputError(f"{flag}: is no name for a model ({short(str(error))}); write USER/NAME") from None
     except OfflineModeIsEnabled:
-        raise InputError(f"{flag}: HF_HUB_OFFLINE forbids to reach {hub}; unset it ({kept})") from None
+        raise InputError(f"{flag}: HF_HUB_OFFLINE forbids connecting to {hub}; unset it ({kept})") from None
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
-            raise InputError(f"{flag}: the token may not write there ({error.response.status_code}); take one with the "
-                             f"right to write, and a name of yours ({kept})") from None
+            raise InputError(f"{flag}: the token may not write there ({error.response.status_code}); use one with the "
+                             f"right to write, and your own user name ({kept})") from None
         raise InputError(f"{flag}: {hub} refused ({short(str(error))}); try again ({kept})") from None
     except (HTTPError, OSError) as error:
         raise InputError(f"{flag}: {hub} cannot be reached ({short(str(error))}); check the network ({kept})") from None
-    except (ValueError, RuntimeError) as error:  # what the library's means of uploading say
+    except (ValueError, RuntimeError) as error:  # errors of the library's upload
         raise InputError(f"{flag}: {hub} did not take the files ({short(str(error))}); try again ({kept})") from None
     return str(address)
 
@@ -133,11 +134,11 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder, or another checkpoint that was trained here")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write")
     parser.add_argument("--gguf", choices=TYPES, nargs="+", default=[],
-                        help="write GGUF files beside it, with matrices of these types; Modelfile names the first")
-    parser.add_argument("--licence", default="", help="of the model, for its card: apache-2.0, for example")
+                        help="also write GGUF files with matrices of these types; the Modelfile names the first one")
+    parser.add_argument("--licence", default="", help="licence of the model, for its card, such as apache-2.0")
     parser.add_argument("--push_to_hub", default="", metavar="NAME",
                         help="upload the folder as the model NAME, with the token of HF_TOKEN or `hf auth login`")
-    parser.add_argument("--private", action="store_true", help="make the model on the hub a private one")
+    parser.add_argument("--private", action="store_true", help="make the model on the hub private")
     args = parser.parse_args()
     logging.getLogger("gguf").setLevel(logging.WARNING)
     try:

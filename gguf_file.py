@@ -1,6 +1,6 @@
-"""An exported folder → one GGUF file, which llama.cpp, Ollama and their like open: Llama and GPT-2.
+"""Convert an exported folder to a GGUF file for llama.cpp and Ollama; for Llama and GPT-2 models.
 
-Knows files of weights, a tokenizer and a configuration; nothing of runs or of the double heads.
+The input is an ordinary transformers folder without a choice head, as export.py writes it.
 """
 
 import json
@@ -15,17 +15,17 @@ from files import replacing
 from inputs import Specials
 from tokenization import get_tokenizer
 
-FAMILIES = {"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}  # which GGUF files are written for
+FAMILIES = {"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}  # the supported model families
 TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16,
          "q8_0": gguf.GGMLQuantizationType.Q8_0}
 FILE_TYPES = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
               "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
-# What the format's readers compute, whatever a configuration says:
+# Settings that all readers of the format assume; they ignore the model's configuration here.
 FIXED: dict[str, dict[str, tuple]] = {
     "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
              "scale_attn_by_inverse_layer_idx": (False,)},
     "llama": {"hidden_act": ("silu",)}}
-# The readers' names for the ways in which a text is split into words before the merges.
+# The readers' names for the rules that split a text into words before BPE merges.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
            r"\s+(?!\S)|\s+")
@@ -38,16 +38,16 @@ SPLITS = {
 
 
 def write_gguf(folder: Path, path: Path, kind: str, sampling: dict[str, float]) -> None:
-    """The exported ``folder`` as the GGUF file ``path``, its matrices of type ``kind`` of `TYPES`; vectors stay
-    float32.
+    """Write the exported ``folder`` as the GGUF file ``path``.
 
-    ``sampling``: "temp", "top_p" and the like, which readers take for their defaults. Raises `InputError` for what the
-    format cannot say: a family that `FAMILIES` lacks, a tokenizer that `SPLITS` lacks, rotations that are scaled.
+    ``kind``: the type of the matrices, one of `TYPES`; vectors stay float32. ``sampling``: options such as "temp" and
+    "top_p", which become the readers' defaults. Raises `InputError` for models that the format cannot express: a family
+    outside `FAMILIES`, a tokenizer outside `SPLITS`, or scaled rotations.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     family = config["model_type"]
     if family not in FAMILIES:
-        raise InputError(f"--gguf: is written for {' and '.join(FAMILIES)} models, and this is '{family}'; the folder "
+        raise InputError(f"--gguf: supports {' and '.join(FAMILIES)} models, and this is '{family}'; the folder "
                          "without --gguf holds the same model")
     for name, known in FIXED[family].items():
         if config.get(name, known[0]) not in known:
@@ -75,7 +75,7 @@ def write_gguf(folder: Path, path: Path, kind: str, sampling: dict[str, float]) 
 
 
 def _write_shape(file: gguf.GGUFWriter, family: str, config: dict) -> int:
-    """The sizes of the network; returns the number of layers."""
+    """Write the sizes of the network, and return the number of layers."""
     def add(context: int, width: int, layers: int, inner: int, heads: int) -> int:
         file.add_context_length(context)
         file.add_embedding_length(width)
@@ -91,7 +91,7 @@ def _write_shape(file: gguf.GGUFWriter, family: str, config: dict) -> int:
     rotations = config.get("rope_parameters") or config
     scaling = (config.get("rope_scaling") or rotations).get("rope_type", "default")
     if scaling != "default":
-        raise InputError(f"--gguf: is not written for models whose rotations are scaled ({scaling}); the folder "
+        raise InputError(f"--gguf: does not support models with scaled rotations ({scaling}); the folder "
                          "without --gguf holds the same model")
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     file.add_layer_norm_rms_eps(config["rms_norm_eps"])
@@ -106,10 +106,10 @@ def _write_shape(file: gguf.GGUFWriter, family: str, config: dict) -> int:
 
 
 def _write_vocabulary(file: gguf.GGUFWriter, folder: Path, size: int) -> None:
-    """Tokens, merges, control tokens and the chat template.
+    """Write tokens, merges, control tokens and the chat template.
 
-    Readers end a reply at three tokens: the end of the sequence, of a turn, and of a message. These are <eos> and the
-    two speakers, the tokens that a model of ours gives when it has said what it had to say.
+    Readers end a reply at three tokens: the end of the sequence, the end of a turn and the end of a message. These are
+    <eos> and the two speakers' tokens, with which our models end a reply.
     """
     tokenizer = get_tokenizer(str(folder))
     spelt, special = {number: token for token, number in tokenizer.get_vocab().items()}, Specials.of(tokenizer)
@@ -133,19 +133,19 @@ def _write_vocabulary(file: gguf.GGUFWriter, folder: Path, size: int) -> None:
 
 
 def _split_name(settings: dict) -> str:
-    """The readers' name for how a tokenizer, as its JSON says, splits words. Raises `InputError` if they have none."""
+    """Return the readers' name for how a tokenizer, given as JSON, splits words. Raises `InputError` if none fits."""
     before = settings["pre_tokenizer"] or {}
     parts = before.get("pretokenizers", [before])
     for name, known in SPLITS.items():
         if len(parts) == len(known) and all(part | wanted == part for part, wanted in zip(parts, known, strict=True)):
             if settings["model"]["type"] == "BPE" and not settings["normalizer"]:
                 return name
-    raise InputError("--gguf: is written for byte-level BPE that splits words as GPT-2, SmolLM or Llama 3 do, which "
-                     "this tokenizer does not; the folder without --gguf holds the same model")
+    raise InputError("--gguf: supports byte-level BPE that splits words as GPT-2, SmolLM or Llama 3 do, and this "
+                     "tokenizer does not; the folder without --gguf holds the same model")
 
 
 def _as_stored(name: str, values: np.ndarray, family: str, config: dict) -> np.ndarray:
-    """A weight in GGUF's order: (out, in), and of Llama's queries and keys the halves of each rotation interleaved."""
+    """Reorder a weight for GGUF: (out, in); the halves of each rotation of Llama's queries and keys interleave."""
     if family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
         return values.T
     if family == "llama" and name.rpartition(".")[0].endswith(("q_proj", "k_proj")):

@@ -46,19 +46,20 @@ logger = logging.getLogger(__name__)
 
 @quick_gguf()
 def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> DoubleHeadsModel:
-    """The double-heads model of a checkpoint, in evaluation mode and float32, on the CPU.
+    """Load a double-heads model, in evaluation mode and float32, on the CPU.
 
-    ``model_checkpoint`` is what `resolve_checkpoint` takes: a hub name, a run folder of ours or of 2019, a folder
-    without weights, which starts at random with a warning, a checkpoint file of a training, or the folder of a PEFT
-    adapter, which is merged into the model that it names; an adapter of rank ``rank`` stays apart, to be trained on.
-    ``to_adapt``: an adapter will bring what the checkpoint lacks. Weights are read as tensors only; no pickled code
-    runs. Raises `InputError` when there is none, it cannot be read, or it cannot read packed rows.
+    ``model_checkpoint`` is anything that `resolve_checkpoint` takes: a hub name, a run folder (also one of 2019), a
+    folder without weights (a warning says that they are random), a checkpoint file of a run, or the folder of a PEFT
+    adapter. An adapter is merged into its base model, unless it has the rank ``rank``; then it stays separate, so that
+    training can continue. ``to_adapt``: do not report a missing choice head, because an adapter will bring it. Weights
+    are read as tensors; no pickled code runs. Raises `InputError` if there is no such model, or it cannot be read, or
+    it cannot compute packed rows.
     """
     checkpoint = resolve_checkpoint(model_checkpoint)
     if is_checkpoint_file(checkpoint):
         return _of_training(checkpoint)
     if left := describe_unfinished(Path(checkpoint)):
-        logger.warning("%s: this is the model of the last whole epoch, and the run is %s", checkpoint, left)
+        logger.warning("%s: this is the model of the last complete epoch; the run is %s", checkpoint, left)
     if base := adapter_base(checkpoint):
         return _adapted(checkpoint, base, rank)
     config = read_config(checkpoint)
@@ -68,11 +69,11 @@ def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> 
             with quiet_transformers():
                 config = model_class.config_class.from_pretrained(**from_file(checkpoint), num_labels=1,
                                                                   attn_implementation="sdpa")
-        vars(config).pop("n_special", None)  # with which early 2019 counted the control tokens, once or twice
+        vars(config).pop("n_special", None)  # early 2019's count of control tokens, some of which it counted twice
         if rows := _vocabulary_rows(checkpoint):
             config.vocab_size = rows
         if os.path.isdir(checkpoint) and not _weight_files(checkpoint):
-            logger.warning("%s has no weights: starting from RANDOM ones", checkpoint)
+            logger.warning("%s has no weights: starting from RANDOM weights", checkpoint)
             config.dtype = torch.float32
             model, missing = model_class(config), set()
         else:
@@ -83,7 +84,7 @@ def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> 
                                                            dtype=torch.float32, output_loading_info=True)
             tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
             missing = set(found["missing_keys"]) - tied
-            if gguf:  # its weights are plain float32 now; the library would refuse to save or train "quantized" ones
+            if gguf:  # the weights are plain float32 now; transformers would not save or train "quantized" weights
                 del model.config.quantization_config
                 model.hf_quantizer, model.is_quantized = None, False
             elif model.extra_modules and (
@@ -91,41 +92,41 @@ def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> 
                 model.load_state_dict(load_file(heads), strict=False)
                 missing -= load_file(heads).keys()
     except UnpicklingError:
-        raise InputError(f"--model_checkpoint {checkpoint}: its .bin file is damaged, or holds code beside weights, "
-                         "which is not run; take a model.safetensors from who made it") from None
-    except Exception as error:  # torch, safetensors and transformers each raise their own for damaged files
+        raise InputError(f"--model_checkpoint {checkpoint}: its .bin file is damaged or contains code, which is not "
+                         "run; get a model.safetensors of this model instead") from None
+    except Exception as error:  # torch, safetensors and transformers raise many types for damaged files
         reason = str(error).strip().split("\n")[0][:160]
         if "ignore_mismatched_sizes" in reason:
-            reason = "they have other sizes than its config.json says"
+            reason = "their sizes differ from those in its config.json"
         raise InputError(f"--model_checkpoint {checkpoint}: its weights cannot be loaded ({reason}); "
                          "fetch or train the model again") from None
     fresh = {name.split(".")[0] for name in missing} - {"multiple_choice_head", "token_types"}
     if fresh:
-        raise InputError(f"--model_checkpoint {checkpoint}: its weights are not those of a whole "
+        raise InputError(f"--model_checkpoint {checkpoint}: its weights are not those of a complete "
                          f"{config.model_type} model; fetch or train the model again")
     if missing and not to_adapt:
-        logger.info("%s has no choice head: starting it at random", checkpoint)
+        logger.info("%s has no choice head: starting from a random one", checkpoint)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
-    model.generation_config = GenerationConfig()  # decoding has flags; what a 2019 config wished for is not one
+    model.generation_config = GenerationConfig()  # decoding options are flags; a 2019 config must not change them
     model.config.is_encoder_decoder = False
     if not all(torch.isfinite(weight).all() for weight in model.eval().parameters()):
-        raise InputError(f"--model_checkpoint {checkpoint}: some of its weights are not numbers, as when training went "
-                         "wrong; take an earlier checkpoint")
+        raise InputError(f"--model_checkpoint {checkpoint}: some of its weights are not numbers, as after a training "
+                         "that diverged; use an earlier checkpoint")
     if isinstance(model, AnyDecoder):
         _check_packing(model, checkpoint)
     _check_row(model, checkpoint)
     return model
 
 
-# What other programs called weights, as patterns: early 2019's own, and torch's DataParallel.
+# Patterns of weight names that early 2019's script and torch's DataParallel used, and their names today.
 EARLY_NAMES = {r"^module\.": "", r"^multiple_choice_head\.linear\.": "multiple_choice_head.summary.",
                r"^lm_head\.decoder\.": "lm_head."}
-HEADS = "double_heads.safetensors"  # in a run folder: the modules that the plain architecture lacks
+HEADS = "double_heads.safetensors"  # the file with `extra_modules` in a run folder
 
 
 def _weight_files(folder: str) -> list[Path]:
-    """The files of weights in a folder. Raises ``ValueError`` when an index of them names one elsewhere."""
+    """List the files of weights in a folder. Raises ``ValueError`` if an index names a file outside the folder."""
     for index in Path(folder).glob("*.index.json"):
         names = json.loads(index.read_text("utf-8"))["weight_map"].values()
         if outside := [name for name in names if Path(name).name != name]:
@@ -135,7 +136,7 @@ def _weight_files(folder: str) -> list[Path]:
 
 
 def _vocabulary_rows(checkpoint: str) -> int | None:
-    """Rows of the token embeddings that lie in a folder; None where GPT-1's and GPT-2's are not found."""
+    """Return the number of token embeddings in a folder's weights; None unless they are GPT-1's or GPT-2's."""
     for path in _weight_files(checkpoint) if os.path.isdir(checkpoint) else []:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -151,7 +152,7 @@ def _vocabulary_rows(checkpoint: str) -> int | None:
 
 @torch.no_grad()
 def _check_row(model: DoubleHeadsModel, checkpoint: str) -> None:
-    """Whether a packed row comes through the network. Raises `InputError` if not."""
+    """Compute one packed row. Raises `InputError` if this fails or the losses are not finite."""
     row = {"input_ids": [0, 1, 2, 1, 3], "position_ids": [0, 1, 2, 1, 2], "segment_ids": [0, 1, 1, 2, 2],
            "labels": [IGNORED] * 4 + [3], "mc_token_ids": [2, 4]}
     reason = "its losses are not numbers"
@@ -159,9 +160,9 @@ def _check_row(model: DoubleHeadsModel, checkpoint: str) -> None:
         out = model(**{name: torch.tensor([values]) for name, values in row.items()}, mc_labels=torch.tensor([1]))
         if torch.isfinite(out.lm_loss) and torch.isfinite(out.mc_loss):
             return
-    except Exception as error:  # each setting of config.json has its own way to fail
+    except Exception as error:  # a bad config.json can fail in many ways
         reason = str(error).strip().split("\n")[0][:160]
-    raise InputError(f"--model_checkpoint {checkpoint}: its weights and config.json make no network that computes "
+    raise InputError(f"--model_checkpoint {checkpoint}: its weights and config.json do not make a working network "
                      f"({reason}); fetch or train the model again")
 
 
@@ -172,10 +173,10 @@ ROUNDING = 1e-2
 
 @torch.no_grad()
 def _check_packing(model: AnyDecoder, checkpoint: str) -> None:
-    """Whether the model says of a packed candidate what its family's own code says of the same candidate alone.
+    """Compare the logits of a packed candidate with those of the same candidate alone, computed by transformers.
 
-    So it is for attention over positions that can be given (learnt ones, rotations), and not where distance is counted
-    in the row (ALiBi) or a state is handed from token to token (Mamba). Raises `InputError` for those.
+    They agree if the attention uses given positions (learnt positions, rotations). They differ if distances are counted
+    in the row (ALiBi) or a state is passed from token to token (Mamba). Raises `InputError` if they differ.
     """
     context, reply = [1, 2, 3, 4, 5], [6, 7, 8, 9]
     row = {"input_ids": [*context, 9, 8, 7, *reply], "position_ids": [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8],
@@ -185,13 +186,13 @@ def _check_packing(model: AnyDecoder, checkpoint: str) -> None:
         packed = model(**{name: torch.tensor([values]) for name, values in row.items()}).logits
         alone = super(DoubleHeadsModel, model).forward(input_ids=torch.tensor([context + reply])).logits[0, 5:8].float()
         agrees = torch.allclose(packed, alone, rtol=0, atol=ROUNDING * alone.std().item() + 1e-6)
-        reason = "a packed candidate comes out differently than alone"
+        reason = "the logits of a packed candidate differ from those of the candidate alone"
     except KeyError as kind:
         reason = f"it has layers of {kind}"
-    except Exception as error:  # each family has its own way to fail
+    except Exception as error:  # model families fail in many ways
         reason = str(error).strip().split("\n")[0][:160]
     if getattr(config, "alibi", not hasattr(config, "max_position_embeddings")) or \
-            "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's window, which no short row shows
+            "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's window is longer than this row
         agrees, reason = False, "it counts distances in the row"
     if not agrees:
         raise InputError(f"--model_checkpoint {checkpoint}: a '{config.model_type}' model cannot read a turn as one "
@@ -199,17 +200,16 @@ def _check_packing(model: AnyDecoder, checkpoint: str) -> None:
 
 
 def _adapted(checkpoint: str, base: str, rank: int) -> DoubleHeadsModel:
-    """The model of an adapter's folder: its base as it was trained on, with the adapter merged into it.
+    """Load the base model of an adapter, and merge the adapter into it.
 
-    An adapter of rank ``rank`` is not merged but left as `add_lora_` makes one.
+    An adapter of the rank ``rank`` is not merged; the model is then as after `add_lora_`.
     """
     folders = [os.path.realpath(checkpoint)]
     try:
         while next_base := adapter_base(folders[-1]):
             folders.append(os.path.realpath(resolve_checkpoint(next_base)))
             if folders.count(folders[-1]) > 1:
-                raise InputError("whose adapter_config.json names itself as the model that it adapts; name the base "
-                                 "model there")
+                raise InputError("its adapter_config.json names itself as the base model; enter the base model there")
         model = load_model(base, to_adapt=True)
     except InputError as error:
         raise InputError(f"--model_checkpoint {checkpoint}: adapts {base}: {error}") from None
@@ -224,7 +224,7 @@ def _adapted(checkpoint: str, base: str, rank: int) -> DoubleHeadsModel:
                 _prepare_adapter_(model)
             else:
                 model = adapted.merge_and_unload()
-    except Exception as error:  # peft and torch each raise their own
+    except Exception as error:  # peft and torch raise many types
         reason = str(error).strip().split("\n")[0][:160]
         raise InputError(f"--model_checkpoint {checkpoint}: its adapter does not fit {base} ({reason}); "
                          "fetch or train it again") from None
@@ -232,7 +232,7 @@ def _adapted(checkpoint: str, base: str, rank: int) -> DoubleHeadsModel:
 
 
 def _as_trained_(model: DoubleHeadsModel, config) -> None:
-    """Let a base model read turns as the configuration of what adapts it says."""
+    """Copy the settings of training (history, persona, token types, data) from an adapter's config to its base."""
     how_it_was_trained = {"history_start", "max_history", "max_len", "no_persona", "no_token_types", "speaker_ids",
                           "trained_on"}
     for name in how_it_was_trained & vars(config).keys():
@@ -241,7 +241,7 @@ def _as_trained_(model: DoubleHeadsModel, config) -> None:
 
 @torch.no_grad()
 def _of_training(checkpoint: str) -> DoubleHeadsModel:
-    """The model of a training's checkpoint file, as it was then; its adapter, if it has one, is merged into it."""
+    """Load the model of a run's checkpoint file; an adapter is merged into it."""
     config, path = read_config(checkpoint), Path(checkpoint)
     try:
         with safe_open(path, framework="pt") as file:
@@ -258,12 +258,12 @@ def _of_training(checkpoint: str) -> DoubleHeadsModel:
             model = model_class(model_class.config_class.from_dict(config.to_dict() | {"dtype": "float32"}))
         weights = distinct_tensors(model)
         if weights.keys() != state.keys():
-            raise ValueError("it has other weights than its configuration says")
+            raise ValueError("its weights do not match its configuration")
         for name, weight in weights.items():
             weight.copy_(state[name])
     except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"--model_checkpoint {checkpoint}: its model cannot be made ({short(str(error))}); go on with "
-                         f"train.py --resume {path.parents[1]} instead") from None
+        raise InputError(f"--model_checkpoint {checkpoint}: its model cannot be loaded ({short(str(error))}); continue "
+                         f"with train.py --resume {path.parents[1]} instead") from None
     if adapted:
         with TemporaryDirectory() as folder:
             save_model(model, folder)
@@ -273,41 +273,41 @@ def _of_training(checkpoint: str) -> DoubleHeadsModel:
     return model
 
 
-SPARE_ROWS = 1024  # at most; vocabularies are padded to a round number, Phi-2's by 905
+SPARE_ROWS = 1024  # unused embeddings, at most: vocabularies are padded to round numbers, Phi-2's by 905
 
 
 def add_special_tokens_(model: DoubleHeadsModel, tokenizer: Tokenizer) -> None:
-    """Give the model's vocabulary room for the tokenizer's control tokens, in place; new rows start at random.
+    """Add the tokenizer's control tokens to the model's vocabulary, in place, with random embeddings.
 
-    Raises `InputError` when the model's vocabulary is neither the tokenizer's nor that without its control tokens.
+    Raises `InputError` if the sizes of the two vocabularies do not fit together.
     """
     tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
     have, want = model.get_input_embeddings().weight.shape[0], len(tokenizer)
     if not want - len(SPECIAL_TOKENS) <= have <= want + SPARE_ROWS:
         raise InputError(f"--model_checkpoint: the model knows {have:,} tokens and its tokenizer {want:,} (control "
-                         "tokens included); put the tokenizer's files that the model was trained with into its folder")
+                         "tokens included); put the files of the model's own tokenizer into its folder")
     if have < want:
         model.resize_token_embeddings(want, mean_resizing=False)
     if (last := max(tokenizer.get_vocab().values())) >= max(have, want):
         raise InputError(f"--model_checkpoint: the model knows {max(have, want):,} tokens, its tokenizer's ids go to "
-                         f"{last:,}; put the tokenizer's files that the model was trained with into its folder")
+                         f"{last:,}; put the files of the model's own tokenizer into its folder")
     model.config.speaker_ids = tokenizer.convert_tokens_to_ids(ATTR_TO_SPECIAL_TOKEN["additional_special_tokens"])
 
 
 def add_lora_(model: DoubleHeadsModel, tokenizer: Tokenizer, rank: int, model_checkpoint: str) -> None:
-    """Freeze the model, in place, but for low-rank updates of its linear layers (Hu et al. 2021).
+    """Freeze the model, in place, and add trainable low-rank updates to its linear layers (Hu et al. 2021).
 
-    Trained whole beside them: the choice head, the token types and the control tokens' own rows.
-    ``model_checkpoint``: what the model was loaded from, which the adapter will name as its base. A model that was
-    loaded with an adapter of this rank gets no other. Raises `InputError` when the checkpoint has no weights.
+    The choice head, the token types and the embeddings of the control tokens stay trainable as a whole.
+    ``model_checkpoint``: the checkpoint that the model was loaded from; the adapter names it as its base. A model that
+    was loaded with an adapter of this rank is left unchanged. Raises `InputError` if the checkpoint has no weights.
     """
     if getattr(model, "peft_config", None):
         return
     base = resolve_checkpoint(model_checkpoint)
     if os.path.isdir(base) and not adapter_base(base) and not _weight_files(base):
-        raise InputError(f"--lora: {base} has no weights, and random ones would not be there to adapt when the adapter "
-                         "is loaded; train it without --lora, or name a model with weights")
-    named = model_checkpoint in NAMED or not os.path.exists(base)  # a name finds the base on other machines, too
+        raise InputError(f"--lora: {base} has no weights, and an adapter of random weights could not be loaded later; "
+                         "train without --lora, or name a model with weights")
+    named = model_checkpoint in NAMED or not os.path.exists(base)  # names work on other machines too
     model.name_or_path = model_checkpoint if named else os.path.abspath(base)
     names = {module: name for name, module in model.named_modules()}
     tables = {model.get_input_embeddings(), *([] if model.all_tied_weights_keys else [model.get_output_embeddings()])}
@@ -326,7 +326,7 @@ def add_lora_(model: DoubleHeadsModel, tokenizer: Tokenizer, rank: int, model_ch
 
 
 def _prepare_adapter_(model: DoubleHeadsModel) -> None:
-    """Have the adapter's layers computed in one pass each, and say how much is trained."""
+    """Make the adapter's layers `LowRankLinear`, and log the number of trained parameters."""
     for layer in model.modules():
         if type(layer) is lora.Linear:
             layer.__class__ = LowRankLinear
@@ -336,16 +336,16 @@ def _prepare_adapter_(model: DoubleHeadsModel) -> None:
 
 
 def linear_layers(model: DoubleHeadsModel) -> list[nn.Module]:
-    """The linear layers of the model's blocks: neither of its heads."""
+    """Return the linear layers of the model's blocks, without the heads."""
     return [module for module in model.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def save_model(model: DoubleHeadsModel, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write ``model.safetensors`` and ``config.json`` as plain transformers reads them, each complete or not at all.
+    """Write ``model.safetensors`` and ``config.json`` for plain transformers, each file completely or not at all.
 
-    What the plain architecture lacks goes to ``double_heads.safetensors`` beside them. Of a model under `add_lora_`
-    only the adapter is written, as PEFT does, and ``config.json``. ``state``: the weights by name, where the model
-    itself holds only a part of each. They are saved in float32.
+    Modules that the plain architecture lacks are written to ``double_heads.safetensors``. After `add_lora_` only the
+    adapter, in PEFT's format, and ``config.json`` are written. ``state``: the whole weights by name, needed if the
+    model holds only a part of each (``--shard``). Weights are saved in float32.
     """
     folder = Path(folder)
     if adapters := getattr(model, "peft_config", None):
@@ -379,11 +379,12 @@ def main() -> None:
     parser.add_argument("run", help="the adapter's run folder")
     parser.add_argument("folder", type=Path, help="the ordinary run folder to write")
     parser.add_argument("--adapter", action="store_true",
-                        help="write the adapter itself, in half the bytes (bfloat16), to pass it on")
+                        help="write the adapter itself in bfloat16, half the size, to share it")
     args = parser.parse_args()
     run = resolve_checkpoint(args.run)
     if not adapter_base(run):
-        raise InputError(f"{args.run}: has no adapter_config.json; there is nothing to merge")
+        raise InputError(f"{args.run}: has no adapter_config.json, so there is nothing to merge; name a run of "
+                         "train.py --lora")
     model, tokenizer = load_model(run), get_tokenizer(run)
     add_special_tokens_(model, tokenizer)
     try:

@@ -238,7 +238,7 @@ def test_a_pretrained_language_model_is_taken_up(family, tmp_path, small_corpus)
     pretrained.save_pretrained(folder)
     script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", folder, "--n_epochs", 1, "--lr", 0,
            cwd=tmp_path)
-    assert "no choice head: starting it at random" in script.stderr and "RANDOM" not in script.stderr
+    assert "no choice head: starting from a random one" in script.stderr and "RANDOM" not in script.stderr
     run = next((tmp_path / "runs").iterdir())
     kept, given = load_file(run / "model.safetensors"), pretrained.state_dict()
     vocabulary = len(given[table])
@@ -253,7 +253,7 @@ def test_a_pretrained_language_model_is_taken_up(family, tmp_path, small_corpus)
 
 def test_a_folder_without_weights_starts_at_random_and_says_so(tmp_path, small_corpus):
     script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", TINY, "--n_epochs", 0, cwd=tmp_path)
-    assert "has no weights: starting from RANDOM ones" in script.stderr
+    assert "has no weights: starting from RANDOM weights" in script.stderr
 
 
 def test_the_family_is_what_the_config_says(tmp_path, small_corpus):

@@ -375,7 +375,7 @@ def test_pickled_commands_do_not_run(altered, tmp_path, kind):
             load_model(str(tmp_path / "adapter"))
     else:
         said = refusal_of(altered(remove="model.safetensors", pytorch_model__bin=evil))
-        assert "holds code beside weights, which is not run" in said
+        assert "contains code, which is not run" in said
     assert not trace.exists()
     pickle.loads(pickle.dumps(Evil(trace)))
     assert trace.exists()  # as it would have run
@@ -398,8 +398,8 @@ def test_code_beside_a_model_is_neither_run_nor_asked_for(altered, tmp_path, mon
     ({"n_head": -1}, "num_attention_heads -1"),
     ({"num_labels": 10 ** 9}, "num_labels 1000000000"),
     ({"history_start": 1.5}, "history_start 1.5"),
-    ({"summary_type": "mean"}, "make no network that computes"),
-    ({"return_dict": False}, "make no network that computes"),
+    ({"summary_type": "mean"}, "do not make a working network"),
+    ({"return_dict": False}, "do not make a working network"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights cannot be loaded"),
     ({"model_type": "../../x"}, "its config.json cannot be read"),
     ({"model_type": ["x"]}, "its config.json cannot be read"),
@@ -437,7 +437,7 @@ def test_an_adapter_of_itself_is_refused(altered):
     folder = Path(altered())
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(folder)}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    assert "names itself as the model that it adapts" in refusal_of(str(folder))
+    assert "names itself as the base model" in refusal_of(str(folder))
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"r": 10 ** 9}))
     assert "a rank above" in refusal_of(str(folder))
 
