@@ -1,5 +1,7 @@
 # make demo          evaluate the default bot, fine-tune it on the embedded sample, chat with it; needs no model hub
 # make web           open the default bot on a web page, at http://127.0.0.1:7860
+# make tutorial      make docs/tutorial.ipynb and docs/tutorial.html by running docs/tutorial.py: some minutes; installs
+#                    Jupyter (in Korean: make tutorial TUTORIALS=docs/tutorial.ko.md)
 # make install       only install, into .venv
 # make test          run the whole test suite
 # make test-fast     run the tests that take less than two minutes together
@@ -16,16 +18,20 @@
 
 PYTHON ?= python3
 VENV := .venv
+TUTORIALS ?= docs/tutorial.py
 TEST_PROCESSES := 2  # each of them computes on one thread, see tests/conftest.py
 BIN := $(VENV)/bin
 
-.PHONY: attack bench clean demo docker-check faults fuzz install lint parlai test test-fast web
+.PHONY: attack bench clean demo docker-check faults fuzz install lint parlai test test-fast tutorial web
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./recipes/demo.sh
 
 web: $(VENV)/web-installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./recipes/web.sh $(WEB_FLAGS)
+
+tutorial: $(VENV)/tutorial-installed
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/make_tutorial.py $(TUTORIALS)
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --durations 15
@@ -76,7 +82,11 @@ $(VENV)/web-installed: $(VENV)/installed requirements/web.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/web.txt
 	touch $@
 
-$(VENV)/test-installed: $(VENV)/installed requirements/web.txt requirements/feedback.txt requirements/test.txt
+$(VENV)/tutorial-installed: $(VENV)/installed requirements/tutorial.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/tutorial.txt
+	touch $@
+
+$(VENV)/test-installed: $(VENV)/installed $(addprefix requirements/,web.txt feedback.txt tutorial.txt test.txt)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/test.txt
 	touch $@
 

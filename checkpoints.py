@@ -311,10 +311,11 @@ def open_run_folder(args: Namespace, tokenizer: Tokenizer) -> Path:
     return run
 
 
-def parse_resumable(parser: ArgumentParser) -> Namespace:
-    """Parse the command line, with the flags of checkpoints; a resumed run keeps most flags that it began with.
+def parse_resumable(parser: ArgumentParser, argv: list[str] | None = None) -> Namespace:
+    """Parse ``argv``, by default the command line, with the flags of checkpoints.
 
-    Raises `InputError` when the run's own cannot be read, or the command line wants others.
+    A resumed run keeps most flags that it began with. Raises `InputError` when these cannot be read, or ``argv`` wants
+    others.
     """
     add = parser.add_argument_group("checkpoints").add_argument
     add("--checkpoint_every", type=whole_number, default=0, metavar="N",
@@ -322,7 +323,7 @@ def parse_resumable(parser: ArgumentParser) -> Namespace:
     add("--keep_checkpoints", type=positive_number, default=3, metavar="K",
         help="keep the last K and the one of the lowest validation loss (default: %(default)s)")
     add("--resume", default="", metavar="RUN", help="continue a run from its last checkpoint, with its own flags")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.resume:
         return args
     run, checkpoint = find_checkpoint(args.resume)
@@ -334,7 +335,7 @@ def parse_resumable(parser: ArgumentParser) -> Namespace:
         raise InputError(f"{path}: cannot be read ({error}); the run cannot be resumed without it") from None
     here = ("resume", "device", "local_rank")
     parser.set_defaults(**{name: value for name, value in began.items() if name not in here})
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name, value in began.items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
             raise InputError(f"--{name} {getattr(args, name)}: the run began with {value!r}, which cannot change; "

@@ -190,7 +190,8 @@ def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
     return evaluator
 
 
-def parse_args() -> Namespace:
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Read the flags of ``argv``, by default those of the command line. Raises `InputError` as `parse_resumable`."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_common_flags(parser, model_checkpoint="openai-gpt")
     add = parser.add_argument_group("turns and losses").add_argument
@@ -228,7 +229,7 @@ def parse_args() -> Namespace:
     add("--compile", action="store_true", help="compile the network (its gain on GPUs is not measured)")
     add("--num_workers", type=worker_count, default=0, help="processes that build batches (default: %(default)s)")
     parser.set_defaults(processes=None, max_history=2)
-    args = parse_resumable(parser)
+    args = parse_resumable(parser, argv)
     if not args.mc_coef:
         args.num_candidates, args.distractors = 1, "none"
     return args
