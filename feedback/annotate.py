@@ -2,9 +2,9 @@
 
     python -m feedback.annotate --pairs pairs.jsonl --answers answers.jsonl --annotator anna [--questions] [--web]
 
-Each answer is on the disk before the next question appears; started again, it goes on with what is not answered yet.
-Several people may share a file of answers: how far they agree is shown at the end. ``--simulate`` answers by a rule.
-Knows nothing of models.
+Each answer is on the disk before the next question appears; after an interruption, the command continues with the open
+questions. Several people can share a file of answers, and their agreement is shown at the end. ``--simulate`` answers
+all questions by a rule.
 """
 
 import logging
@@ -25,7 +25,7 @@ from feedback.answers import QUESTIONS, agreement, read_answers
 from feedback.pairs import append_json_lines, read_pairs
 from feedback.utterance_metrics import rule_score
 
-KEYS = {"a": 0, "b": 1, "t": "tie", "x": "bad"}  # of the reply shown first, shown second
+KEYS = {"a": 0, "b": 1, "t": "tie", "x": "bad"}  # a: the reply that is shown first, b: second
 logger = logging.getLogger("feedback.annotate")
 
 
@@ -33,41 +33,41 @@ logger = logging.getLogger("feedback.annotate")
 
 
 class Session:
-    """What one file of answers still lacks, and writing to it.
+    """The open questions of a file of answers, and writing to this file.
 
-    Every annotator gets the pairs in the same order, so that those of several people overlap from the first on, and
-    sides shuffled in an order of their own; both follow from ``seed``.
+    All annotators get the pairs in the same order, so that their answers overlap from the beginning; the order of the
+    two replies is shuffled per annotator. Both orders depend on ``seed``.
     """
 
     def __init__(self, pairs: dict[str, dict], path: Path, seed: int, questions: bool):
         self.pairs, self.path, self.seed, self.questions = pairs, path, seed, questions
         self.order = sorted(pairs, key=lambda name: random.Random(f"{seed} {name}").random())
-        append_json_lines(path, [])  # whether it can be written is better known before the work than after
+        append_json_lines(path, [])  # fails at once if it cannot be written
         self.file = FileLock(f"{path}.lock")
         try:
-            self.file.acquire(timeout=0)  # each of two would ask again what the other has written
+            self.file.acquire(timeout=0)  # two sessions would ask the same questions
         except Timeout:
-            raise InputError(f"--answers {path}: another feedback.annotate writes to it; one page (--web) serves many "
-                             "people, and feedback.reward reads several files") from None
+            raise InputError(f"--answers {path}: another feedback.annotate is writing to it; let several people use "
+                             "one page (--web), or give them files of their own") from None
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); name a place with room that can be "
-                             "written") from None
+            raise InputError(f"{path}: cannot be written ({error.strerror}); name a file on a disk with room "
+                             "where you may write") from None
         self.answered = {key: answer["choice"] for key, answer in read_answers([path], pairs).items()}
         self.lock = Lock()
 
     def sides(self, annotator: str, name: str) -> list[int]:
-        """Numbers of the replies as this annotator sees them: [0, 1] or [1, 0]."""
+        """Return the order in which this annotator sees the replies: [0, 1] or [1, 0]."""
         return random.Random(f"{self.seed} {annotator} {name}").sample([0, 1], 2)
 
     def done(self, annotator: str) -> int:
         return sum(person == annotator for person, _ in self.answered)
 
     def next(self, annotator: str) -> str | None:
-        """Name of the next pair; None when all are answered."""
+        """Return the name of the next pair; None if all are answered."""
         return next((name for name in self.order if (annotator, name) not in self.answered), None)
 
     def question(self, annotator: str) -> dict:
-        """What to show: ``pair``, ``context`` (a line each, who said it and what) and ``replies``; ``progress``."""
+        """Return what to show: ``pair``, ``context`` (speakers, texts), ``replies``, ``questions``, ``progress``."""
         done = self.done(annotator)
         progress = f"{done:,} of {len(self.order):,} answered"
         if (name := self.next(annotator)) is None:
@@ -81,9 +81,9 @@ class Session:
                 "questions": list(QUESTIONS) if self.questions else []}
 
     def answer(self, annotator: str, name: str, key: str, questions: dict[str, str]) -> bool:
-        """Write an answer given by `KEYS`; it is on the disk when this returns.
+        """Write an answer, one of `KEYS`, to the disk.
 
-        False, and nothing is written, when it is not one: an unknown pair, one answered already, or an unknown key.
+        Return False, and write nothing, if the pair is unknown or already answered, or a key is unknown.
         """
         with self.lock:
             asked = QUESTIONS if self.questions else ()
@@ -110,7 +110,7 @@ class Session:
 
 @contextmanager
 def single_keys() -> Iterator[None]:
-    """A terminal gives each key at once, without Enter and without showing it."""
+    """Let the terminal deliver each key immediately, without Enter, and without showing it."""
     if not sys.stdin.isatty():
         yield
         return
@@ -126,7 +126,7 @@ def single_keys() -> Iterator[None]:
 
 
 def read_key() -> str:
-    """The next key, lower case; from a pipe the first letter of the next line. Raises ``EOFError`` at the end."""
+    """Read a key, in lower case; from a pipe, the first letter of the next line. Raises ``EOFError`` at the end."""
     key = sys.stdin.read(1) if sys.stdin.isatty() else sys.stdin.readline()
     if key in ("", "\x04"):
         raise EOFError
@@ -134,18 +134,18 @@ def read_key() -> str:
 
 
 def ask(prompt: str, keys: Iterable[str]) -> str:
-    """One of ``keys``, asked for until it is one."""
+    """Ask until the answer is one of ``keys``."""
     while True:
         print(prompt, end=" ", flush=True)
         key = read_key()
         print(key if key.isprintable() else "")
         if key in keys:
             return key
-        print(f"  {key!r} is none of {' '.join(keys)}")
+        print(f"  {key!r} is not one of {' '.join(keys)}")
 
 
 def in_terminal(session: Session, annotator: str) -> None:
-    """Ask until all is answered, ``q`` or the end of the input."""
+    """Ask in the terminal until all pairs are answered, ``q`` is pressed, or the input ends."""
     names = {"persona": "   ", "person": "  –", "bot": "  ="}
     with suppress(EOFError), single_keys():
         while (question := session.question(annotator))["pair"]:
@@ -163,14 +163,14 @@ def in_terminal(session: Session, annotator: str) -> None:
 
 
 def in_browser(session: Session, port: int) -> None:
-    """Ask on a page of this machine until Ctrl-C."""
+    """Ask on a web page, served to this machine only, until Ctrl-C."""
     try:
         from feedback.browser import web_server
-    except ModuleNotFoundError as missing:  # the terminal does without
+    except ModuleNotFoundError as missing:  # the terminal does not need it
         raise InputError(f"--web: {missing.name} is missing; pip install -r requirements/web.txt") from None
     server, listening = web_server(session, port)
     with listening:
-        print(f"Open http://127.0.0.1:{listening.getsockname()[1]}/ ; Ctrl-C ends it.", flush=True)
+        print(f"Open http://127.0.0.1:{listening.getsockname()[1]}/ ; stop with Ctrl-C.", flush=True)
         server.run([listening])
     print()
 
@@ -179,7 +179,7 @@ def in_browser(session: Session, port: int) -> None:
 
 
 def by_rule(pair: dict, draw: random.Random, noise: float) -> int | str:
-    """The reply of the higher `rule_score`; the other one with probability ``noise``."""
+    """Choose the reply with the higher `rule_score`; with probability ``noise``, the other one."""
     first, second = (rule_score(reply["text"]) for reply in pair["replies"])
     if first == second:
         return "tie"
@@ -187,7 +187,7 @@ def by_rule(pair: dict, draw: random.Random, noise: float) -> int | str:
 
 
 def by_coin(pair: dict, draw: random.Random, noise: float) -> int:
-    """Either reply, whatever they are: the control, from which nothing can be learnt."""
+    """Choose a reply at random: the control, from which nothing can be learnt."""
     return draw.randrange(2)
 
 
@@ -195,7 +195,7 @@ SIMULATED: dict[str, Callable] = {"rule": by_rule, "coin": by_coin}
 
 
 def simulate(session: Session, annotator: str, how: str, noise: float) -> None:
-    """Answer all that is not answered yet, seeded by session and pair."""
+    """Answer all open questions by the simulated annotator ``how``; the seed depends on session and pair."""
 
     def answers() -> Iterator[dict]:
         for name in session.order:
@@ -216,7 +216,7 @@ def annotate(args: Namespace) -> None:
     elif args.web:
         in_browser(session, args.port)
     elif not args.annotator:
-        raise InputError("--annotator: who is answering? Give a name; only the page (--web) asks for it itself")
+        raise InputError("--annotator: give the name of the person who answers; only the page (--web) asks for it")
     else:
         in_terminal(session, args.annotator)
     answers = read_answers([args.answers], session.pairs)
@@ -228,16 +228,16 @@ def annotate(args: Namespace) -> None:
 def main() -> None:
     parser = ArgumentParser(prog="python -m feedback.annotate", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--pairs", default="pairs.jsonl", metavar="FILE", help="of feedback.collect (default: %(default)s)")
-    add("--answers", default="answers.jsonl", metavar="FILE", help="where the answers go (default: %(default)s)")
-    add("--annotator", default="", metavar="NAME", help="who is answering")
+    add("--pairs", default="pairs.jsonl", metavar="FILE", help="pairs from feedback.collect (default: %(default)s)")
+    add("--answers", default="answers.jsonl", metavar="FILE", help="file to add the answers to (default: %(default)s)")
+    add("--annotator", default="", metavar="NAME", help="name of the person who answers")
     add("--questions", action="store_true", help=f"also ask which reply is better in {', '.join(QUESTIONS)}")
-    add("--web", action="store_true", help="ask in the browser; everybody who opens the page gives a name there")
-    add("--port", type=port_number, default=8000, help="of the page, 0: any free one (default: %(default)s)")
-    add("--simulate", choices=SIMULATED, metavar="HOW",
-        help="answer everything: by the rule that longer answers that ask a question win, or by coin")
-    add("--noise", type=share, default=0.1, help="how often the rule's answer is turned (default: %(default)s)")
-    add("--seed", type=whole_number, default=0, help="of order, sides and simulation (default: %(default)s)")
+    add("--web", action="store_true", help="ask in the browser; each visitor enters a name")
+    add("--port", type=port_number, default=8000, help="port of the page; 0: any free port (default: %(default)s)")
+    add("--simulate", choices=SIMULATED, metavar="METHOD",
+        help="answer all questions automatically: rule (longer replies and questions win) or coin (at random)")
+    add("--noise", type=share, default=0.1, help="share of the rule's answers that are reversed (default: %(default)s)")
+    add("--seed", type=whole_number, default=0, help="seed of order, sides and simulation (default: %(default)s)")
     annotate(parser.parse_args())
 
 

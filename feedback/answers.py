@@ -1,7 +1,7 @@
-"""Read people's answers about pairs of replies: which reply is preferred, and how far annotators agree.
+"""Read annotators' answers about pairs of replies, and compute the majority's preferences and the agreement.
 
-An answer is a line of JSON: ``pair`` (the pair's name), ``annotator``, ``choice`` (one of `CHOICES`) and, if they were
-asked, ``questions`` (a choice for each of `QUESTIONS`).
+An answer is a line of JSON: ``pair`` (the pair's name), ``annotator``, ``choice`` (one of `CHOICES`) and, with
+``--questions``, ``questions`` (a choice for each of `QUESTIONS`).
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ CHOICES = (0, 1, "tie", "bad")  # the first reply of the pair, the second, equal
 
 
 def is_answer(record: dict) -> bool:
-    """Whether a line of JSON has an answer's fields with their types."""
+    """Return whether a JSON object has all fields of an answer, with the right types."""
     questions = record.get("questions", {})
     return (isinstance(record.get("pair"), str) and bool(record.get("annotator"))
             and isinstance(record["annotator"], str) and _is_choice(record.get("choice"))
@@ -29,11 +29,11 @@ def _is_choice(value: object) -> bool:
 
 
 def read_answers(paths: Iterable[str | Path], pairs: dict[str, dict]) -> dict[tuple[str, str], dict]:
-    """Answers by (annotator, pair name).
+    """Read answers by (annotator, pair name).
 
-    Named, counted and left out are: lines that are no answer, such as half ones; answers to pairs that ``pairs`` has
-    not, as of another model or an edited file; and those that contradict another one of the same person, both of them.
-    Raises `InputError` when a file cannot be read.
+    Three kinds of lines are skipped with a warning: lines that are not complete answers; answers to pairs that are not
+    in ``pairs``, for example another model's; and answers of one person that contradict each other. Raises `InputError`
+    if a file cannot be read.
     """
     answers: dict[tuple[str, str], dict] = {}
     for path in map(Path, paths):
@@ -42,10 +42,10 @@ def read_answers(paths: Iterable[str | Path], pairs: dict[str, dict]) -> dict[tu
         contradicted = set()
         for number, record in read_json_lines(path):
             if record is None or not is_answer(record):
-                problems.setdefault("that are no whole answer", []).append(number)
+                problems.setdefault("that are not complete answers", []).append(number)
                 continue
             if record["pair"] not in pairs:
-                problems.setdefault("about pairs that the file of pairs has not (another model's, or edited)",
+                problems.setdefault("about pairs that are not in the file of pairs (another model's, or edited)",
                                     []).append(number)
                 continue
             key = record["annotator"], record["pair"]
@@ -62,9 +62,9 @@ def read_answers(paths: Iterable[str | Path], pairs: dict[str, dict]) -> dict[tu
 
 def majority_preferences(
         pairs: dict[str, dict], answers: dict[tuple[str, str], dict]) -> tuple[list[tuple[dict, int]], Counter]:
-    """What more than half of those who answered prefer: (pair, number of its better reply), in the order of ``pairs``.
+    """Return the preferences of more than half of the annotators of each pair, and the number of other pairs by reason.
 
-    And how many pairs have no better reply, by the reason.
+    A preference is (pair, number of its better reply); they are in the order of ``pairs``.
     """
     votes: dict[str, Counter] = {}
     for (_, name), answer in answers.items():
@@ -84,7 +84,7 @@ def majority_preferences(
 
 
 def cohen_kappa(first: list, second: list) -> float:
-    """Agreement of two people beyond chance (Cohen 1960): 1 always, 0 as by chance; NaN where chance is certain."""
+    """Return Cohen's kappa (1960): 1 for full agreement, 0 for agreement by chance; NaN if both always say the same."""
     total = len(first)
     observed = sum(a == b for a, b in zip(first, second, strict=True)) / total
     counts = Counter(first), Counter(second)
@@ -93,7 +93,7 @@ def cohen_kappa(first: list, second: list) -> float:
 
 
 def agreement(answers: dict[tuple[str, str], dict]) -> list[str]:
-    """A line each two annotators, choices and questions: in how many pairs both answered, and their kappa."""
+    """Return a line per two annotators and question: the number of pairs that both answered, and their kappa."""
     lines = []
     people = list(dict.fromkeys(person for person, _ in answers))
     for one, other in combinations(people, 2):

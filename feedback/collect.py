@@ -1,9 +1,9 @@
-"""Collect pairs of replies to compare: two or more replies of one model to each of many contexts.
+"""Collect pairs of replies to compare: a model decodes two or more replies to each of many contexts.
 
     python -m feedback.collect --model_checkpoint RUN --dataset_path DATA.json --pairs pairs.jsonl
 
-Stopped and started again with the same flags, it goes on. A line of the file is one pair, with all that is needed to
-make it again: see `collect`.
+After an interruption, the same command continues. Each line of the file is a pair with everything needed to decode it
+again; `collect_pairs` describes the fields.
 """
 
 import logging
@@ -31,12 +31,12 @@ logger = logging.getLogger("feedback.collect")
 
 
 def model_hash(model: DoubleHeadsModel) -> str:
-    """A name for a model's weights: the same for the same weights, whatever file they came from."""
+    """Return a hash of a model's weights; it does not depend on the file format."""
     return hash_tensors(sorted(model.state_dict().items()))[:16]
 
 
 def decoders(args: Namespace) -> list[Decoding]:
-    """The command line's decoder, or one a ``--decoder``, each the command line's with its own flags on top."""
+    """Return the decoding options of each ``--decoder``, with the command line's as defaults, or the command line's."""
     parser = ArgumentParser(prog="--decoder", add_help=False)
     add_decoding_flags(parser)
     parser.set_defaults(**{name: value for name, value in vars(args).items() if name in (*OPTIONS, "fp16")})
@@ -44,21 +44,21 @@ def decoders(args: Namespace) -> list[Decoding]:
 
 
 def collect_pairs(args: Namespace) -> int:
-    """Write ``--pairs``; returns how many there are in the file.
+    """Write ``--pairs``; return the number of pairs in the file.
 
-    A line has ``pair``, its name (`pair_name`); ``persona`` and ``history`` as texts; two ``replies``, each with its
-    ``text``, token ``ids``, whether it ``ended`` by itself, and its number among the ``decoders``; and how it was made:
-    ``checkpoint`` and ``model`` (`model_hash`), ``data``, ``split``, ``dialog`` and ``turn``, the dialog's
-    `beginnings`, ``max_history``, the flags of each decoder, ``fp16``, and the ``batch`` of turns that was decoded at
-    once under ``seed``.
+    Each line has its name ``pair`` (`pair_name`), the texts ``persona`` and ``history``, and two ``replies``: ``text``,
+    token ``ids``, whether the reply ``ended`` by itself, and the number of its ``decoder``. The other fields say how
+    the pair was made: ``checkpoint``, ``model`` (`model_hash`), ``data``, ``split``, ``dialog``, ``turn``, the dialog's
+    `beginnings`, ``max_history``, the options of all ``decoders``, ``fp16``, and the ``batch`` of turns that was
+    decoded under the ``seed``.
 
-    Batches are decoded in a fixed order, each under a seed of its own, so that what a kill interrupts can be made
-    again: the last batch in the file is, when collecting goes on.
+    Batches are decoded in a fixed order, each with its own seed, so that an interrupted batch can be repeated. When
+    collecting continues, the last batch in the file is decoded again.
     """
     model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
                                        max_history=args.max_history)
     rows = min(args.contexts, args.batch_size) * args.replies
-    # Of each reply that is decoded at once, the logits of the next token and their filtered copy.
+    # Each reply of a batch needs the logits of its next token and a filtered copy of them.
     require_memory(2 * 4 * rows * len(tokenizer), f"--replies {args.replies} to {rows // args.replies} contexts a time")
     table = open_dataset(args, tokenizer)
     split = require_split(table, args.split, args.dataset or args.dataset_path)
@@ -85,7 +85,7 @@ def collect_pairs(args: Namespace) -> int:
         lines = []
         contexts = [fitted_context(model, *dataset.context(turn), dataset.special, longest) for turn in turns]
         torch.manual_seed(args.seed + number)
-        said: list[list[dict]] = [[] for _ in turns]  # of each context, its replies
+        said: list[list[dict]] = [[] for _ in turns]  # replies by context
         for way_number, way in enumerate(ways):
             ids = generate_replies(model, contexts, dataset.special, way, samples=args.replies)
             for place, reply in enumerate(ids):
@@ -107,15 +107,15 @@ def collect_pairs(args: Namespace) -> int:
         append_json_lines(path, lines)
         kept += lines
     if skipped:
-        logger.info("%s pairs were %s twice: nothing to compare", f"{skipped.total():,}", *skipped)
+        logger.info("%s pairs were %s twice and are skipped", f"{skipped.total():,}", *skipped)
     logger.info("%s: %s pairs of %s contexts", path, f"{len(kept):,}", f"{len(order):,}")
     return len(kept)
 
 
 def _kept(path: Path, made: dict, batches: list[list[int]], seed: int) -> list[dict]:
-    """What an earlier start has left of whole batches; the file is cut there.
+    """Return the pairs of complete batches in the file, and delete all others from it.
 
-    Raises `InputError` when the file was made another way or holds anything else.
+    Raises `InputError` if the file was made with other flags or contains anything else.
     """
     if not path.exists():
         return []
@@ -125,13 +125,13 @@ def _kept(path: Path, made: dict, batches: list[list[int]], seed: int) -> list[d
     ours = {seed + place: batch for place, batch in enumerate(batches)}
     for number, record in lines:
         if record is None or not is_pair(record):
-            raise InputError(f"{path}: line {number} is no pair; mend it, or name another file with --pairs")
+            raise InputError(f"{path}: line {number} is not a pair; correct it, or name another file with --pairs")
         if other := [name for name, value in made.items() if record.get(name) != value and name != "checkpoint"]:
-            raise InputError(f"{path}: line {number} was made with another {', '.join(other)}; give the same flags to "
-                             "go on, or name another file with --pairs")
+            raise InputError(f"{path}: line {number} was made with another {', '.join(other)}; use the same flags to "
+                             "continue, or name another file with --pairs")
         if not isinstance(record.get("seed"), int) or record.get("batch") != ours.get(record["seed"], []):
-            raise InputError(f"{path}: line {number} is of another choice of contexts; give the same --seed, "
-                             "--contexts and --batch_size to go on, or name another file with --pairs")
+            raise InputError(f"{path}: line {number} belongs to another choice of contexts; use the same --seed, "
+                             "--contexts and --batch_size to continue, or name another file with --pairs")
     records = [record for _, record in lines]
     last = max((record["seed"] for record in records), default=0)
     records = [record for record in records if record["seed"] < last]
@@ -149,17 +149,17 @@ def parse_args(command_line: list[str] | None = None) -> Namespace:
     add_common_flags(parser, model_checkpoint="")
     add_decoding_flags(parser)
     add = parser.add_argument
-    add("--pairs", default="pairs.jsonl", metavar="FILE", help="where the pairs go (default: %(default)s)")
-    add("--split", default="valid", help="of the data, whose contexts are answered (default: %(default)s)")
-    add("--contexts", type=positive_number, default=500, metavar="N", help="how many (default: %(default)s)")
+    add("--pairs", default="pairs.jsonl", metavar="FILE", help="file to write (default: %(default)s)")
+    add("--split", default="valid", help="split of the data to take contexts from (default: %(default)s)")
+    add("--contexts", type=positive_number, default=500, metavar="N", help="number of contexts (default: %(default)s)")
     add("--replies", type=positive_number, default=2, metavar="N",
-        help="a context and decoder, computed once; each two make a pair (default: %(default)s)")
+        help="replies per context and decoder; any two of a context make a pair (default: %(default)s)")
     add("--decoder", action="append", metavar="FLAGS",
         help="compare decoders: decoding flags in quotes, '--temperature 0.7'; may be given several times")
-    add("--batch_size", type=positive_number, default=32, help="contexts at once (default: %(default)s)")
+    add("--batch_size", type=positive_number, default=32, help="contexts to decode at once (default: %(default)s)")
     args = parser.parse_args(command_line)
     if args.replies * len(args.decoder or [""]) < 2:
-        raise InputError("--replies 1 and one decoder: there is nothing to compare; ask for 2, or give two --decoder")
+        raise InputError("--replies 1 with one decoder leaves nothing to compare; use --replies 2 or two --decoder")
     return args
 
 

@@ -1,6 +1,6 @@
-"""Files of JSON lines, and pairs of replies in them: writing that survives a kill, reading that loses nothing.
+"""Read and write files of JSON lines and pairs of replies; a kill loses no complete line.
 
-What `feedback.collect` writes and all others read; knows no models and no opinions.
+`feedback.collect` writes these files, and the other commands read them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ logger = logging.getLogger("feedback.pairs")
 
 
 def append_json_lines(path: Path, records: list[dict]) -> None:
-    """Add a line a record, on the disk when this returns. A half line that a kill has left is kept as a line."""
+    """Append a line per record and flush it to the disk. A half line, left by a kill, becomes a line of its own."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
@@ -33,12 +33,12 @@ def append_json_lines(path: Path, records: list[dict]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); name a place with room that can be "
-                         "written to") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror}); name a file on a disk with room where you "
+                         "may write") from None
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
-    """Line numbers, from 1, and the objects there; None where a line is no JSON object. Empty lines are passed over."""
+    """Yield line numbers, from 1, and JSON objects; None if a line is not a JSON object. Empty lines are skipped."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -54,7 +54,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
 
 
 def report_left_out(path: Path, problems: dict[str, list[int]]) -> None:
-    """A warning a kind of problem: how many lines have it, and where the first are. The file stays as it is."""
+    """Log a warning per kind of problem: how many lines have it, and the first of these. The file is not changed."""
     for problem, numbers in problems.items():
         where = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
         logger.warning("%s: %s %s %s (line %s); left out, the file keeps %s", path, f"{len(numbers):,}",
@@ -66,13 +66,13 @@ def report_left_out(path: Path, problems: dict[str, list[int]]) -> None:
 
 
 def pair_name(pair: dict) -> str:
-    """What a pair is called in files of answers: a hash of what people saw and of the model that said it."""
+    """Return the name of a pair in files of answers: a hash of the model and the texts that people see."""
     content = [pair["model"], pair["persona"], pair["history"], [reply["text"] for reply in pair["replies"]]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def is_pair(record: dict) -> bool:
-    """Whether a line of JSON has a pair's fields with their types."""
+    """Return whether a JSON object has all fields of a pair, with the right types."""
 
     def sentences(value: object) -> bool:
         return isinstance(value, list) and all(isinstance(one, str) for one in value)
@@ -89,9 +89,9 @@ def is_pair(record: dict) -> bool:
 
 
 def read_pairs(path: str | Path) -> dict[str, dict]:
-    """Pairs by name, in the file's order. Lines that are none, or were edited since, are named, counted, left out.
+    """Read pairs by name, in the order of the file. Lines that are no pair or were edited are skipped with a warning.
 
-    Raises `InputError` when the file cannot be read or holds no pair.
+    Raises `InputError` if the file cannot be read or contains no pair.
     """
     path, pairs, problems = Path(path), {}, {}
     for number, record in read_json_lines(path):
@@ -115,39 +115,39 @@ def read_pairs(path: str | Path) -> dict[str, dict]:
 
 
 def beginnings(said: Iterable[str]) -> list[str]:
-    """A name for each beginning of a dialog, by its utterances, shortest first; the last one names the whole.
+    """Return a hash of each beginning of a dialog, the shortest first; the last hash names the whole dialog.
 
-    A data set has a dialog once per side, and the two sides end one utterance apart. Two entries are of one dialog
-    where the whole of one is a beginning of the other.
+    A data set contains each dialog once per side, and the two sides differ in length by one utterance. Two entries are
+    from the same dialog if the whole of one is a beginning of the other.
     """
     digest, names = hashlib.sha256(), []
-    for text in filter(None, map(clean, said)):  # nobody's utterance, silence, opens one side of PERSONA-CHAT's
+    for text in filter(None, map(clean, said)):  # PERSONA-CHAT marks silence at the beginning of one side
         digest.update(json.dumps(text).encode())
         names.append(digest.hexdigest()[:16])
     return names
 
 
 def whole_dialog(split: Split, dialog: int) -> list[str]:
-    """All utterances of a dialog of a data set: what its turns have seen, and their gold replies."""
+    """Return all utterances of a dialog of a data set, from its histories and gold replies."""
     said: list[str] = []
     first, end = (int(np.searchsorted(split.turn_dialog, bound)) for bound in (dialog, dialog + 1))
     for turn in range(first, end):
         history = split.texts("history", turn)
-        said = history if len(history) > len(said) else said + history[-1:]  # long ones lack their beginning
+        said = history if len(history) > len(said) else said + history[-1:]  # long histories lack their beginning
         said.append(split.texts("candidates", turn)[-1])
     return said
 
 
 def dialog_names(pair: dict) -> list[str]:
-    """`beginnings` of the dialog that a pair is from. Earlier versions noted its number only."""
+    """Return the `beginnings` of a pair's dialog; earlier versions stored only the number of the dialog."""
     return pair.get("beginnings") or [f"{pair['data']} {pair['split']} {pair['dialog']}"]
 
 
 def held_out(pairs: Iterable[dict], part: float, seed: int) -> set[str]:
-    """Names of the pairs that are kept from training, a ``part`` of the dialogs; all pairs of a dialog are or none is.
+    """Return the names of the pairs to hold out from training: all pairs of a share ``part`` of the dialogs.
 
-    Whichever side of the dialog a pair is from: the shortest beginning that is the whole of some pair's names it.
-    Of two dialogs or more, some are kept from training and some are not, unless ``part`` is 0 or 1.
+    The two sides of a dialog count as one dialog, which is identified by its shortest whole side. With two dialogs or
+    more, at least one is held out and at least one is not, unless ``part`` is 0 or 1.
     """
     dialogs = {pair["pair"]: dialog_names(pair) for pair in pairs}
     wholes = {names[-1] for names in dialogs.values()}
@@ -159,7 +159,7 @@ def held_out(pairs: Iterable[dict], part: float, seed: int) -> set[str]:
 
 
 def unseen_turns(split: Split, seen: Iterable[Sequence[str]]) -> np.ndarray:
-    """The turns of a split of whose dialogs, each given by its `beginnings`, none is ``seen``: (turns,) int64."""
+    """Return the turns of a split, (turns,) int64, from dialogs that are not ``seen``, a list of `beginnings`."""
     known, wholes = set(), set()
     for names in seen:
         known.update(names)

@@ -1,7 +1,8 @@
-"""One file that a training stopped before its end goes on from: weights, optimizer, place, and how it was started.
+"""Resume interrupted trainings of reward models and policies from a single snapshot file.
 
-Trainings here seed every step with its number, so that a place is just that number. What a training was started with is
-noted in its snapshots and nowhere else: until the first one there is nothing that other arguments could spoil.
+A snapshot holds weights, optimizer state, the number of the step and the arguments of the training. Every step is
+seeded with its number, so no random states are needed. The arguments are stored only here, so a command that fails
+before the first snapshot leaves nothing that would refuse a corrected command.
 """
 
 import json
@@ -22,71 +23,72 @@ logger = logging.getLogger("feedback.snapshot")
 
 
 def check_arguments(run: Path, args: Namespace, may_change: set[str]) -> dict:
-    """What `save_snapshot` is to note of the arguments; all of them count but those that ``may_change``.
+    """Compare the arguments, but those that ``may_change``, with the folder's snapshot; return them to save.
 
-    Raises `InputError` naming the flag in which the folder's snapshot differs, or when the folder cannot be written.
+    Raises `InputError`, which names the flag, if they differ, or if the folder cannot be written.
     """
     wanted = json.loads(json.dumps({name: value for name, value in vars(args).items() if name not in may_change}))
     try:
         run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "writable", "it is\n")  # which is better known before the work than after
+        write_text(run / "writable", "it is\n")  # fails at once if it cannot be written
         (run / "writable").unlink()
     except OSError as error:
-        raise InputError(f"{run}: cannot be written ({error.strerror}); name a folder with room that can") from None
+        raise InputError(f"{run}: cannot be written ({error.strerror}); name a folder on a disk with room where you "
+                         "may write") from None
     began = _snapshot_header(run).get("arguments", wanted)
     for name, value in wanted.items():
         if began.get(name) != value:
-            raise InputError(f"--{name} {value}: {run} was begun with {began.get(name)!r}; give the same to go on, or "
-                             "name another folder")
+            raise InputError(f"--{name} {value}: {run} was begun with {began.get(name)!r}; use the same value to "
+                             "continue, or name another folder")
     return {"arguments": wanted}
 
 
 def check_preferences(run: Path, preferences: str) -> dict:
-    """What `save_snapshot` is to note of the preferences that are learnt from, given their fingerprint.
+    """Compare a fingerprint of the preferences with the folder's snapshot, and return it for `save_snapshot`.
 
-    Raises `InputError` when the folder's snapshot has learnt from others: people have gone on answering.
+    Raises `InputError` if the snapshot was trained on other preferences, for example before more people answered.
     """
     if _snapshot_header(run).get("preferences", preferences) != preferences:
-        raise InputError(f"{run}: was begun with other answers than there are now; name another folder for these")
+        raise InputError(f"{run}: was begun with other answers; name another folder to train on the present ones")
     return {"preferences": preferences}
 
 
 def check_origin(run: Path) -> None:
-    """Raise `InputError` when a model in the folder, which looks finished, is no training's that left a snapshot."""
+    """Raise `InputError` if the finished model in the folder is not the result of such a training (no snapshot)."""
     if not _snapshot_header(run):
-        raise InputError(f"{run}: holds a model that was made otherwise; name another folder")
+        raise InputError(f"{run}: holds a model from elsewhere; name another folder")
 
 
 def _snapshot_header(run: Path) -> dict:
-    """The header of the folder's snapshot; empty where there is none to go on from."""
+    """Return the header of the folder's snapshot; empty if there is no usable snapshot."""
     try:
         return read_header(run / FILE) if (run / FILE).exists() else {}
     except InputError:
-        return {}  # `restore_snapshot` says so
+        return {}  # `restore_snapshot` warns of it
 
 
 def save_snapshot(run: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Write weights, optimizer and ``state``, which JSON can hold, complete or not at all."""
+    """Write weights, optimizer and ``state``, which must fit in JSON, completely or not at all."""
     tensors = {name: tensor.detach().cpu() for name, tensor in named_state(network, optimizer)}
     write_checkpoint(tensors, run / FILE, state)
 
 
 def restore_snapshot(run: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
-    """Put weights and optimizer back, in place, and return the ``state``.
+    """Restore weights and optimizer, in place, and return the ``state``.
 
-    None where there is no snapshot, or a damaged one, which is passed over with a warning. Raises `InputError` when it
-    is another model's.
+    Return None if there is no snapshot, or, with a warning, if it is damaged. Raises `InputError` if it belongs to
+    another model.
     """
     if not (run / FILE).exists():
         return None
     try:
         state = read_header(run / FILE, whole=True)
     except InputError as error:
-        logger.warning("%s; the training begins anew", str(error).partition(";")[0])
+        logger.warning("%s; training starts from the beginning", str(error).partition(";")[0])
         return None
     try:
         restore_state(run / FILE, network, optimizer)
     except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{run / FILE}: no snapshot of this training ({str(error).splitlines()[0][:160]}); delete it "
-                         "to start anew") from None
+        raise InputError(f"{run / FILE}: is not a snapshot of this training ({str(error).splitlines()[0][:160]}); delete "
+                         "it to start again") from None
     return state

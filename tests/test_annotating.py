@@ -68,13 +68,13 @@ def test_collecting_does_not_mix_what_was_made_differently(world, pairs, tmp_pat
     part = tmp_path / "part.jsonl"
     whole = (world / "pairs.jsonl").read_bytes()
     part.write_bytes(whole)
-    other_contexts = "of another choice of contexts"
+    other_contexts = "belongs to another choice of contexts"
     for changed, complaint in [({"temperature": 0.5}, "made with another decoders"), ({"contexts": 29}, other_contexts),
                                ({"seed": 8}, other_contexts), ({"max_history": 2}, "made with another max_history")]:
         with pytest.raises(InputError, match=rf"line \d+ (is|was) {complaint}"):
             collect_pairs(flags(world, pairs=str(part), **changed))
     part.write_bytes(b"what is this?\n" + whole)
-    with pytest.raises(InputError, match="line 1 is no pair"):
+    with pytest.raises(InputError, match="line 1 is not a pair"):
         collect_pairs(flags(world, pairs=str(part)))
     assert part.read_bytes() == b"what is this?\n" + whole
 
@@ -143,8 +143,8 @@ def test_answers_that_cannot_be_used_are_named_counted_and_kept(pairs, tmp_path,
     before = path.read_text()
     answers = answers_of.read_answers([path], pairs)
     assert set(answers) == {("anna", names[0]), ("anna", names[5])}
-    assert "5 lines that are no whole answer (line 5, 6, 7, 10, 11)" in caplog.text
-    assert "1 line about pairs that the file of pairs has not (another model's, or edited) (line 4)" in caplog.text
+    assert "5 lines that are not complete answers (line 5, 6, 7, 10, 11)" in caplog.text
+    assert "1 line about pairs that are not in the file of pairs (another model's, or edited) (line 4)" in caplog.text
     assert "2 lines that contradict each other, of one person about one pair (line 2, 3)" in caplog.text
     assert path.read_text() == before
 
@@ -215,7 +215,7 @@ def test_answering_through_a_pipe_and_going_on(world, pairs, tmp_path):
     done = in_terminal(world / "pairs.jsonl", path, "a\nz\nb\na\nt\n", "--questions")
     assert done.returncode == 0, done.stderr
     out = done.stdout.decode()
-    assert f"0 of {len(pairs)} answered" in out and "empathy: a, b, t?" in out and "'z' is none of a b t" in out
+    assert f"0 of {len(pairs)} answered" in out and "empathy: a, b, t?" in out and "'z' is not one of a b t" in out
     first = json.loads(path.read_text())
     sides = first["shown"]
     assert first["choice"] == sides[0]
@@ -326,7 +326,7 @@ def test_the_page_is_for_this_machine_and_for_answers_alone(served, tmp_path):
 def test_two_at_once_do_not_write_to_one_file(served, world, pairs, tmp_path):
     done = in_terminal(world / "pairs.jsonl", tmp_path / "answers.jsonl", "a\n")
     assert done.returncode == 2
-    assert b"another feedback.annotate writes to it" in done.stderr and done.stderr.count(b"\n") == 1
+    assert b"another feedback.annotate is writing to it" in done.stderr and done.stderr.count(b"\n") == 1
     assert not (tmp_path / "answers.jsonl").read_text()
 
 

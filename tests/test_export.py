@@ -220,7 +220,7 @@ def test_what_gguf_cannot_say_is_refused(tmp_path):
     assert "splits words" in error_line("export.py", untrained(tmp_path, bpe), "out", "--gguf", "f32", cwd=tmp_path)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     for change, word in (({"hidden_act": "gelu"}, "hidden_act silu"), (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "scaled (linear)")):
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "rotations (linear)")):
         (tmp_path / "run" / "config.json").write_text(json.dumps(config | change))
         assert word in error_line("export.py", tmp_path / "run", "out", "--gguf", "f32", cwd=tmp_path)
     assert not list((tmp_path / "out").glob("*gguf*"))

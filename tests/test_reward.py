@@ -71,7 +71,7 @@ def test_a_damaged_snapshot_is_passed_over(world, judged, tmp_path, monkeypatch,
     whole = snapshot.read_bytes()
     snapshot.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
     reward.train_reward(arguments)
-    assert "is damaged, it is not what was written; the training begins anew" in caplog.text
+    assert "is damaged, it is not what was written; training starts from the beginning" in caplog.text
     reward.train_reward(Namespace(**vars(arguments) | {"reward": str(tmp_path / "other")}))
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("reward", "other")]
     assert models[0] == models[1]
@@ -97,7 +97,7 @@ def test_no_slip_is_final(world, judged, tmp_path):
 
 
 def test_a_folder_with_a_model_that_was_made_otherwise_is_not_called_finished(world, judged):
-    with pytest.raises(InputError, match="run: holds a model that was made otherwise; name another folder"):
+    with pytest.raises(InputError, match="run: holds a model from elsewhere; name another folder"):
         policy.train_policy(policy_flags(world, world / "run", judged))
 
 
@@ -108,7 +108,7 @@ def test_a_reward_model_of_coin_flips_is_warned_of(world, pairs, tmp_path, caplo
     figures = reward.train_reward(arguments)
     assert figures["accuracy_interval"][0] <= 0.5 and "what follows it follows noise" in caplog.text
     answered(tmp_path, answer(next(iter(pairs)), 0))
-    with pytest.raises(InputError, match="was begun with other answers than there are now"):
+    with pytest.raises(InputError, match="was begun with other answers; name"):
         reward.train_reward(arguments)
     with pytest.raises(InputError, match="too few to learn from some and test on others"):
         reward.train_reward(Namespace(**vars(arguments) | {"reward": str(tmp_path / "other")}))
