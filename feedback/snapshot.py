@@ -89,6 +89,6 @@ def restore_snapshot(run: Path, network: nn.Module, optimizer: torch.optim.Optim
     try:
         restore_state(run / FILE, network, optimizer)
     except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{run / FILE}: is not a snapshot of this training ({str(error).splitlines()[0][:160]}); delete "
+        raise InputError(f"{run / FILE}: not a snapshot of this training ({str(error).splitlines()[0][:160]}); delete "
                          "it to start again") from None
     return state
