@@ -274,7 +274,7 @@ def find_checkpoint(resume: str) -> tuple[Path, Path]:
     """
     path = Path(resume)
     if path.suffix == ".safetensors":
-        read_header(path, whole=True)
+        read_header(path, verify=True)
         return _run_of(path), path
     try:
         if not (path / ARGUMENTS).is_file():
@@ -284,7 +284,7 @@ def find_checkpoint(resume: str) -> tuple[Path, Path]:
         raise InputError(f"--resume {path}: cannot be read ({error.strerror}); give a folder you may read") from None
     for file in reversed(files):
         try:
-            read_header(file, whole=True)
+            read_header(file, verify=True)
             return path, file
         except InputError as error:
             logger.warning("%s; trying the one before", error)

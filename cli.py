@@ -1,6 +1,6 @@
-"""What all command lines have in common: errors of one line, safe output, the kinds of numbers that flags take.
+"""Shared parts of all command lines: one-line errors, safe output, number types for flags, and a check of memory.
 
-Imports nothing but Python's own library, so that a script can refuse a flag before anything large is loaded.
+This file imports only the standard library, so that a script can refuse a flag before it loads anything large.
 """
 
 import errno
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LARGEST_NUMBER = 2 ** 31 - 1  # numpy's seeds and counts end not far above
+LARGEST_NUMBER = 2 ** 31 - 1  # numpy takes seeds up to 2 ** 32 - 1
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line that names the thing, the place and the cure."""
+    """The user gave something unusable. The message is one line that names the thing, the place and the cure."""
 
 
 def say_start() -> None:
@@ -34,10 +34,11 @@ def say_start() -> None:
 
 
 def command(main: Callable[[], Any]) -> None:
-    """Run a script's ``main``: an `InputError`, or a file that cannot be used, becomes one line and exit status 2.
+    """Run a script's ``main`` and exit with its status.
 
-    Ctrl-C ends quietly with 130, a closed output pipe with 141, as the shell's own commands do. Neither errors nor the
-    log can carry commands to the terminal, and a terminal that lacks a letter shows a question mark.
+    An `InputError` and an unusable file end the script with one line on standard error and status 2. As with the
+    shell's own commands, Ctrl-C gives status 130 and a closed output pipe 141. Error messages and log records are
+    stripped of control characters, which a terminal might obey; a letter that the terminal cannot show becomes "?".
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -54,28 +55,29 @@ def command(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
+    except BrokenPipeError:  # the program that read our output has ended, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the interpreter complains at exit
         sys.exit(141)
     except OSError as error:
         if not error.filename and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            print(f"{Path(sys.argv[0]).name}: error: a file cannot be written ({error.strerror}); make room, or start "
-                  "where there is some", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: error: a file cannot be written ({error.strerror}); make room on the "
+                  "disk, or start in a folder on another one", file=sys.stderr)
+
             sys.exit(2)
         if not error.filename:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {printable(str(error.filename))}: cannot be used ({error.strerror}); "
-              "name a place you may read and write", file=sys.stderr)
+              "name a file or folder that you may read and write", file=sys.stderr)
         sys.exit(2)
 
 
 def printable(text: str) -> str:
-    """The text with a space for each letter that a terminal might obey: escapes, line breaks, changes of direction."""
+    """Replace every character that a terminal might obey by a space: escapes, line breaks, changes of direction."""
     return text if text.isprintable() else "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def short(message: str) -> str:
-    """The first line of somebody else's error message, cut to a length that fits in one of ours."""
+    """Return the first line of a library's error message, cut to at most 160 characters, to quote it in ours."""
     line = message.strip().split("\n")[0].rstrip(".")
     return line if len(line) <= 160 else line[:157] + "…"
 
@@ -90,11 +92,11 @@ def _printable_record(record: logging.LogRecord) -> bool:
 
 @dataclass(frozen=True)
 class Number:
-    """Numbers of one type within a range, both ends included unless excluded.
+    """A type and a range of numbers; both bounds belong to the range unless they are excluded.
 
-    As an argparse ``type`` it reads a text and refuses what is no such number, naming the range; ``nan`` is in no
-    range, and ``inf`` is beyond all of them. ``value in NUMBER`` asks the same of a value that comes from elsewhere,
-    and ``str(NUMBER)`` says in words what is allowed.
+    An instance is a ``type`` for argparse: it converts a text and refuses everything outside the range, ``nan`` and
+    ``inf`` included, with a message that names the range. ``value in number`` tests a value from another source, such
+    as JSON, and ``str(number)`` describes the range in words.
     """
 
     type: type[int] | type[float]
@@ -113,7 +115,7 @@ class Number:
         return value
 
     def __contains__(self, value: Any) -> bool:
-        if type(value) not in (int, self.type):  # True is no number here, nor is 2.0 a whole one
+        if type(value) not in (int, self.type):  # True is not a number here, and 2.0 is not a whole number
             return False
         return (value > self.least if self.above_least else value >= self.least) and (
             value < self.most if self.below_most else value <= self.most)
@@ -133,11 +135,11 @@ positive_number = Number(int, 1, LARGEST_NUMBER)
 share = Number(float, 0, 1)
 fraction = Number(float, 0, 1, above_least=True, below_most=True)
 real_number = Number(float, -1_000_000, 1_000_000)
-coefficient = Number(float, 0, 1_000_000)  # of a loss, a price: 0 leaves it out
+coefficient = Number(float, 0, 1_000_000)  # the weight of a loss or a penalty; 0 leaves it out
 positive_real = Number(float, 0, 1_000_000, above_least=True)
-learning_rate = Number(float, 0, 1_000_000)  # also one that must diverge; 0 leaves the weights as they are
-worker_count = Number(int, 0, 1_000)  # each is a process of its own
-process_number = Number(int, -1, 1_000_000)  # a launcher's; -1: there is none
+learning_rate = Number(float, 0, 1_000_000)  # 0 leaves the weights as they are
+worker_count = Number(int, 0, 1_000)  # each worker is a process
+process_number = Number(int, -1, 1_000_000)  # given by a launcher; -1: there is no launcher
 port_number = Number(int, 0, 65_535)
 
 
@@ -145,19 +147,19 @@ port_number = Number(int, 0, 65_535)
 
 
 def machine_memory() -> float:
-    """Bytes that this machine has, or that the container may use of them; infinite where nobody says."""
+    """Return the bytes of memory of this machine, or of the container if it has less; infinite if unknown."""
     if not hasattr(os, "sysconf"):
         return math.inf
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # no container, or one without a limit: "max"
+    with suppress(OSError, ValueError):  # there is no container, or its limit is the word "max"
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return memory
 
 
 def require_memory(size: float, what: str, cure: str = "give less") -> None:
-    """Raise `InputError` where ``size`` bytes, the least that ``what`` can do with, are more than the machine has.
+    """Raise `InputError` if the machine has less than ``size`` bytes, the minimum that ``what`` needs.
 
-    ``what`` names the flag and its value: ``--batch_size 1000000000``.
+    ``what`` names the flag and its value, such as ``--batch_size 1000000000``.
     """
     if size > (memory := machine_memory()):
         raise InputError(f"{what} needs at least {size / 2 ** 30:,.0f} GiB, and this machine has "

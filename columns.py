@@ -5,7 +5,7 @@ Knows names and how a file begins; reads no file.
 
 import re
 
-# What columns are for, and how people call them, in the order in which names are looked for.
+# The uses of columns, and the names by which a column is recognised; earlier names are preferred.
 COLUMN_NAMES = {
     "prompt": """instruction question prompt query input context human user user_message q source statement request
         post customer message frage eingabe anfrage pregunta consulta entrada domanda richiesta pergunta
@@ -30,22 +30,20 @@ COLUMN_NAMES = {
 NUMBERED_STEMS = {"", "turn", "utterance", "utt", "message", "msg", "line", "sentence", "speaker", "person", "round",
                   "text"}
 HEADLINE = "sep="  # how a table of Excel's may begin, and then its delimiter
-COLUMN_USES = tuple(kind for kind in COLUMN_NAMES if kind != "whole")
-
 
 def column_key(name: str) -> str:
-    """A column's name without what people write it with."""
+    """Return a column's name in lower case, with underscores for spaces and punctuation."""
     return re.sub(r"[\s_./-]+", "_", name.strip().casefold().lstrip("\ufeff")).strip("_")
 
 
-def find_delimiter(first: str) -> str:
-    """What divides the fields of a table whose first line this is."""
-    outside = re.sub(r'"[^"]*"', "", first)
+def find_delimiter(header: str) -> str:
+    """Return the delimiter of a table with this first line: comma, tab, semicolon or ``|``."""
+    outside = re.sub(r'"[^"]*"', "", header)
     return max(",\t;|", key=outside.count)
 
 
 def find_columns(header: list[str]) -> dict[str, int]:
-    """Which column is for what, of `COLUMN_NAMES`: the one whose name stands first there."""
+    """Return the column of each use in `COLUMN_NAMES` that the header has."""
     names = [column_key(name) for name in header]
     found: dict[str, int] = {}
     for kind, known in COLUMN_NAMES.items():
@@ -58,7 +56,7 @@ def find_columns(header: list[str]) -> dict[str, int]:
 
 
 def numbered_columns(header: list[str]) -> list[int]:
-    """Columns ``turn 1``, ``turn 2``, …: two or more of one name with numbers that rise."""
+    """Return the columns ``turn 1``, ``turn 2``, … in the order of their numbers; [] if there are fewer than two."""
     stems: dict[str, list[tuple[int, int]]] = {}
     for column, name in enumerate(map(column_key, header)):
         if (numbered := re.fullmatch(r"(\D*?)_?(\d{1,6})", name)) and numbered[1] in NUMBERED_STEMS:
@@ -98,24 +96,28 @@ def is_utterance(record: object) -> bool:
         for key, value in record.items())
 
 
-def is_table(found: list[str], name: str) -> bool:
-    """Whether a file is a table, by its name or how it begins: a header whose columns are known, or rows alike."""
-    written = [line for line in found if line.strip()]
+def is_table(lines: list[str], name: str) -> bool:
+    """Return whether a file is a table.
+
+    ``lines``: its first lines; ``name``: its name. A table is called .csv, has a header with known columns, or has rows
+    of the same number of fields.
+    """
+    written = [line for line in lines if line.strip()]
     if written and written[0].startswith(HEADLINE):
         del written[0]
     if not written:
         return False
-    divides = find_delimiter(written[0])
-    header = [field.strip().strip('"') for field in written[0].split(divides)]
+    delimiter = find_delimiter(written[0])
+    header = [field.strip().strip('"') for field in written[0].split(delimiter)]
     columns = find_columns(header)
     known = {"prompt", "reply"} <= columns.keys() or {"text", "speaker"} <= columns.keys() or (
         {"text", "dialog"} <= columns.keys())
-    fields = [line.split(divides) for line in written[1:]]
+    fields = [line.split(delimiter) for line in written[1:]]
     again = any(len(row) == len(header) and any(row[at].strip() == header[at] for at in columns.values())
                 for row in fields)  # names of columns do not stand in them
     if len(header) > 1 and known and not again and all(len(field) < 40 for field in header):
         return True
     return re.search(r"\.csv(\.gz)?$", name, re.IGNORECASE) is not None or (
-        len(header) > 1 and divides != "\t" and len(written) > 2
-        and all(re.fullmatch(r"\w[\w ]{0,30}\w?", field) for field in header) and f"{divides} " not in written[0]
-        and all(line.count(divides) >= len(header) - 1 for line in written))
+        len(header) > 1 and delimiter != "\t" and len(written) > 2
+        and all(re.fullmatch(r"\w[\w ]{0,30}\w?", field) for field in header) and f"{delimiter} " not in written[0]
+        and all(line.count(delimiter) >= len(header) - 1 for line in written))

@@ -267,6 +267,5 @@ def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 def shares(verdicts: Sequence[str]) -> dict[str, tuple[float, float, float]]:
     """Return the share of each of `VERDICTS` with its `wilson` interval: (share, lower bound, upper bound)."""
-
     count = Counter(verdicts)
     return {verdict: (count[verdict] / len(verdicts), *wilson(count[verdict], len(verdicts))) for verdict in VERDICTS}

@@ -1,6 +1,7 @@
-"""Dialogs into entries of the data format, an entry per side, and entries into splits.
+"""Turn dialogs into entries of the data format, one per side, and combine entries into splits.
 
-Knows speakers and utterances, neither files nor tokens. Training and conversion share `combine_corpora`.
+This file knows speakers and utterances, but neither files nor tokens. Training and conversion both use
+`combine_corpora`.
 """
 
 import logging
@@ -18,99 +19,106 @@ from cli import InputError
 from corpora import LONGEST_SENTENCE
 from words import text_key
 
-HISTORY = 100  # utterances kept before a turn, or 99, so that the list begins with the speaker who opened the dialog
-MOST_TURNS = 10_000  # of a dialog; each is kept with its history
-TARGETS = ("both", "second", "first")  # whose turns are learnt: both people's, or one speaker's
-TRAIN_FRAC = 0.85  # of the dialogs of a file without splits
+MOST_HISTORY = 100  # utterances kept before a turn; 99 if a kept history would not begin with the dialog's opener
+MOST_TURNS = 10_000  # utterances of a dialog; each turn repeats its history, so the size grows much faster
+TARGETS = ("both", "second", "first")  # the speakers whose turns are learnt
+TRAIN_FRAC = 0.85  # the training share of the dialogs in a file without splits
 logger = logging.getLogger("dialogs")
 
 
 class Utterance(NamedTuple):
+    """What a speaker says at once, with distractors for it if the corpus has some."""
+
     speaker: object
     text: str
     distractors: tuple[str, ...] = ()
 
 
 class Dialog(NamedTuple):
-    """The utterances of a dialog with their speakers, in order."""
+    """The utterances of a dialog, in order, and what is known about its speakers."""
 
-    place: str  # where in the file, for messages
+    place: str  # where it is in the file, for messages
     utterances: list[Utterance]
     personas: Mapping[Any, list[str]] = {}  # speaker → sentences
-    bot: object = None  # whose turns are to be learnt; None: everybody's
-    notes: tuple[str, ...] = ()  # what a person wants to know of it, "with a system message"; they are counted
+    bot: object = None  # the only speaker whose turns are learnt; None: both speakers' turns are
+    notes: tuple[str, ...] = ()  # what to report about it, such as "with a system message"; the log counts each note
 
 
 # ------------------------------------------------------------------------------------------- dialogs into entries
 
 
 def clean(text: str) -> str:
-    """An utterance on one line, without what corpora write for a comma and for silence."""
+    """Put an utterance on one line, and replace the marks that corpora use for a comma and for silence."""
     text = text.replace("_comma_", ",")
     if "SILENCE" in text:
         text = re.sub(r"__ ?SILENCE ?__", " ", text)
     return " ".join(text.split())
 
 
-def merge_utterances(turns: Iterable[Utterance]) -> list[Utterance]:
-    """Join consecutive utterances of one speaker; leave out empty ones."""
+def merge_utterances(utterances: Iterable[Utterance]) -> list[Utterance]:
+    """Clean utterances, leave out empty ones and join consecutive ones of one speaker."""
     out: list[Utterance] = []
-    spoken = [turn._replace(text=text) for turn in turns if (text := clean(turn.text))]
-    for _, of_one in groupby(spoken, key=lambda turn: turn.speaker):
-        first, *more = of_one
-        out.append(first._replace(text=" ".join([first.text, *(turn.text for turn in more)])) if more else first)
+    spoken = [one._replace(text=text) for one in utterances if (text := clean(one.text))]
+    for _, of_speaker in groupby(spoken, key=lambda one: one.speaker):
+        first, *more = of_speaker
+        out.append(first._replace(text=" ".join([first.text, *(one.text for one in more)])) if more else first)
     return out
 
 
 def make_entries(dialogs: Iterable[Dialog], path: str | Path) -> Iterator[dict]:
-    """An entry per side of each dialog: the second speaker's, then that of who opened it.
+    """Yield an entry per side of each dialog: first the second speaker's, then the opening speaker's.
 
-    The opening has nothing before it and is nobody's turn. A dialog without a turn, or of more than two people, is
-    left out; at the end these are counted in a warning. Raises `InputError` for a dialog without end.
+    The opening utterance is not a turn, because it has no history. Dialogs without a turn and those of more than two
+    speakers are left out and counted in a warning at the end.
+    Raises `InputError` for a dialog that is longer than `MOST_TURNS` or has an utterance longer than
+    `corpora.LONGEST_SENTENCE`; ``path`` is the file's name for messages.
     """
     left_out, first = Counter(), {}
     for dialog in dialogs:
         check_length(dialog.utterances, path, dialog.place)
-        turns = merge_utterances(dialog.utterances)
-        if (longest := max([len(turn.text) for turn in turns], default=0)) > LONGEST_SENTENCE:
-            raise InputError(f"{path}: in the dialog of {dialog.place} somebody says {longest:,} letters at once, more "
-                             f"than {LONGEST_SENTENCE:,}; split that")
-        if len({turn.speaker for turn in turns}) > 2:
-            reason = "more than two people speak"
-        elif any(sides := list(_sides(dialog, turns))):
+        merged = merge_utterances(dialog.utterances)
+        if (longest := max([len(one.text) for one in merged], default=0)) > LONGEST_SENTENCE:
+            raise InputError(f"{path}: an utterance of the dialog at {dialog.place} has {longest:,} letters, more than "
+                             f"{LONGEST_SENTENCE:,}; split it")
+        if len({one.speaker for one in merged}) > 2:
+            reason = "they have more than two speakers"
+        elif any(sides := list(_sides(dialog, merged))):
             yield from sides
             continue
         else:
-            reason = "nobody answers anybody"
+            reason = "they have no reply"
         left_out[reason] += 1
         first.setdefault(reason, dialog.place)
     for reason, count in left_out.items():
-        logger.warning("%s: %s dialogs left out because in them %s; the first at %s", path, f"{count:,}", reason,
+        logger.warning("%s: %s dialogs are left out because %s; the first is at %s", path, f"{count:,}", reason,
                        first[reason])
 
 
-def check_length(turns: list, path: str | Path, place: str) -> None:
-    if len(turns) > MOST_TURNS:
-        raise InputError(f"{path}: the dialog of {place} has more than {MOST_TURNS:,} utterances; divide it, in plain "
+def check_length(utterances: list, path: str | Path, place: str) -> None:
+    """Raise `InputError` if a dialog has more than `MOST_TURNS` utterances."""
+    if len(utterances) > MOST_TURNS:
+        raise InputError(f"{path}: the dialog at {place} has more than {MOST_TURNS:,} utterances; divide it, in plain "
                          "text by an empty line")
 
 
-def _sides(dialog: Dialog, turns: list[Utterance]) -> Iterator[dict]:
-    said = [turn.text for turn in turns]
+def _sides(dialog: Dialog, merged: list[Utterance]) -> Iterator[dict]:
+    """Yield the entries of a dialog whose ``merged`` utterances alternate between two speakers."""
+    said = [one.text for one in merged]
     for side in (1, 2):
         places = range(side, len(said), 2)
-        if places and dialog.bot in (None, turns[side].speaker):
+        if places and dialog.bot in (None, merged[side].speaker):
             yield {
-                "personality": dialog.personas.get(turns[side].speaker, []),
+                "personality": dialog.personas.get(merged[side].speaker, []),
                 "utterances": [{
-                    "history": said[max(0, place - HISTORY + side % 2):place],
-                    "candidates": [*turns[place].distractors, said[place]],
+                    "history": said[max(0, place - MOST_HISTORY + side % 2):place],
+                    "candidates": [*merged[place].distractors, said[place]],
+
                 } for place in places],
             }
 
 
 def keep_target(entries: Iterable[dict], target: str) -> Iterator[dict]:
-    """The turns of one of `TARGETS`. The second speaker's turns follow an odd number of utterances."""
+    """Keep the turns of ``target``, one of `TARGETS`; the second speaker's turns have histories of odd length."""
     for entry in entries:
         turns = [turn for turn in entry["utterances"]
                  if target == "both" or len(turn["history"]) % 2 == (target == "second")]
@@ -119,7 +127,7 @@ def keep_target(entries: Iterable[dict], target: str) -> Iterator[dict]:
 
 
 def drop_silence(corpus: Iterable[dict]) -> Iterator[dict]:
-    """Entries of the published JSON, which writes ``__ SILENCE __`` where the bot opens the dialog."""
+    """Remove from entries of the published JSON the ``__ SILENCE __`` that it writes where the bot opens a dialog."""
     for entry in corpus:
         turns = []
         for turn in entry["utterances"]:
@@ -133,20 +141,20 @@ def drop_silence(corpus: Iterable[dict]) -> Iterator[dict]:
             yield {"personality": entry.get("personality", []), "utterances": turns}
 
 
-# ------------------------------------------------------------------------------------------------ which dialog it is
+# ------------------------------------------------------------------------------------------------ numbers of dialogs
 
 
 class Side(NamedTuple):
-    """What an entry tells of its dialog: hashes of what is said in it, which texts that say the same share."""
+    """The dialog as one of its two entries shows it: hashes of the utterances, compared by `words.text_key`."""
 
     role: int  # 1: the side that answers, 0: the side that opened the dialog
-    size: int  # utterances
-    whole: int  # hash of all of them
-    less: int  # hash of all but the last
+    size: int  # number of utterances up to the entry's last turn
+    whole: int  # hash of these utterances
+    all_but_last: int  # hash of these utterances without the last one
 
     @classmethod
-    def of(cls, entry: dict) -> "Side":
-        """All that is said as far as the entry's last turn. Histories that were cut are put together again."""
+    def of_entry(cls, entry: dict) -> "Side":
+        """Collect the utterances of an entry, also where its histories were cut, and hash them."""
         said: list[str] = []
         for turn in entry["utterances"]:
             history = turn["history"]
@@ -157,46 +165,46 @@ class Side(NamedTuple):
 
 
 class DialogNumbers:
-    """Numbers the dialogs that entries are of, an entry at a time.
+    """Assign numbers to dialogs, one entry at a time; the two sides of a dialog get one number.
 
-    The two sides of a dialog get one number: one of them ends with the dialog's last utterance, the other with the one
-    before. All that is said is compared, so that dialogs which begin alike stay apart.
+    One side ends with the dialog's last utterance, the other with the one before. All utterances are compared, so
+    dialogs that only begin alike get different numbers.
     """
 
     def __init__(self):
-        self.longest: list[Side] = []  # of each dialog, the side that knows more of it
-        self._alone: dict[tuple, list[int]] = {}  # what the other side will be recognised by → dialogs that lack it
+        self.longest: list[Side] = []  # per dialog, the side with more utterances
+        self._unpaired: dict[tuple, list[int]] = {}  # key of the missing other side → dialogs without it
 
     def number(self, entry: dict) -> int:
-        """The number of the entry's dialog, counted from 0."""
-        side = Side.of(entry)
-        known_by = ((1 - side.role, side.less, "whole"), (1 - side.role, side.whole, "less"))
-        if found := [self._alone[key][-1] for key in known_by if key in self._alone]:
-            number = max(found)  # a dialog's sides mostly follow one another
+        """Return the number of the entry's dialog, counted from 0."""
+        side = Side.of_entry(entry)
+        other_keys = ((1 - side.role, side.all_but_last, "whole"), (1 - side.role, side.whole, "all_but_last"))
+        if found := [self._unpaired[key][-1] for key in other_keys if key in self._unpaired]:
+            number = max(found)  # the two sides of a dialog mostly follow one another
             self._pair(number)
             self.longest[number] = max(self.longest[number], side, key=lambda one: one.size)
             return number
         number = len(self.longest)
         self.longest.append(side)
         for key in self._keys(side):
-            self._alone.setdefault(key, []).append(number)
+            self._unpaired.setdefault(key, []).append(number)
         return number
 
-    def same(self) -> np.ndarray:
-        """Of each number, one that it shares with the dialogs in which the same is said: (dialogs,)."""
+    def representatives(self) -> np.ndarray:
+        """Return for each dialog the number of the first dialog with the same utterances, (dialogs,) int64."""
         first: dict[int, int] = {}
         return np.array([first.setdefault(side.whole, number) for number, side in enumerate(self.longest)], np.int64)
 
     @staticmethod
     def _keys(side: Side) -> tuple[tuple, tuple]:
-        return (side.role, side.whole, "whole"), (side.role, side.less, "less")
+        return (side.role, side.whole, "whole"), (side.role, side.all_but_last, "all_but_last")
 
     def _pair(self, number: int) -> None:
-        """This dialog has both sides."""
+        """Note that both sides of a dialog are known."""
         for key in self._keys(self.longest[number]):
-            self._alone[key].remove(number)
-            if not self._alone[key]:
-                del self._alone[key]
+            self._unpaired[key].remove(number)
+            if not self._unpaired[key]:
+                del self._unpaired[key]
 
 
 # ------------------------------------------------------------------------------------------------------------ splits
@@ -205,17 +213,19 @@ class DialogNumbers:
 def combine_corpora(parts: Iterable[Mapping[str | None, Iterable[dict]]], name: str | Path, target: str = "both",
                     train_frac: float | None = None, seed: int = 0, keep_repeated: bool = False,
                     ) -> dict[str, Iterable[dict]]:
-    """Corpora as one, split by split, of their turns those of ``target``.
+    """Combine corpora split by split, and keep only the turns of ``target``, one of `TARGETS`.
 
-    Dialogs without a split, and with ``train_frac`` those of training and validation too, are divided by chance. What
-    a later split repeats is left out of training (`drop_repeated`), unless ``keep_repeated``.
+    ``parts``: per corpus, entries by split; the split None holds dialogs that have none. These are divided at random
+    into training and validation, and with ``train_frac`` those of training and validation are divided anew as well.
+    Training dialogs that another split repeats are left out (`drop_repeated`), unless ``keep_repeated``. ``name`` is
+    for messages. Returns entries by split, each to be iterated once.
     """
     parts = list(parts)
     splits: dict = {split: chain.from_iterable([part.get(split, []) for part in parts])
               for split in dict.fromkeys(split for part in parts for split in part)}
     if None in splits or train_frac is not None:
         train_frac = TRAIN_FRAC if train_frac is None else train_frac
-        logger.info("%s: %g of the dialogs are for training, the others for validation", name, train_frac)
+        logger.info("%s: a share of %g of the dialogs is for training, the others are for validation", name, train_frac)
         dialogs = chain.from_iterable(splits.pop(split, []) for split in (None, "train", "valid"))
         splits = divide_dialogs(dialogs, train_frac, seed, name, target) | splits
     if "train" in splits and not keep_repeated:
@@ -225,21 +235,21 @@ def combine_corpora(parts: Iterable[Mapping[str | None, Iterable[dict]]], name: 
 
 def divide_dialogs(entries: Iterable[dict], train_frac: float, seed: int, name: str | Path,
                    target: str = "both") -> dict[str, list[dict]]:
-    """``train`` and ``valid``, by chance; both sides of a dialog fall to the same. Raises `InputError` for one dialog.
+    """Divide entries at random into ``train`` and ``valid``, never the two sides or a repetition of one dialog.
 
-    ``train_frac``: the share of dialogs that is for training, at least one and never all. Dialogs in which the same is
-    said stay together; what has no turn of ``target`` is left out.
+    ``train_frac``: the training share of the dialogs; each split gets at least one. Entries without a turn of
+    ``target`` are left out. Raises `InputError` for fewer than two dialogs.
     """
     numbers, kept = DialogNumbers(), []
     for entry in entries:
         number = numbers.number(entry)
         kept += ((number, one) for one in keep_target([entry], target))
-    same, dialogs = numbers.same().tolist(), {}
+    representatives, dialogs = numbers.representatives().tolist(), {}
     for number, entry in kept:
-        dialogs.setdefault(same[number], []).append(entry)
+        dialogs.setdefault(representatives[number], []).append(entry)
     if len(dialogs) < 2:
         raise InputError(f"{name}: has {len(dialogs)} dialogs, too few to train on some and validate on others; "
-                         "bring two or more, an empty line between them in plain text")
+                         "add dialogs, in plain text with an empty line between them")
     order = random.Random(seed).sample(list(dialogs), len(dialogs))
     cut = min(max(1, round(train_frac * len(order))), len(order) - 1)
     return {split: [entry for key in keys for entry in dialogs[key]]
@@ -247,29 +257,29 @@ def divide_dialogs(entries: Iterable[dict], train_frac: float, seed: int, name: 
 
 
 def drop_repeated(splits: Mapping[str, Iterable[dict]], name: str | Path) -> dict[str, Iterable[dict]]:
-    """The splits, of ``train`` without the dialogs in which the same is said as in one of another split.
+    """Leave out of ``train`` the dialogs that another split repeats, and log how many there are.
 
-    These are counted in the log. Training is still read once, an entry at a time; the other splits are kept in memory.
-    If all of training were left out, it stays.
+    If that would leave out all training dialogs, they are kept, with a warning. Training is read one entry at a time;
+    the other splits are kept in memory.
     """
     splits = {split: entries if split == "train" else list(entries) for split, entries in splits.items()}
-    wholes, lesses = set(), set()
+    seen_whole, seen_all_but_last = set(), set()
     for entries in (entries for split, entries in splits.items() if split != "train"):
         numbers = DialogNumbers()
         for entry in entries:
             numbers.number(entry)
-        wholes |= {side.whole for side in numbers.longest}
-        lesses |= {side.less for side in numbers.longest}
+        seen_whole |= {side.whole for side in numbers.longest}
+        seen_all_but_last |= {side.all_but_last for side in numbers.longest}
 
     def is_repeated(sides: list[dict]) -> bool:
-        # Where the other side is missing, so may be the last utterance: one more or less makes no other dialog.
-        longest = max(map(Side.of, sides), key=lambda side: side.size)
-        return longest.whole in wholes or longest.whole in lesses or longest.less in wholes
+        # A dialog of one side may lack its last utterance, so one utterance more or less is still the same dialog.
+        longest = max(map(Side.of_entry, sides), key=lambda side: side.size)
+        return longest.whole in seen_whole or longest.whole in seen_all_but_last or longest.all_but_last in seen_whole
 
     def unseen() -> Iterator[dict]:
-        dialogs, left_out, held = 0, 0, []  # held: what is left out, while there is nothing else
-        for _, of_one in groupby(splits["train"], key=DialogNumbers().number):
-            sides = list(of_one)
+        dialogs, left_out, held = 0, 0, []  # held: the entries left out, as long as none has been kept
+        for _, group in groupby(splits["train"], key=DialogNumbers().number):
+            sides = list(group)
             dialogs += 1
             if not is_repeated(sides):
                 held.clear()
@@ -280,11 +290,11 @@ def drop_repeated(splits: Mapping[str, Iterable[dict]], name: str | Path) -> dic
                 held += sides
         others = " or ".join(sorted(splits.keys() - {"train"}, key=lambda split: (split != "valid", split)))
         if held:
-            logger.warning("%s: every training dialog is in %s, too, so that none is left out; the figures will say "
-                           "how well they are remembered", name, others)
+            logger.warning("%s: every training dialog is also in %s, so none is left out; metrics will show how well "
+                           "the model remembers them", name, others)
             yield from held
         elif left_out:
-            logger.info("%s: %s of %s training dialogs are left out, because they are in %s, too "
+            logger.info("%s: %s of %s training dialogs are left out because they are also in %s "
                         "(--keep_repeated keeps them)", name, f"{left_out:,}", f"{dialogs:,}", others)
 
     return splits | {"train": unseen()}

@@ -1,4 +1,4 @@
-"""Fetch files from addresses once, unpack archives safely, and find the releases of published corpora."""
+"""Download files once, unpack archives safely, and find the releases of published corpora."""
 
 import gzip
 import hashlib
@@ -23,16 +23,16 @@ from corpora import MOST_GROWTH
 from releases import RELEASES, Release, find_release
 
 LARGEST_DOWNLOAD = 64 << 30  # bytes
-MOST_MEMBERS = 1_000  # of an archive; a run folder has a dozen
+MOST_MEMBERS = 1_000  # files in an archive; a run folder has a dozen
 logger = logging.getLogger(__name__)
 
 
 def download(address: str) -> Path:
-    """Fetch ``address`` once into the user's cache folder, with a progress bar, and return the file's path.
+    """Download ``address`` into the user's cache folder, unless it is there already, and return the file's path.
 
-    The file is checked against ``#sha256=…`` at the address's end if that is there, else against the MD5 that S3
-    publishes as the entity tag, and always against the announced length.
-    Raises `InputError` when the address cannot be reached, what came is not what was announced, or it is larger than
+    The length must be the announced one. The hash is checked if the address ends with ``#sha256=…``; otherwise the MD5
+    hash is, if the server is Amazon's S3, which sends it as the entity tag.
+    Raises `InputError` when the address cannot be reached, when length or hash differ, or when the file is larger than
     `LARGEST_DOWNLOAD`.
     """
     url, _, fragment = address.partition("#")
@@ -49,25 +49,25 @@ def download(address: str) -> Path:
         raise InputError(f"{url}: cannot be downloaded ({short(str(error))}); check the network, or fetch the file by "
                          "another way and name it with --dataset_path or --model_checkpoint") from None
     except ValueError as error:  # pooch: the hash differs
-        raise InputError(f"{url}: {short(str(error))}; try again, or check the address's #sha256=") from None
+        raise InputError(f"{url}: {short(str(error))}; try again, or check #sha256=… in the address") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); "
-                         "set TRANSFERTRANSFO_CACHE to a folder that can") from None
+                         "set TRANSFERTRANSFO_CACHE to a folder that you may write") from None
 
 
 def is_downloaded(address: str) -> bool:
-    """Whether `download` would find the address in the cache."""
+    """Return whether the file at an address is in the cache already."""
     return _cache_path(address.partition("#")[0]).exists()
 
 
 def _cache_path(url: str) -> Path:
-    """Where the download of an address is kept."""
+    """Return the path in the cache for an address."""
     folder = Path(os.environ.get("TRANSFERTRANSFO_CACHE") or pooch.os_cache("transfertransfo"))
     return folder / f"{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()[:16]}-{Path(url).name[-80:]}"
 
 
 class _BoundedDownloader(pooch.HTTPDownloader):
-    """pooch's, given up when more comes than there is use for: a server may send without end."""
+    """pooch's downloader, stopped after `LARGEST_DOWNLOAD` bytes, because a server may send without end."""
 
     def __call__(self, url, output_file, pooch, check_only=False):
         with open(output_file, "wb") as file:
@@ -82,7 +82,7 @@ class _BoundedDownloader(pooch.HTTPDownloader):
 
 
 def _published_md5(url: str) -> str | None:
-    """``md5:…`` as S3 publishes it in the entity tag of an object uploaded in one part, else None."""
+    """Return the MD5 hash of an object in S3, ``md5:…``, if its entity tag is one (it was uploaded whole), or None."""
     response = requests.head(url, timeout=30, allow_redirects=True)
     response.raise_for_status()
     tag = response.headers.get("ETag", "").strip('"')
@@ -91,8 +91,10 @@ def _published_md5(url: str) -> str | None:
 
 
 def http_status(url: str, within: float) -> int | None:
-    """The HTTP status that a server gives ``url`` within so many seconds; None when it does not answer. Looking up a
-    host's name has no time limit of its own, hence the thread."""
+    """Return the HTTP status that a server gives for ``url``, or None if it does not answer within ``within`` seconds.
+
+    A thread asks, because looking up a host's name has no time limit.
+    """
     found = Queue()
 
     def ask() -> None:
@@ -109,7 +111,10 @@ def http_status(url: str, within: float) -> int | None:
 
 
 def unpack(archive: Path) -> Path:
-    """Unpack a tar or zip file, and zip files within, beside itself, once; returns the folder."""
+    """Unpack a tar or zip file beside itself, unless that has been done, and return the folder.
+
+    Zip files in a zip file are unpacked as well. Raises `InputError` for a damaged or hostile archive.
+    """
     folder = archive.with_name(archive.name + ".unpacked")
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -125,7 +130,7 @@ def unpack(archive: Path) -> Path:
 
 
 class _SmallReads(gzip.GzipFile):
-    """A gzipped tar file as tarfile reads it: in small pieces, unless a header announces a name of gigabytes."""
+    """A gzipped tar file that refuses large reads, such as for a name of gigabytes that a hostile header announces."""
 
     LARGEST = 16 << 10
 
@@ -136,9 +141,9 @@ class _SmallReads(gzip.GzipFile):
 
 
 def _unpack_into(folder: Path, archive: Path, nested: bool = True) -> None:
-    """Unpack a ``.tar.gz``, or a ``.zip`` and, if ``nested``, those within, as DailyDialog's.
+    """Unpack a ``.tar.gz`` or a ``.zip`` into a new folder; with ``nested`` also zip files within, as in DailyDialog.
 
-    Raises ``TarError`` when it holds what no run folder or corpus does, or more.
+    Raises ``TarError`` for links and devices, for names outside the folder, and beyond the limits on number and size.
     """
     folder.mkdir()
     budget = max(100 << 20, MOST_GROWTH * archive.stat().st_size)
@@ -146,7 +151,7 @@ def _unpack_into(folder: Path, archive: Path, nested: bool = True) -> None:
         with zipfile.ZipFile(archive) as zipped:
             if sum(member.file_size for member in zipped.infolist()) > budget or len(zipped.infolist()) > MOST_MEMBERS:
                 raise tarfile.TarError(f"it holds more than {MOST_MEMBERS:,} files or {MOST_GROWTH} times its size")
-            zipped.extractall(folder)  # what lies outside by its name lands inside; links come as files
+            zipped.extractall(folder)  # keeps names such as ../x inside the folder, and writes links as files
         for inner in sorted(folder.rglob("*.zip")) if nested else []:
             _unpack_into(inner.with_name(f"{inner.name}.unpacked"), inner, nested=False)
         return
@@ -158,15 +163,16 @@ def _unpack_into(folder: Path, archive: Path, nested: bool = True) -> None:
                 raise tarfile.TarError(f"it unpacks to more than {MOST_GROWTH} times its size")
             if number == MOST_MEMBERS:
                 raise tarfile.TarError(f"it holds more than {MOST_MEMBERS:,} files")
-            if not (member.isreg() or member.isdir()):  # without links, no name leads elsewhere than it says
+            if not (member.isreg() or member.isdir()):  # a link could lead out of the folder
                 raise tarfile.TarError(f"{member.name} is neither a file nor a folder")
-            tar.extract(member, folder, filter="data")  # refuses names that lie outside
+            tar.extract(member, folder, filter="data")  # which refuses names outside the folder
 
 
 def find_corpus(name: str, data_dir: str) -> tuple[Release, dict[str, list[Path]]]:
-    """A published corpus, as `find_release` finds it: under ``data_dir``, its archive there, or else downloaded.
+    """Find a published corpus under ``data_dir``, unpacked or as an archive, or download it.
 
-    Raises `InputError` when it is nowhere.
+    Returns its release and its files by split, as `find_release`. Raises `InputError` when it can neither be found nor
+    downloaded.
     """
     known = RELEASES[name]
     places = [Path(data_dir, folder) for folder in dict.fromkeys(one for release in known for one in release.folders)]

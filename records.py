@@ -10,7 +10,7 @@ from typing import Any
 
 from cli import InputError, short
 from columns import is_utterance
-from corpora import LONGEST_LINE, JsonReader, open_data, read_lines, read_pieces
+from corpora import LONGEST_LINE, TOO_LONG_A_NUMBER, JsonReader, open_data, read_lines, read_pieces
 from dialogs import Dialog
 from shapes import (
     LIST_KEYS,
@@ -34,10 +34,11 @@ SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "validat
 
 
 def records(path: str | Path) -> Iterator[tuple[str | None, str, Any]]:
-    """Split, place and value of each record of a JSON file: of lines, a list, objects one after the other, or what an
-    object wraps, ``{"data": […]}`` or ``{"train": […], "valid": […]}``. The split is None where there is none.
+    """Yield the split, the place and the value of each record of a JSON or Parquet file.
 
-    Raises `InputError` as `corpora.JsonReader`.
+    Records are JSON lines, the elements of a list, objects one after the other, or the elements of lists in an object,
+    ``{"data": […]}`` or ``{"train": […], "valid": […]}``. The split is None if the file names none.
+    Raises `InputError` like `corpora.JsonReader`.
     """
     if read_sample(path)[:4] == b"PAR1":
         for number, record in enumerate(parquet_rows(path)):
@@ -78,18 +79,18 @@ def read_marked(path: str | Path) -> Iterator[Dialog]:
 
 
 def parquet_rows(path: str | Path) -> Iterator[dict]:
-    """The rows of a Parquet file as objects. Raises `InputError` without pyarrow, or when the file is damaged."""
+    """Yield the rows of a Parquet file as objects. Raises `InputError` without pyarrow and for damaged files."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise InputError(f"{path}: is a Parquet file, which takes pyarrow to read; pip install pyarrow, or save the "
-                         "data as JSON lines") from None
+        raise InputError(f"{path}: is a Parquet file, which pyarrow reads; pip install pyarrow, or save the data as "
+                         "JSON lines") from None
     try:
         for batch in ParquetFile(path).iter_batches(batch_size=1000):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: is no Parquet file that can be read ({short(str(error))}); write or "
+        raise InputError(f"{path}: cannot be read as a Parquet file ({short(str(error))}); write or "
                          "fetch it again") from None
 
 
@@ -104,7 +105,7 @@ def _row(value: object) -> Any:
 
 
 def _unwrapped(value: object) -> Iterator[tuple[str | None, object]]:
-    """The records of a value: itself, the elements of its list, or of its lists by split, or its values by name."""
+    """Yield the records in an object with their splits: the object itself, the elements of its lists, or its values."""
     if not isinstance(value, dict) or is_record(value) and not any(
             isinstance(value.get(key), list) and value[key] and is_record(value[key][0])
             and not is_message(value[key][0]) for key in WRAPPER_KEYS):
@@ -138,7 +139,7 @@ def is_json(path: str | Path) -> bool:
 
 
 def is_lines(path: str | Path) -> bool:
-    """Whether each line of the file is a value of its own."""
+    """Return whether each line of the file is a JSON value."""
     with open_data(path) as file:
         first = b"\n"
         while first and not first.strip():
@@ -146,16 +147,16 @@ def is_lines(path: str | Path) -> bool:
     try:
         value = JsonReader(iter([first.decode("utf-8-sig", "replace")]), path).only_value()
     except InputError as error:
-        return any(what in str(error) for what in ("Extra data", "a number that long")) or (
+        return any(what in str(error) for what in ("Extra data", TOO_LONG_A_NUMBER)) or (
             "nested too deeply" in str(error) and first[:1] == b"{")
-    if isinstance(value, list):  # a dialog, or all of them
+    if isinstance(value, list):  # it is one dialog, or the list of all dialogs
         first = next(iter(value), None)
         return is_record(value) and (isinstance(first, str) or _is_one_of_a_dialog(first))
     return isinstance(value, dict) and next(_unwrapped(value), (None, None))[1] is value
 
 
 def peek(path: str | Path) -> tuple[str | None, object]:
-    """The first record of a JSON file and its split, without the rest; (None, None) where that cannot be read."""
+    """Return the split and the value of a JSON file's first record without reading the rest; (None, None) on errors."""
     try:
         if read_sample(path)[:4] != b"PAR1" and not is_lines(path):
             text = JsonReader(read_pieces(path), path)
@@ -172,10 +173,10 @@ def peek(path: str | Path) -> tuple[str | None, object]:
         return None, None
 
 
-def read_records(path: str | Path, wanted: str | None = None) -> Iterator[tuple[str | None, str, Dialog]]:
-    """Split, name of the shape and dialog of each record. The first says which shape they all have.
+def read_records(path: str | Path) -> Iterator[tuple[str | None, str, Dialog]]:
+    """Yield the split, the name of the shape and the dialog of each record; the first record's shape applies to all.
 
-    Raises `InputError` naming the first that has another one.
+    Raises `InputError` that names the first record of another shape.
     """
     shape = None
     for split, place, record in records(path):
@@ -193,7 +194,7 @@ def read_records(path: str | Path, wanted: str | None = None) -> Iterator[tuple[
             yield split, shape.name, shape.read(place, record)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             what = f"has no {error}" if isinstance(error, KeyError) else f"is not a dialog ({error})"
-            cure = f"write it like the first of the file, which has the layout of {shape.name}" if shape else \
+            cure = f"write it like the first record, which has the layout {shape.name}" if shape else \
                 'write {"personas": [["i …"], ["i …"]], "turns": ["…", "…"]}'
             raise InputError(f"{path}: {counted} {what}; {cure}") from None
 

@@ -1,6 +1,6 @@
-"""Published corpora: what their releases look like, where they are published, and their readers.
+"""Describe published corpora (files, addresses, licences) and read them.
 
-A reader of a file yields its dialogs as `Dialog`. Nothing here knows where a release is kept or fetched.
+A reader takes the path of a file and yields its dialogs. Downloading and finding a release is the task of downloads.py.
 """
 
 import csv
@@ -18,10 +18,11 @@ from dialogs import Dialog, Utterance, check_length, clean, drop_silence, make_e
 
 
 def read_parlai(path: str | Path) -> Iterator[Dialog]:
-    """ParlAI's text: a line per turn, ``1 what the other says<tab>reply<tab>reward<tab>candidate|candidate``.
+    """Read ParlAI's text, a line per turn: ``1 the other's utterance<tab>reply<tab>reward<tab>candidate|candidate``.
 
-    Reward and candidates may be missing. Lines are numbered; a dialog begins where the number does not rise. Lines
-    ``1 your persona: i have two dogs.`` are the bot's persona, its full stops set apart as in the published JSON.
+    Reward and candidates may be missing. Lines are numbered within a dialog; a new dialog begins where the number does
+    not increase. Lines such as ``1 your persona: i have two dogs.`` give the bot's persona; a space is put before the
+    final full stop, as in the published JSON.
     """
     turns, persona, place, last = [], [], "", 0
     for number, line in read_lines(path):
@@ -48,7 +49,7 @@ def read_parlai(path: str | Path) -> Iterator[Dialog]:
 
 
 def _parlai_turn(text: str) -> Iterator[Utterance]:
-    """What a line says: the other person's words and the bot's, if it has any."""
+    """Yield the other person's utterance and the bot's reply; either may be empty."""
     said, reply, _, candidates = (text.split("\t") + ["", "", ""])[:4]
     yield Utterance("other", said.replace("\\n", " "))
     gold = clean(reply.split("|")[0].replace("\\n", " "))
@@ -57,7 +58,7 @@ def _parlai_turn(text: str) -> Iterator[Utterance]:
 
 
 def read_dailydialog(path: str | Path) -> Iterator[Dialog]:
-    """DailyDialog's text: a line per dialog, ``__eou__`` after each utterance; two people take turns."""
+    """Read DailyDialog's text: a line per dialog, with ``__eou__`` after each utterance; two speakers alternate."""
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -68,20 +69,20 @@ def read_dailydialog(path: str | Path) -> Iterator[Dialog]:
 
 
 def read_empathetic_dialogues(path: str | Path) -> Iterator[Dialog]:
-    """EmpatheticDialogues' CSV: a line an utterance, lines of one ``conv_id`` a dialog.
+    """Read EmpatheticDialogues' CSV: a line per utterance; consecutive lines with one ``conv_id`` are a dialog.
 
-    Fields are never quoted: commas within them are written ``_comma_``. A ninth field of candidates is not read.
+    Fields are never quoted: a comma within a field is written ``_comma_``. A ninth field, candidates, is ignored.
     """
     header = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance"
 
     def rows() -> Iterator[tuple[int, list[str]]]:
         for number, line in read_lines(path):
             if number == 1 and not line.startswith(header):
-                raise InputError(f"{path}: line 1 is not the release's header, {header},…; name its train.csv, "
+                raise InputError(f"{path}: line 1 is not the header of the release, {header},…; name its train.csv, "
                                  "valid.csv or test.csv")
             fields = line.split(",")
             if line.strip() and len(fields) not in (8, 9):
-                raise InputError(f"{path}: line {number} has {len(fields)} fields, not 8; write commas within a "
+                raise InputError(f"{path}: line {number} has {len(fields)} fields, not 8; write a comma within a "
                                  "field as _comma_, as the release does")
             if number > 1 and line.strip():
                 yield number, fields
@@ -92,7 +93,7 @@ def read_empathetic_dialogues(path: str | Path) -> Iterator[Dialog]:
 
 
 def read_blended_skill_talk(path: str | Path) -> Iterator[Dialog]:
-    """BlendedSkillTalk's JSON: ``personas`` of two people, an utterance of each to begin with, and their ``dialog``."""
+    """Read BlendedSkillTalk's JSON: per dialog two ``personas``, an opening utterance of each, and the ``dialog``."""
     text = JsonReader(read_pieces(path), path)
     if text.next_letter() != "[":
         raise InputError(f"{path}: is not a list of dialogs; name the release's train.json, valid.json or test.json")
@@ -100,18 +101,26 @@ def read_blended_skill_talk(path: str | Path) -> Iterator[Dialog]:
         try:
             turns = [(0, dialog["free_turker_utterance"]), (1, dialog["guided_turker_utterance"]), *dialog["dialog"]]
             yield checked_dialog(f"dialog {number}", dialog["personas"], [text for _, text in turns],
-                           [speaker for speaker, _ in turns])
+                                 [speaker for speaker, _ in turns])
         except (KeyError, TypeError, ValueError) as error:
-            what = f"has no {error}" if isinstance(error, KeyError) else f"is not as in the release ({error})"
-            raise InputError(f"{path}: dialog {number}, counted from 0, {what}; fetch the release again") from None
+            raise _wrong_release(path, f"dialog {number}, counted from 0,", error) from None
+
+
+def _wrong_release(path: str | Path, place: str, error: Exception) -> InputError:
+    """Return the error to raise where a dialog of a release is not as it was published."""
+    what = f"has no {error}" if isinstance(error, KeyError) else f"is not as in the release ({error})"
+    return InputError(f"{path}: {place} {what}; fetch the release again")
 
 
 def checked_dialog(place: str, personas: object, texts: object, speakers: object) -> Dialog:
-    """A dialog of JSON's lists. Raises ``ValueError`` saying what is wrong."""
+    """Make a dialog from lists of a JSON file: two personas, the texts, and their speakers as 0 and 1.
+
+    Without ``speakers`` the two alternate. Raises ``ValueError`` that says what is wrong with the lists.
+    """
 
     def check(value: object, name: str) -> list[str]:
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise ValueError(f"{name} is not a list of texts")
+            raise ValueError(f"{name} is not a list of strings")
         return value
 
     texts = check(texts, "turns")
@@ -120,19 +129,19 @@ def checked_dialog(place: str, personas: object, texts: object, speakers: object
     if speakers is None:
         speakers = [index % 2 for index in range(len(texts))]
     if not isinstance(speakers, list) or len(speakers) != len(texts) or not all(who in (0, 1) for who in speakers):
-        raise ValueError("speakers is not a list of 0 and 1, one a turn")
+        raise ValueError("speakers is not a list of 0 and 1, one per utterance")
     known = {number: check(persona, f"personas[{number}]") for number, persona in enumerate(personas)}
     return Dialog(place, [Utterance(*turn) for turn in zip(speakers, texts, strict=True)], known)
 
 
 def read_synthetic_persona_chat(path: str | Path) -> Iterator[Dialog]:
-    """Synthetic-Persona-Chat's CSV: the personas of two people, a sentence per line, and their talk, ``User 1: …``."""
+    """Read Synthetic-Persona-Chat's CSV: two personas, a sentence per line, and a conversation, ``User 1: …``."""
     rows = read_rows(path)
     _, header = next(rows, (1, []))
     names = [name.strip().casefold() for name in header]
     wanted = ["user 1 personas", "user 2 personas", "best generated conversation"]
     if not set(wanted) <= set(names):
-        raise InputError(f"{path}: line 1 does not name the release's columns, {', '.join(wanted)}; name its "
+        raise InputError(f"{path}: line 1 has not the columns of the release, {', '.join(wanted)}; name its "
                          "Synthetic-Persona-Chat_train.csv, _valid.csv or _test.csv")
     columns = [names.index(name) for name in wanted]
     for number, row in rows:
@@ -141,15 +150,15 @@ def read_synthetic_persona_chat(path: str | Path) -> Iterator[Dialog]:
         for line in talk.splitlines():
             if spoken := re.fullmatch(r"\s*User (1|2)\s*:(.*)", line, re.IGNORECASE):
                 turns.append(Utterance(int(spoken[1]), spoken[2]))
-            elif turns:  # an utterance of several lines
+            elif turns:  # the utterance has several lines
                 turns[-1] = turns[-1]._replace(text=f"{turns[-1].text} {line}")
         yield Dialog(f"line {number}", turns, {1: split_sentences(first), 2: split_sentences(second)})
 
 
 def read_rows(path: str | Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """The rows of a CSV file that are not empty, each with the line that it begins in; fields may hold line breaks.
+    """Yield the non-empty rows of a CSV file, each with the number of its first line; fields may have line breaks.
 
-    Raises `InputError` where a quotation mark is never closed or a field is too long.
+    Raises `InputError` where a quotation mark is not closed or a field is too long.
     """
     begun = 1
     text = csv.reader((f"{line}\n" for _, line in read_lines(path)), delimiter=delimiter, strict=True)
@@ -160,16 +169,16 @@ def read_rows(path: str | Path, delimiter: str = ",") -> Iterator[tuple[int, lis
                 yield begun, row
             begun = text.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}: line {begun} is no row of a table ({error}); close its quotation marks") from None
+        raise InputError(f"{path}: line {begun} is not a row of a table ({error}); close its quotation marks") from None
 
 
 def split_sentences(text: str) -> list[str]:
-    """A persona that is written a sentence per line."""
+    """Split a persona that has one sentence per line."""
     return [line for line in map(clean, text.splitlines()) if line]
 
 
 def read_topical_chat(path: str | Path) -> Iterator[Dialog]:
-    """Topical-Chat's JSON: by their names, dialogs whose ``content`` is a list of ``message`` and ``agent``."""
+    """Read Topical-Chat's JSON: an object of dialogs; ``content`` lists the utterances, ``message`` and ``agent``."""
     text = JsonReader(read_pieces(path), path)
     if text.next_letter() != "{":
         raise InputError(f"{path}: is not an object of conversations; name the release's train.json, valid_freq.json "
@@ -180,21 +189,21 @@ def read_topical_chat(path: str | Path) -> Iterator[Dialog]:
             yield Dialog(f"conversation {name}", [Utterance(str(turn["agent"]), _text(turn["message"]))
                                                   for turn in dialog["content"]])
         except (KeyError, TypeError, ValueError) as error:
-            what = f"has no {error}" if isinstance(error, KeyError) else f"is not as in the release ({error})"
-            raise InputError(f"{path}: conversation {name[:100]} {what}; fetch the release again") from None
+            raise _wrong_release(path, f"conversation {name[:100]}", error) from None
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError("a message is not text")
+        raise ValueError("a message is not a string")
     return value
 
 
 def read_multi_session_chat(path: str | Path) -> Iterator[Dialog]:
-    """Multi-Session Chat's JSON lines: a session each, with what its two people were found to be in those before it.
+    """Read Multi-Session Chat's JSON lines, a session per line.
 
-    ``personas``, first of who opens the session; the two take turns in ``dialog``. The sessions before it, which a line
-    repeats, are lines of their own in other files, or dialogs of PERSONA-CHAT.
+    ``personas`` say what the two people are known for from earlier sessions, the opening speaker's first; the two
+    alternate in ``dialog``. The earlier sessions, which a line repeats, are ignored: they are lines of other files, or
+    dialogs of PERSONA-CHAT.
     """
     for number, line in read_lines(path):
         if not line.strip():
@@ -204,25 +213,24 @@ def read_multi_session_chat(path: str | Path) -> Iterator[Dialog]:
             said = [turn["text"] for turn in session["dialog"]]
             yield checked_dialog(f"line {number}", session["personas"], said, None)
         except (KeyError, TypeError, ValueError) as error:
-            what = f"has no {error}" if isinstance(error, KeyError) else f"is not as in the release ({error})"
-            raise InputError(f"{path}: line {number} {what}; fetch the release again") from None
+            raise _wrong_release(path, f"line {number}", error) from None
 
 
 # ------------------------------------------------------------------------------------------------------- releases
 
 
 class Release(NamedTuple):
-    """A published corpus: where it is published, and what its files are called and read by."""
+    """A layout in which a corpus is published: its address, its files and their reader."""
 
-    address: str  # of an archive; or of each file, whose name stands for {}
-    folders: tuple[str, ...]  # names its folder goes by
-    files: dict[str, str]  # split → files with spaces between, or a pattern; "": one of all splits, in our own format
-    read: Callable[[Path], Iterator[Dialog]] | None = None
-    known_by: str = ""  # a file that no other corpus has
+    address: str  # of an archive, or of each file, with {} for the file's name
+    folders: tuple[str, ...]  # usual names of its folder
+    files: dict[str, str]  # split → file names or patterns; "": one file of all splits in the data format
+    read: Callable[[Path], Iterator[Dialog]] | None = None  # None: the data format
+    known_by: str = ""  # the pattern of a file that no other corpus has
 
 
 class About(NamedTuple):
-    """What a person wants to know before choosing a corpus."""
+    """Facts that help to choose a corpus."""
 
     size: str
     licence: str
@@ -278,7 +286,7 @@ ABOUT = {
 
 
 def corpus_name(text: str) -> str | None:
-    """The name of a published corpus, by whatever its folder is called; None where there is no such corpus."""
+    """Return the name in `RELEASES` of the corpus that ``text`` names or whose folder it names, or None."""
     wanted = text.strip().casefold().replace("-", "_")
     for name, releases in RELEASES.items():
         if wanted in {name, *(folder.casefold().replace("-", "_") for one in releases for folder in one.folders)}:
@@ -287,13 +295,13 @@ def corpus_name(text: str) -> str | None:
 
 
 def describe_corpora() -> str:
-    """The published corpora with size and licence, a line each."""
+    """List the published corpora with size and licence, one per line."""
     width = max(map(len, ABOUT))
     return "\n".join(f"{name:{width}}  {about.size}; licence: {about.licence}" for name, about in ABOUT.items())
 
 
 def find_release(name: str, folder: Path) -> tuple[Release, dict[str, list[Path]]] | None:
-    """Which layout of corpus ``name`` lies in ``folder`` or below, and its files by split; None: none does."""
+    """Find a layout of corpus ``name`` in ``folder`` or below; return it with its files by split, or None."""
     for release in RELEASES[name]:
         found = {split: [path for file in files.split()
                          for path in sorted(folder.rglob(file))[:None if "*" in file else 1]]
@@ -304,13 +312,13 @@ def find_release(name: str, folder: Path) -> tuple[Release, dict[str, list[Path]
 
 
 def known_release(folder: Path) -> str | None:
-    """The corpus that a file in ``folder`` or below shows this to be, beyond doubt."""
+    """Return the corpus that ``folder`` certainly holds, because it has a file that no other corpus has, or None."""
     return next((name for name, releases in RELEASES.items()
                  if any(one.known_by and next(folder.rglob(one.known_by), None) for one in releases)), None)
 
 
 def read_release(release: Release, files: dict[str, list[Path]]) -> dict[str, Iterable[dict]]:
-    """The splits that `find_release` found, each to be read once."""
+    """Return the entries of what `find_release` found, by split, each to be iterated once."""
     if not release.read:
         return {split: drop_silence(corpus) for split, corpus in read_corpus(files[""][0]).items()}
     return {split: chain.from_iterable(make_entries(release.read(path), path) for path in paths)

@@ -1,7 +1,4 @@
-"""People's tables of dialogs, CSV or TSV: an exchange, an utterance or a dialog per row, the columns found by name.
-
-A reader yields a file's dialogs as `Dialog`.
-"""
+"""Read users' tables, CSV or TSV, with an exchange, an utterance or a dialog per row; columns are found by name."""
 
 import json
 import re
@@ -13,7 +10,6 @@ from typing import Any
 from cli import InputError, printable
 from columns import (
     COLUMN_NAMES,
-    COLUMN_USES,
     HEADLINE,
     column_key,
     find_columns,
@@ -32,12 +28,13 @@ Row = tuple[str, list[str]]  # its place in the file, for messages, and its fiel
 
 
 def read_table(path: str | Path, columns: str = "") -> Iterator[Dialog]:
-    """A table with a header: of prompts and replies, of utterances with speakers, or of whole dialogs.
+    """Read a table with a header: of prompts and replies, of utterances with speakers, or of whole dialogs.
 
-    ``columns``: names or numbers, counted from 1, with commas between: the utterances of a row in order; or what they
-    are for, ``prompt=…,reply=…,persona=…,dialog=…`` or ``text=…,speaker=…,dialog=…``. Rows of one ``dialog`` that
-    follow each other are one. With numbers alone there is no header. Raises `InputError` when the columns are not
-    found, or a row has more fields than the header.
+    ``columns``, if not empty, names the columns by name or number (from 1), separated by commas. It either lists the
+    utterances of a row in order, or gives each column a use: ``prompt=…,reply=…,persona=…,dialog=…`` or
+    ``text=…,speaker=…,dialog=…``. Consecutive rows with the same ``dialog`` are one dialog. If all columns are given by
+    number, the table has no header.
+    Raises `InputError` when the columns are not found, or when a row has more fields than the header.
     """
     rows = _rows(path)
     _, header = next(rows, ("line 1", []))
@@ -158,7 +155,7 @@ def _check_row(path: str | Path, place: str, row: list[str], header: list[str]) 
 
 
 def _columns(path: str | Path, header: list[str], columns: str) -> tuple[list[int], dict[str, int]]:
-    """The columns of a row's utterances in order, or else which column is for what."""
+    """Return the columns of a row's utterances in order, or [] and the column of each use."""
     names = [column_key(name) for name in header]
 
     def column(wanted: str) -> int:
@@ -173,12 +170,12 @@ def _columns(path: str | Path, header: list[str], columns: str) -> tuple[list[in
         asked = [one.partition("=") for one in columns.split(",")]
         if not any(equals for _, equals, _ in asked):
             if len(asked) < 2:
-                raise InputError(f"{path}: --columns {columns} names one column; name two or more, commas between")
+                raise InputError(f"{path}: --columns {columns} names one column; name two or more, with commas between")
             return [column(name) for name, _, _ in asked], {}
         uses = {kind.strip(): column(name) for kind, _, name in asked}
-        if unknown := uses.keys() - {*COLUMN_USES, "whole"}:
-            raise InputError(f"{path}: --columns {columns}: {sorted(unknown)[0]!r} is no use of a column; known are "
-                             f"{', '.join(COLUMN_NAMES)}")
+        if unknown := uses.keys() - COLUMN_NAMES.keys():
+            raise InputError(f"{path}: --columns {columns}: {sorted(unknown)[0]!r} is not a use of columns; the uses "
+                             f"are {', '.join(COLUMN_NAMES)}")
     else:
         uses = find_columns(header)
         if turns := [] if "reply" in uses and "prompt" in uses else numbered_columns(header):
@@ -198,4 +195,3 @@ def _columns(path: str | Path, header: list[str], columns: str) -> tuple[list[in
 
 def _listed(header: Iterable[str]) -> str:
     return ", ".join(repr(printable(name.strip()[:30])) for name in list(header)[:8]) or "(none)"
-

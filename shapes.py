@@ -27,31 +27,31 @@ TIME_KEYS = ("timestamp_ms", "timestamp", "created_at", "date", "time", "ts")
 SYSTEM_ROLES = {"system", "developer", "context"}
 TOOL_ROLES = {"tool", "tools", "function", "function_call", "function-call", "observation", "ipython", "tool_call",
               "tool_calls", "tool_response", "tool_result", "environment"}
-PERSONA_KEYS = ("personas", "persona", "personality")  # in all places where a file says who somebody is
+PERSONA_KEYS = ("personas", "persona", "personality")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 PROMPT_KEYS = ("instruction", "question", "prompt", "query", "input", "context", "user", "human")
 REPLY_KEYS = ("output", "response", "answer", "completion", "reply", "target", "assistant", "bot", "gpt")
 FURTHER_KEYS = {"instruction": ("input", "context")}  # what belongs to a prompt and stands beside it: Alpaca's, Dolly's
-DEEPEST = 8  # lists within lists
+DEEPEST = 8  # levels of nested lists
 
 
 class Shape(NamedTuple):
-    """What a record looks like."""
+    """A form in which a record holds a dialog."""
 
-    name: str  # for people
-    read: Callable[[str, object], Dialog]  # of a place and a record; raises ``ValueError`` saying what is wrong
+    name: str  # for messages
+    read: Callable[[str, object], Dialog]  # (place, record) → dialog; raises ``ValueError`` that says what is wrong
 
 
 # ------------------------------------------------------------------------------------------------- lists of messages
 
 
 def is_message(value: object) -> bool:
-    """Whether this says something, or could."""
+    """Return whether a value is a message: an object with a text or a call of a tool."""
     return isinstance(value, dict) and any(key in value for key in (*TEXT_KEYS, "tool_calls", "function_call"))
 
 
 def _messages(record: Any) -> list | None:
-    """The list of messages of a record, nested ones end to end; None where there is none."""
+    """Return the messages of a record as one list, also those of nested lists; None if there is no list."""
     before = []
     if isinstance(record, dict):
         context = record.get("context")
@@ -93,10 +93,10 @@ def is_chat(record: Any) -> bool:
 
 
 def read_chat(place: str, record: Any) -> Dialog:
-    """Messages with roles, by whatever names: OpenAI's, ShareGPT's, nanochat's, ParlAI's conversations and others.
+    """Read messages with roles, as OpenAI, ShareGPT, nanochat, ParlAI's conversations and others name them.
 
-    What a system says is the persona of the assistant, or else of the second speaker. Of calls of tools and what these
-    give back, and of parts of a message that are no text, nothing is read; they are counted.
+    System messages become the persona of the assistant, or of the second speaker if no speaker is called so. Tool
+    calls, their results, and parts of a message that are not text are left out and counted in notes.
     """
     messages = _messages(record)
     if messages is None:
@@ -109,13 +109,13 @@ def read_chat(place: str, record: Any) -> Dialog:
         text, whole = _text(next((message[key] for key in TEXT_KEYS if key in message), None), number)
         role = _role(message, number)
         if not whole:
-            notes.add("with parts that are no text and are left out")
+            notes.add("with parts that are not text and are left out")
         if role in TOOL_ROLES or message.get("tool_calls") or message.get("function_call"):
-            notes.add("with calls of tools that are left out")
+            notes.add("with tool calls that are left out")
         if role in TOOL_ROLES:
             continue
         said = []
-        for line in text.split("\n"):  # as ParlAI's tasks send personas
+        for line in text.split("\n"):  # ParlAI's tasks send personas as lines of a message
             if line.startswith(("your persona:", "partner's persona:")):
                 (persona if line.startswith("your") else others).append(line.partition(":")[2])
             else:
@@ -143,7 +143,7 @@ def _usual_role(role: object) -> object:
 
 
 def _role(message: dict, number: int) -> Any:
-    """Return the speaker of a message; without a role the two speakers take turns."""
+    """Return the speaker of message ``number``; without a role the two speakers alternate."""
     for key in ROLE_KEYS:
         value = message.get(key)
         if isinstance(value, dict):
@@ -158,7 +158,7 @@ def _role(message: dict, number: int) -> Any:
 
 
 def _text(value: object, number: int, depth: int = 0) -> tuple[str, bool]:
-    """The text of a message's content, and whether that is all of it."""
+    """Return the text of a message's content, and whether all of the content is text."""
     if depth > DEEPEST:
         raise ValueError(f"message {number} is nested too deeply")
     if value is None:
@@ -176,13 +176,14 @@ def _text(value: object, number: int, depth: int = 0) -> tuple[str, bool]:
 
 def _with_personas(dialog: Dialog, record: Any, persona: list[str], others: Sequence[str] = (),
                    system: tuple[str, ...] = SYSTEM_KEYS) -> Dialog:
-    """Add the personas that a record names to its dialog: ``persona`` of the speaker who answers, ``others`` else.
+    """Add the personas that a record names to its dialog, besides those found already.
 
-    ``system``: under which keys a system message may stand.
+    ``persona``: sentences about the answering speaker; ``others``: about the other one; ``system``: the keys at which
+    the record may have a system message.
     """
-    personas, notes, speakers = {}, set(dialog.notes), list(dict.fromkeys(turn.speaker for turn in dialog.utterances
-                                                                          if turn.text.strip()))
-    answers = answering_speaker(dialog.utterances)
+    personas, notes = {}, set(dialog.notes)
+    speakers = list(dict.fromkeys(one.speaker for one in dialog.utterances if one.text.strip()))
+    answering = answering_speaker(dialog.utterances)
     if isinstance(record, dict):
         for key in system:
             if isinstance(record.get(key), str) and record[key].strip():
@@ -199,19 +200,20 @@ def _with_personas(dialog: Dialog, record: Any, persona: list[str], others: Sequ
             elif len(two) == 1:
                 persona = [*two[0], *persona]
             else:
-                personas = {who: one for who, one in zip(speakers, two, strict=False) if one}
-    if persona and answers is not None:
-        personas[answers] = [*personas.get(answers, []), *persona]
-    opens = next((who for who in speakers if who != answers), None)
-    if others and opens is not None:
-        personas[opens] = [*personas.get(opens, []), *others]
+                personas = {speaker: one for speaker, one in zip(speakers, two, strict=False) if one}
+
+    if persona and answering is not None:
+        personas[answering] = [*personas.get(answering, []), *persona]
+    other = next((speaker for speaker in speakers if speaker != answering), None)
+    if others and other is not None:
+        personas[other] = [*personas.get(other, []), *others]
     return dialog._replace(personas=personas, notes=tuple(sorted(notes)))
 
 
 def parse_personas(value: object, depth: int = 0) -> list[list[str]]:
-    """Return the personas that a record names: one, or the opening speaker's and the answering one's.
+    """Return the one or two personas in a JSON value, each a list of sentences; the opening speaker's is the first.
 
-    ``value``: a text, a list of sentences, two of either, or an object of two. Raises ``ValueError``.
+    ``value``: a string, a list of sentences, or a list or object of two of these. Raises ``ValueError`` otherwise.
     """
     if isinstance(value, dict):
         value = list(value.values())
@@ -223,14 +225,14 @@ def parse_personas(value: object, depth: int = 0) -> list[list[str]]:
         two = [parse_personas(one, depth + 1) for one in value]
         if all(len(one) == 1 for one in two):
             return [one[0] for one in two]
-    raise ValueError("the persona is no list of sentences, nor two of them")
+    raise ValueError("the persona is neither a list of sentences nor two of them")
 
 
 def read_persona(text: str, name: str) -> list[str]:
-    """The sentences of a persona: a line each; or JSON, a list of them, an entry, or an object that has one.
+    """Return the sentences of a persona that is written as lines or as JSON: a list, an entry, or another record.
 
-    Of two personas in a dialog, the second speaker's is taken. Raises `InputError` for other JSON; ``name``: of the
-    text, for messages.
+    Of a dialog's two personas the second speaker's is taken. Raises `InputError` for other JSON; ``name`` stands for
+    the text in messages.
     """
     if not re.match(r'\s*(\[\s*["\[]|\[\s*\]|\{\s*["}])', text):
         return split_sentences(text)
@@ -247,14 +249,14 @@ def read_persona(text: str, name: str) -> list[str]:
     try:
         return parse_personas(value)[-1]
     except ValueError:
-        raise InputError(f"{name}: is no list of sentences; write [\"i …\", …] or a sentence per line") from None
+        raise InputError(f"{name}: is not a list of sentences; write [\"i …\", …] or one sentence per line") from None
 
 
 # ------------------------------------------------------------------------------------------------------ other shapes
 
 
 def read_own(place: str, record: Any) -> Dialog:
-    """``{"personas": [["i …"], ["i …"]], "turns": ["hi !", …]}``, with ``speakers`` if the two do not take turns."""
+    """Read ``{"personas": [["i …"], ["i …"]], "turns": ["hi !", …]}``, with ``speakers`` if they do not alternate."""
     if not isinstance(record, dict) or "turns" not in record:
         raise ValueError("no \"turns\"")
     dialog = checked_dialog(place, record.get("personas", []), record["turns"], record.get("speakers"))
@@ -265,7 +267,7 @@ def read_own(place: str, record: Any) -> Dialog:
 
 
 def read_strings(place: str, record: Any) -> Dialog:
-    """A list of utterances, or an object that has one; two people take turns. ``response`` and the like come last."""
+    """Read a list of utterances, or an object with one and perhaps a ``response``; two speakers alternate."""
     said = record
     if isinstance(record, dict):
         keys = (*LIST_KEYS, "history", "context")
@@ -293,11 +295,12 @@ def _is_data(record: dict) -> bool:
 
 
 def _first_text(record: dict, keys: Iterable[str]) -> str:
+    """Return the record's first non-empty string at one of ``keys``, or ""."""
     return next((record[key] for key in keys if isinstance(record.get(key), str) and record[key].strip()), "")
 
 
 def read_pair(place: str, record: Any) -> Dialog:
-    """An instruction and its output, a question and its answer, a prompt and its completion.
+    """Read a prompt and its reply, by whatever names: instruction and output, question and answer, and so on.
 
     Alpaca's ``input`` and Dolly's ``context`` go with the ``instruction``; earlier exchanges, ``history``, come before.
     Prompt and completion may be lists of messages.
@@ -315,7 +318,7 @@ def read_pair(place: str, record: Any) -> Dialog:
         prompt = "\n".join(filter(None, (prompt, *more)))
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(one, list) and len(one) == 2 for one in history):
-        raise ValueError("history is no list of exchanges, two texts each")
+        raise ValueError("history is not a list of exchanges, two strings each")
     said = [*map(_plain, chain.from_iterable(history)), prompt, reply]
     if not all(isinstance(text, str) for text in said):
         raise ValueError(f"{keys[0]} or {keys[1]} is not text")
@@ -347,7 +350,7 @@ END_OF_TURN = re.compile(r"<\|(?:im_end|eot_id|end|end_of_text|begin_of_text|end
 
 
 def read_transcript(place: str, record: Any) -> Dialog:
-    """A whole dialog as one text: ``Anna: hello`` a line, ChatML's, or a line an utterance."""
+    """Read a dialog that is one string: lines such as ``Anna: hello``, ChatML's marks, or an utterance per line."""
     text = record if isinstance(record, str) else _first_text(record, (*LIST_KEYS, "transcript", "text"))
     text = re.sub(r"(\[INST\]\s*)<<SYS>>(.*?)<</SYS>>", r"<|system|>\2\1", text, flags=re.DOTALL)  # Llama 2's
     before, *marked = MARKED.split(text)
@@ -370,13 +373,13 @@ def is_turn(record: Any) -> bool:
 
 
 def is_entry(record: Any) -> bool:
-    """Whether this is an entry of the data format."""
+    """Return whether a record is an entry of the data format."""
     turns = record.get("utterances") if isinstance(record, dict) else None
     return isinstance(turns, list) and any(isinstance(turn, dict) and "candidates" in turn for turn in turns)
 
 
 def read_entry(place: str, record: Any) -> Dialog:
-    """An entry of the data format; or one turn of it, as some tables of PERSONA-CHAT have."""
+    """Read an entry of the data format, or one turn of it, as tables made from PERSONA-CHAT have it."""
     turns = record.get("utterances") or [record]
     *_, last = turns
     said = [*last["history"], last["candidates"][-1]]
@@ -385,14 +388,17 @@ def read_entry(place: str, record: Any) -> Dialog:
                   {len(last["history"]) % 2: record.get("personality", [])}, len(last["history"]) % 2)
 
 
-def _are_texts(value: object) -> bool:
-    """Whether this is a list of texts, or of pairs of them."""
+def _are_strings(value: object) -> bool:
+    """Return whether a value is a list of strings, or of lists of strings."""
     return isinstance(value, list) and bool(value) and (all(isinstance(one, str) for one in value) or all(
         isinstance(one, list) and one and all(isinstance(text, str) for text in one) for one in value))
 
 
 def shape_of(record: Any) -> Shape | None:
-    """Which shape a record has; None: none that is known. Raises `ValueError` for what is data of another kind."""
+    """Return the shape of a record, or None if it has none of the known ones.
+
+    Raises ``ValueError`` if it is data for another purpose.
+    """
     if isinstance(record, list):
         if record and all(isinstance(one, str) for one in record):
             return Shape("lists of utterances", read_strings)
@@ -400,7 +406,7 @@ def shape_of(record: Any) -> Shape | None:
     if not isinstance(record, dict):
         return None
     if "chosen" in record and "rejected" in record:
-        raise ValueError("it is a preference between two replies, which python -m feedback.reward --pairs reads")
+        raise ValueError("it is a preference between two replies; python -m feedback.reward --pairs reads these")
     if isinstance(record.get("turns"), list) and not any(isinstance(one, (dict, list)) for one in record["turns"]):
         return Shape("own JSON lines", read_own)
     if is_entry(record) or is_turn(record):
@@ -411,10 +417,10 @@ def shape_of(record: Any) -> Shape | None:
         nested = isinstance(messages[0], list)
         name = {"messages": "OpenAI messages", "conversations": "ShareGPT"}.get(key, "messages")
         return Shape("ParlAI conversations" if nested else name, read_chat)
-    if _is_data(record) or any(_are_texts(record.get(key)) for key in LIST_KEYS):
+    if _is_data(record) or any(_are_strings(record.get(key)) for key in LIST_KEYS):
         return Shape("lists of utterances", read_strings)
     if _first_text(record, REPLY_KEYS) and any(
-            _are_texts(record.get(key)) and isinstance(record[key][0], str) for key in ("history", "context")):
+            _are_strings(record.get(key)) and isinstance(record[key][0], str) for key in ("history", "context")):
         return Shape("lists of utterances", read_strings)
     if pair_keys(record):
         return Shape("Alpaca" if "instruction" in record else "pairs of prompt and reply", read_pair)
@@ -428,7 +434,7 @@ def shape_of(record: Any) -> Shape | None:
 
 
 def is_record(value: Any) -> bool:
-    """Whether a value stands for one dialog."""
+    """Return whether a value holds one dialog."""
     try:
         return shape_of(value) is not None
     except ValueError:
@@ -462,11 +468,11 @@ def lower_keys(value: object, depth: int = 0) -> object:
 
 
 def describe_record(record: Any) -> str:
-    """What a record looks like, in a few words."""
+    """Describe a record in a few words."""
     if is_message(record) and any(key in record for key in ROLE_KEYS):
-        return "one message, where a list of a dialog's messages should be"
+        return "one message, not a list of a dialog's messages"
     if isinstance(record, dict):
         return "an object of " + (", ".join(repr(key[:40]) for key in list(record)[:6]) or "nothing")
     if isinstance(record, list):
         return f"a list of {len(record)}"
-    return "a text" if isinstance(record, str) else "a number or nothing"
+    return "a string" if isinstance(record, str) else "a number or nothing"

@@ -51,7 +51,7 @@ class TokenTable(Mapping[str, "Split"]):
             self._arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}
         self._splits = {name: Split(self, name) for name in json.loads(self.metadata.get("splits", "[]"))}
 
-    def is_whole(self) -> bool:
+    def is_intact(self) -> bool:
         """Whether the arrays are those that were written."""
         return self.metadata.get("digest") == _digest(self._arrays)
 
@@ -127,7 +127,7 @@ def open_table(cache: Path, key: str) -> TokenTable | None:
         return None
     try:
         table = TokenTable(cache)
-        if table.metadata.get("key") == key and table.is_whole():
+        if table.metadata.get("key") == key and table.is_intact():
             return table
         logger.warning("%s is not a token table of this data, or changed since; building it again", cache)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -181,7 +181,7 @@ def build_table(tokenizer: Tokenizer, splits: Mapping[str, Iterable[dict]], dist
             arrays |= ragged.arrays(f"{split}.{field}", f"{split}.{field}_offsets")
         arrays[f"{split}.turn_dialog"] = np.frombuffer(turn_dialog, np.int32)
         if distractors != "none":  # of each turn, its dialog, as it is one with its other side and its repetitions
-            dialogs[split] = known.same()[np.frombuffer(of_entry, np.int64)[turn_dialog]]
+            dialogs[split] = known.representatives()[np.frombuffer(of_entry, np.int64)[turn_dialog]]
     for split in splits:
         arrays[f"{split}.persona"] = arrays[f"{split}.persona"] + np.int32(len(said))
     strings = [*said, *personas]

@@ -1,6 +1,6 @@
-"""People's own text files: an utterance or a dialog per line, numbered, with speakers' names, or with ParlAI's fields.
+"""Read users' text files: an utterance or a dialog per line, numbered, with speakers' names, or with ParlAI's fields.
 
-A reader yields a file's dialogs as `Dialog`; `text_layout` tells by looking which reader a file is for.
+A reader takes the path of a file and yields its dialogs. `text_layout` finds out which reader fits a file.
 """
 
 import re
@@ -12,8 +12,8 @@ from cli import InputError
 from corpora import open_data, read_lines
 from dialogs import Dialog, Utterance, check_length, clean
 
-SAMPLE_SIZE = 1 << 16  # bytes looked at
-MAJORITY = 0.6  # of the lines: then the file is in that layout
+SAMPLE_SIZE = 1 << 16  # bytes at the beginning of a file from which its layout is told
+MAJORITY = 0.6  # the share of lines that must be in a layout
 SEPARATORS = {name: re.compile(re.escape(name), re.IGNORECASE) for name in (
     "__eot__", "__eou__", "</t>", "<|endoftext|>", "<|eos|>", "<|eot|>", "<|sep|>", "</s>", "<eos>", "<eou>", "<eot>",
     "<sep>", "<turn>", "[EOS]", "[EOT]", "[SEP]", "[TURN]", "|||")}
@@ -41,21 +41,21 @@ DASH = re.compile(r"\s*[-–—]\s+(.*)")
 
 
 def read_sample(path: str | Path) -> bytes:
-    """How a file begins."""
+    """Return the first bytes of a file, unpacked."""
     with open_data(path) as file:
         return file.read(SAMPLE_SIZE)
 
 
 def sample_lines(path: str | Path) -> list[str]:
-    """The whole lines among them, whatever their encoding."""
+    """Return the complete lines at the beginning of a file; bytes that are not UTF-8 are replaced."""
     start = read_sample(path)
-    found = start.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return found[:-1] if len(start) == SAMPLE_SIZE and len(found) > 1 else found
+    lines = start.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines[:-1] if len(start) == SAMPLE_SIZE and len(lines) > 1 else lines
 
 
-def share_of(found: Iterable[str], fits: Callable[[str], object]) -> float:
-    """The share of the lines with something on them that fit."""
-    written = [line for line in found if line.strip()]
+def share_of(lines: Iterable[str], fits: Callable[[str], object]) -> float:
+    """Return the share of the non-empty lines for which ``fits`` is true."""
+    written = [line for line in lines if line.strip()]
     return sum(map(bool, map(fits, written))) / max(1, len(written))
 
 
@@ -63,7 +63,7 @@ def share_of(found: Iterable[str], fits: Callable[[str], object]) -> float:
 
 
 def blocks(path: str | Path, at_empty_lines: bool = True) -> Iterator[list[tuple[int, str]]]:
-    """Lines up to an empty one, or one that is drawn, each with its number."""
+    """Yield blocks of numbered lines, separated by dividers (``---``) and, unless switched off, by empty lines."""
     block: list[tuple[int, str]] = []
     for number, line in read_lines(path):
         if line.strip() and not DIVIDER.fullmatch(line):
@@ -77,17 +77,17 @@ def blocks(path: str | Path, at_empty_lines: bool = True) -> Iterator[list[tuple
 
 
 def read_plain(path: str | Path) -> Iterator[Dialog]:
-    """Plain text: a line an utterance, two people in turns, an empty line between dialogs.
+    """Read plain text: an utterance per line, two alternating speakers, an empty line between dialogs.
 
     Where each line begins with a dash, as in novels, the dash is no word. A dialog may begin with lines of ``your
     persona: …``, who the second speaker is. Raises `InputError` where an empty line stands between all utterances.
     """
-    looked = sample_lines(path)
-    dashes = share_of(looked, DASH.fullmatch) == 1
-    groups = re.split(r"\n\s*\n", "\n".join(looked).strip())
+    lines = sample_lines(path)
+    dashes = share_of(lines, DASH.fullmatch) == 1
+    groups = re.split(r"\n\s*\n", "\n".join(lines).strip())
     if len(groups) > 3 and all("\n" not in group for group in groups):
-        raise InputError(f"{path}: has an empty line between all lines, so that nobody would answer anybody; leave it "
-                         "out within a dialog")
+        raise InputError(f"{path}: has an empty line after every line, so each dialog would have one utterance; leave "
+                         "no empty lines within a dialog")
     for block in blocks(path):
         said = [DASH.sub(r"\1", line) if dashes else line for _, line in block]
         personas: dict[object, list[str]] = {}
@@ -98,25 +98,25 @@ def read_plain(path: str | Path) -> Iterator[Dialog]:
 
 
 def read_numbered(path: str | Path) -> Iterator[Dialog]:
-    """Lines ``1 hello``, ``2. hi``, …; a dialog begins where the number does not rise, or behind an empty line."""
+    """Read numbered lines, ``1 hello``, ``2. hi``, …; a dialog begins where the number does not increase."""
     for block in blocks(path):
         said, last = [], -1
         for number, line in block:
             if found := NUMBERED.fullmatch(line):
                 if int(found[1]) <= last:
-                    yield _in_turns(said)
+                    yield _numbered_dialog(said)
                     said = []
                 last = int(found[1])
                 said.append((number, found[2]))
-            elif said:  # an utterance of several lines
+            elif said:  # the utterance has several lines
                 said[-1] = said[-1][0], f"{said[-1][1]} {line}"
             else:
                 said.append((number, line))
-        yield _in_turns(said)
+        yield _numbered_dialog(said)
 
 
-def _in_turns(said: list[tuple[int, str]]) -> Dialog:
-    """A dialog of utterances with the numbers of their lines; by the speakers' names, if all begin with one."""
+def _numbered_dialog(said: list[tuple[int, str]]) -> Dialog:
+    """Make a dialog of (line number, utterance); the speakers alternate unless every utterance begins with a name."""
     place = f"line {said[0][0]}"
     texts = [text for _, text in said]
     if share_of(texts, LABELLED.fullmatch) == 1 and len({_label(text)[0] for text in texts}) == 2:
@@ -125,10 +125,10 @@ def _in_turns(said: list[tuple[int, str]]) -> Dialog:
 
 
 def read_labelled(path: str | Path) -> Iterator[Dialog]:
-    """Lines ``Anna: hello``; what has no name goes on; an empty line between dialogs.
+    """Read lines such as ``Anna: hello``, with an empty line between dialogs.
 
-    Dates and times before the name, as messengers write them, are left out. Where empty lines stand between all
-    utterances, only a drawn line, ``---``, begins another dialog.
+    A line without a name continues the utterance before it. Dates and times before the name, which messengers export,
+    are removed. If empty lines separate single utterances, only a divider, ``---``, separates dialogs.
     """
     looked = sample_lines(path)
     groups = [group.split("\n") for group in re.split(r"\n\s*\n", "\n".join(looked).strip())]
@@ -139,7 +139,7 @@ def read_labelled(path: str | Path) -> Iterator[Dialog]:
 
 
 def _label(line: str) -> tuple[str, str] | None:
-    """Name, in lower case, and words of a line that begins with a name."""
+    """Split a line that begins with a name into the name, in lower case, and the text; None for another line."""
     found = LABELLED.fullmatch(line)
     return ((found[1] or found[2]).casefold(), found[3]) if found else None
 
@@ -179,17 +179,17 @@ def labelled_dialog(place: str, said: Iterable[str], known: Counter | None = Non
     turns: list[Utterance] = []
     persona: list[str] = []
     others: list[str] = []
-    goes_on: list | None = None
+    continued: list | None = None  # the persona that a line without a name continues
     for line in said:
         label, text = _label(line) or ("", line)
         if label in SYSTEM_LABELS or label == "partner's persona":
-            goes_on = others if label == "partner's persona" else persona
-            goes_on.append(clean(text))
+            continued = others if label == "partner's persona" else persona
+            continued.append(clean(text))
         elif label in names:
-            goes_on = None
+            continued = None
             turns.append(Utterance(names[label], text))
-        elif goes_on:
-            goes_on.append(clean(line))
+        elif continued:
+            continued.append(clean(line))
         elif turns and not STAMPED.match(line):
             turns[-1] = turns[-1]._replace(text=f"{turns[-1].text} {line}")
     personas = {}
@@ -205,7 +205,7 @@ ASSISTANTS = {"assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "b
 
 
 def answering_speaker(turns: list[Utterance]) -> object:
-    """Return the speaker whom a persona without a name belongs to: the assistant, or else the second speaker."""
+    """Return the speaker to whom a persona without a name belongs: the assistant, otherwise the second speaker."""
     speakers = list(dict.fromkeys(turn.speaker for turn in turns if turn.text.strip()))
     named = [who for who in speakers if str(who) in ASSISTANTS]
     return named[0] if len(named) == 1 else next(iter(speakers[1:2]), None)
@@ -215,35 +215,35 @@ def answering_speaker(turns: list[Utterance]) -> object:
 
 
 def read_delimited(path: str | Path) -> Iterator[Dialog]:
-    """A dialog per line, its utterances divided by tabs, ``</t>``, `` EOS `` or the like; two people take turns.
+    """Read a dialog per line, with tabs, ``</t>``, `` EOS `` or the like between utterances; two speakers alternate.
 
-    Weights that DialoGPT's data has before each utterance, ``0.0`` or ``1.0``, and the number of the dialog before all
-    of them, are left out.
+    Two kinds of numbers are left out: the weights ``0.0`` or ``1.0`` before each utterance of DialoGPT's data, and a
+    dialog's number in the first column.
     """
-    looked = [line for line in sample_lines(path) if line.strip()]
-    name = separator_of(looked) or "\t"
-    weighted = name == "EOS" and share_of(looked, re.compile(r"[01]\.[0-9]+ ").match) == 1
-    firsts = [line.split("\t")[0].strip() for line in looked]
-    counted = name == "\t" and len(firsts) > 1 and all(map(str.isdecimal, firsts)) and all(
+    lines = [line for line in sample_lines(path) if line.strip()]
+    name = separator_of(lines) or "\t"
+    weighted = name == "EOS" and share_of(lines, re.compile(r"[01]\.[0-9]+ ").match) == 1
+    firsts = [line.split("\t")[0].strip() for line in lines]
+    numbered = name == "\t" and len(firsts) > 1 and all(map(str.isdecimal, firsts)) and all(
         int(after) == int(before) + 1 for before, after in zip(firsts, firsts[1:], strict=False))
     for number, line in read_lines(path):
-        said = [text for part in SEPARATORS[name].split(line) for text in part.split("\t")][counted:]
-        if name == "__eot__":  # a turn, of several utterances
+        said = [text for part in SEPARATORS[name].split(line) for text in part.split("\t")][numbered:]
+        if name == "__eot__":  # it ends a speaker's turn, which has several utterances
             said = [text.replace("__eou__", " ") for text in said]
         if weighted:
             said = [re.sub(r"^\s*[01]\.[0-9]+ ", "", text) for text in said]
         while said and not said[-1].strip():
             del said[-1]
         if said and all(map(str.strip, said)):
-            yield _in_turns([(number, text) for text in said])
+            yield _numbered_dialog([(number, text) for text in said])
         elif said:
             yield Dialog(f"line {number}", [Utterance(index % 2, text) for index, text in enumerate(said)])
 
 
-def separator_of(found: list[str]) -> str | None:
-    """What divides the utterances of most of the lines; None where nothing does."""
+def separator_of(lines: list[str]) -> str | None:
+    """Return the name in `SEPARATORS` of the separator that most of the lines contain, or None."""
     return next((name for name, pattern in SEPARATORS.items()
-                 if share_of(map(str.strip, found), pattern.search) >= MAJORITY), None)
+                 if share_of(map(str.strip, lines), pattern.search) >= MAJORITY), None)
 
 
 # ------------------------------------------------------------------------------------------------- ParlAI's fields
@@ -253,10 +253,10 @@ FIELD = re.compile(r"(?:^|\t)(text|labels|eval_labels|label_candidates|candidate
 
 
 def read_parlai_fields(path: str | Path) -> Iterator[Dialog]:
-    """ParlAI's text: a line per turn, ``text:what the other says<tab>labels:reply<tab>episode_done:True``.
+    """Read ParlAI's text, a line per turn: ``text:the other's utterance<tab>labels:reply<tab>episode_done:True``.
 
-    An episode ends there, or at an empty line. ``label_candidates`` have | between them. In the text, lines of ``your
-    persona: …`` are the bot's persona.
+    ``episode_done:True`` or an empty line ends a dialog. ``label_candidates`` are separated by ``|``. Lines within the
+    text that begin with ``your persona:`` give the bot's persona.
     """
     turns: list[Utterance] = []
     personas: dict[object, list[str]] = {"bot": [], "other": []}
@@ -265,17 +265,17 @@ def read_parlai_fields(path: str | Path) -> Iterator[Dialog]:
     def ended() -> Dialog:
         return Dialog(place, turns, personas, "bot")
 
-    goes_on = False
+    open_episode = False  # whether the last line said that the episode continues
     for number, line in read_lines(path):
         if not line.strip():
-            if turns and not goes_on:
+            if turns and not open_episode:
                 yield ended()
                 turns, personas = [], {"bot": [], "other": []}
             continue
         found = list(FIELD.finditer(line))
         if not found or found[0].start() or not {"text", "labels", "eval_labels"} & {one[1] for one in found}:
-            raise InputError(f"{path}: line {number} has no text:… or labels:… as ParlAI's have; write "
-                             "text:what is said<tab>labels:the reply")
+            raise InputError(f"{path}: line {number} has no text:… or labels:…, as lines of ParlAI have; write "
+                             "text:an utterance<tab>labels:the reply")
         ends = [one.start() for one in found[1:]] + [len(line)]
         fields = {one[1]: line[one.end():end] for one, end in zip(found, ends, strict=True)}
         place = place if turns else f"line {number}"
@@ -293,7 +293,7 @@ def read_parlai_fields(path: str | Path) -> Iterator[Dialog]:
                   Utterance("bot", gold, tuple(other for other in others if other not in ("", gold)))]
         check_length(turns, path, place)
         done = fields.get("episode_done", "").strip().casefold()
-        goes_on = done == "false"
+        open_episode = done == "false"
         if done == "true":
             yield ended()
             turns, personas = [], {"bot": [], "other": []}
@@ -309,12 +309,12 @@ def _listed(text: str) -> list[str]:
     return [_unescaped(one) for one in text.split("|")] if text else []
 
 
-# ------------------------------------------------------------------------------------------------------- by looking
+# ------------------------------------------------------------------------------------------------- telling layouts
 
 
-def text_layout(found: list[str]) -> str:
-    """The name of the layout that the lines of a text file are in, of those of `readers.FORMATS`."""
-    written = [line for line in found if line.strip() and not DIVIDER.fullmatch(line)]
+def text_layout(lines: list[str]) -> str:
+    """Return the name in `readers.FORMATS` of the layout that the first lines of a text file are in."""
+    written = [line for line in lines if line.strip() and not DIVIDER.fullmatch(line)]
     first = written[0] if written else ""
     if share_of(written, lambda line: re.match(r"(text|labels|eval_labels):", line) or "\tlabels:" in line) >= MAJORITY:
         return "parlai_fields"
@@ -325,14 +325,14 @@ def text_layout(found: list[str]) -> str:
     if share_of(written, lambda line: len(MARKED.findall(line)) > 1) >= MAJORITY:
         return "marked"
     separator = separator_of(written)
-    if separator == "\t" and _names_before_tabs(found):
+    if separator == "\t" and _names_before_tabs(lines):
         return "labelled"
     if separator not in (None, "\t"):
         return "delimited"
     numbers = [int(number[1]) if (number := NUMBERED.fullmatch(line)) else None for line in written]
     if len(set(numbers)) == 2 and set(numbers) <= {0, 1, 2} and len(numbers) > 2 and share_of(
             written, re.compile(r"\s*[0-2]\s*[:：]").match) == 1:
-        return "labelled"  # two people by number
+        return "labelled"  # the labels are numbers of speakers
     steps = [one is not None and (one in (0, 1) or before is not None and one == before + 1)
              for before, one in zip([None, *numbers], numbers, strict=False)]
     if len(written) > 1 and numbers[0] in (0, 1) and sum(steps) >= 0.9 * len(written) and max(
@@ -362,7 +362,7 @@ def _names_before_tabs(found: list[str]) -> bool:
         blank or all(name in known or re.fullmatch(r"\w|.{0,12}\d", name) for name in names))
 
 
-FOREIGN_FORMATS = [  # what most lines of a plain text never look like, and what does
+FOREIGN_FORMATS = [  # patterns that fit most lines of other kinds of files, but never of plain text
     (r"\s*[{\[<]", "JSON or markup that is cut at line breaks"),
     (r".* \+\+\+\$\+\+\+ ", "the Cornell Movie-Dialogs Corpus"),
     (rf"\s*- - |\s*-? ?({'|'.join(sorted(YAML_KEYS))})\s*:|.*[\w ]:\s*$", "YAML"),
@@ -373,8 +373,8 @@ FOREIGN_FORMATS = [  # what most lines of a plain text never look like, and what
 ]
 
 
-def foreign_format(found: list[str]) -> str | None:
-    """What it is that most of a supposedly plain text's lines look like, in words."""
-    if sum(" --> " in line for line in found) > max(1, len(found) / 10):
+def foreign_format(lines: list[str]) -> str | None:
+    """Describe the kind of file that most of the lines look like if they are not dialogs in plain text, or None."""
+    if sum(" --> " in line for line in lines) > max(1, len(lines) / 10):
         return "subtitles"
-    return next((what for pattern, what in FOREIGN_FORMATS if share_of(found, re.compile(pattern).match) > 0.5), None)
+    return next((what for pattern, what in FOREIGN_FORMATS if share_of(lines, re.compile(pattern).match) > 0.5), None)

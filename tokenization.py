@@ -1,4 +1,4 @@
-"""Turn text into token ids and back: the tokenizers of GPT-1, GPT-2 and other decoders, with five control tokens."""
+"""Convert text to token ids and back: the tokenizers of GPT-1, GPT-2 and other decoders, with five control tokens."""
 
 import hashlib
 import re
@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 
 from cli import InputError, short
 from files import disk_error
-from pretrained import from_file, is_checkpoint_file, quiet_transformers, read_config, resolve_checkpoint
+from pretrained import is_checkpoint_file, loading_arguments, quiet_transformers, read_config, resolve_checkpoint
 
 # The five control tokens, appended to a pretrained vocabulary in the order of ATTR_TO_SPECIAL_TOKEN.
 SPECIAL_TOKENS = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]
@@ -29,7 +29,7 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")  # what some tokenizers spell rare letters 
 
 
 class Tokenizer(Protocol):
-    """What the project uses of a tokenizer: part of what transformers' have, and two methods of `_Prepared`."""
+    """The part of a transformers tokenizer that this project uses, and two methods of `_PreparedTokenizer`."""
 
     bos_token_id: int
     eos_token_id: int
@@ -58,25 +58,26 @@ class Tokenizer(Protocol):
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as _Library
 else:
-    _Library = object  # _Prepared is mixed into a class that brings the rest
+    _Library = object  # `_PreparedTokenizer` is mixed into a class of the library
 
 
-class _Prepared(_Library):
-    """Mixed into a tokenizer of transformers: text goes through ``prepare`` first and never becomes a control token."""
+class _PreparedTokenizer(_Library):
+    """A mixin for tokenizers of transformers: it prepares each text, and no text becomes a control token."""
 
-    control: frozenset[int] = frozenset()  # ids that no text has
+    control: frozenset[int] = frozenset()  # ids that no text may get
 
     def prepare(self, text: str) -> str:
-        return text.strip()  # as the 2019 tokenizers did
+        """Change a text before it is tokenised; here only outer white space goes, as in 2019."""
+        return text.strip()
 
     def first_piece(self, word: str, after_space: bool) -> int | None:
-        """Id of the first token of a word that stands alone or after a space; None where no token can spell it."""
+        """Return the id of a word's first token, at the beginning of a text or after a space; None if it is unknown."""
         before = self.backend_tokenizer.encode("a", add_special_tokens=False).ids if after_space else []
         ids = self.backend_tokenizer.encode("a " * after_space + word, add_special_tokens=False).ids[len(before):]
         return ids[0] if ids and ids[0] != self.unk_token_id else None
 
     def encode_persona(self, sentences: Sequence[str]) -> list[list[int]]:
-        """Token ids of each sentence of a persona. As in 2019, those of any text."""
+        """Return the token ids of each sentence of a persona; as in 2019, they are those of any other text."""
         return self(list(sentences))["input_ids"] if sentences else []
 
     def _clean(self, text: str) -> str:
@@ -85,27 +86,27 @@ class _Prepared(_Library):
     def _encode_plus(self, text, *args, is_split_into_words=False, **kwargs):
         if not is_split_into_words:
             text = self._clean(text) if isinstance(text, str) else [self._clean(one) for one in text]
-        kwargs["add_special_tokens"] = False  # some would put a beginning before every text; inputs.py puts them
+        kwargs["add_special_tokens"] = False  # inputs.py adds all control tokens
         encoding = super()._encode_plus(text, *args, is_split_into_words=is_split_into_words, **kwargs)
-        # A tokenizer's files can give a word the id of a control token. Then no text of that word is to be trusted.
+        # The files of a hostile tokenizer can give a word the id of a control token.
         for ids in [encoding["input_ids"]] if isinstance(text, str) else encoding["input_ids"]:
             if not self.control.isdisjoint(ids):
-                raise InputError(f"{self.name_or_path}: its tokenizer makes control tokens of plain text; "
+                raise InputError(f"{self.name_or_path}: its tokenizer turns plain text into control tokens; "
                                  "put the tokenizer's original files into the folder")
         return encoding
 
 
-# Both keep the name of the class they extend: run folders record it, and plain transformers looks it up.
-class GPT2Tokenizer(_Prepared, transformers.GPT2Tokenizer):
+# Both classes keep the name of the class that they extend: run folders record it, and plain transformers looks it up.
+class GPT2Tokenizer(_PreparedTokenizer, transformers.GPT2Tokenizer):
     """GPT-2's byte-level BPE."""
 
 
-class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
-    """GPT-1's BPE over words as its training text had them.
+class OpenAIGPTTokenizer(_PreparedTokenizer, transformers.OpenAIGPTTokenizer):
+    """GPT-1's BPE, applied to words that are split as in GPT-1's training text.
 
-    Radford et al. (2018) cleaned their text with ftfy, set some punctuation apart and split it with spaCy's English
-    tokenizer, so that "don't" is "do n't". transformers' own class splits at punctuation instead, which gives
-    other ids for every contraction.
+    Radford et al. (2018) cleaned their text with ftfy, put spaces around some punctuation and split it with spaCy's
+    English tokenizer, so that "don't" became "do n't". The class of transformers splits at punctuation instead, which
+    gives other ids for every contraction.
     """
 
     _PLAIN = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
@@ -116,20 +117,20 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        import ftfy  # the two take a second to import, and only this family needs them
+        import ftfy  # ftfy and spaCy take a second to import, and only this family needs them
         from spacy.lang.en import English
         from spacy.symbols import ORTH
 
         self._fix_text = ftfy.fix_text
         split_words: Any = English().tokenizer
         self._split_words = split_words
-        self._split_pairs = _pairs_of_one_word(
+        self._split_pairs = _joined_pairs(
             [token[ORTH].lower() for token in tokens] for tokens in split_words.rules.values())
-        # Words reach the BPE ready, one space between them; a line break is a word of its own.
+        # `prepare` separates all words by one space; a line break is a word of its own.
         self._tokenizer.normalizer = None
         self._tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-        # So that decode(clean_up_tokenization_spaces=True) joins "do n't" again. The library thinks that this harms
-        # every BPE; here it undoes what `prepare` did.
+        # This lets decode(clean_up_tokenization_spaces=True) join "do n't" again. For other BPEs it would be harmful,
+        # as the name says; here it undoes what `prepare` did.
         self.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
 
     def prepare(self, text: str) -> str:
@@ -141,11 +142,11 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
         return " ".join(word.text.strip(" ").lower() for word in self._split_words(text))
 
     def clean_up_tokenization(self, text: str) -> str:
-        """Words as `prepare` set them apart → text for a person: "i 'd" → "i'd", "gon na" → "gonna".
+        """Join the words that `prepare` has split: "i 'd" → "i'd", "gon na" → "gonna".
 
-        What was split is joined. Two spellings that `prepare` makes one get the one that is more frequent in
-        PERSONA-CHAT: "cannot", though "can not" is written too. No more than the last word can change when the text
-        goes on, which is what printing a reply word by word needs.
+        Where `prepare` gives two spellings the same words, the result is the more frequent one in PERSONA-CHAT, such as
+        "cannot" rather than "can not". When the text continues, only its last word can still change, so that a reply
+        can be printed word by word.
         """
         out, last, opened = "", "", False
         for word in text.split(" "):
@@ -163,7 +164,7 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
         return out
 
     def first_piece(self, word: str, after_space: bool) -> int | None:
-        # As the ConvAI2 code of 2019: of the word as a whole, which here is not split into "i" and "'m".
+        # As in the ConvAI2 code of 2019, the word is not split as `prepare` would split "i'm" into "i" and "'m".
         pieces = self._tokenizer.model.tokenize(word.lower())
         return pieces[0].id if pieces and pieces[0].id != self.unk_token_id else None
 
@@ -171,11 +172,12 @@ class OpenAIGPTTokenizer(_Prepared, transformers.OpenAIGPTTokenizer):
 PRONOUNS = frozenset("i you he she it we they that there".split())
 
 
-def _pairs_of_one_word(splits: Iterable[list[str]]) -> frozenset[tuple[str, str]]:
-    """Neighbours that spaCy makes of one word, ("gon", "na"), from its exceptions, each a list of pieces.
+def _joined_pairs(splits: Iterable[list[str]]) -> frozenset[tuple[str, str]]:
+    """Return the pairs of neighbours that are written as one word, such as ("gon", "na").
 
-    Without an apostrophe, "im" and "i m" become the same two pieces. PERSONA-CHAT writes pronouns apart, "i m", and
-    all else together, "whats", "dont".
+    ``splits``: the exceptions of spaCy's tokenizer, each a list of pieces. Without an apostrophe, a pair can come from
+    one word or from two: "im" and "i m" have the same pieces. PERSONA-CHAT mostly separates a pronoun ("i m"), except
+    before "re", and joins all other pairs ("whats", "dont").
     """
     return frozenset(pair for pieces in splits if "".join(pieces).replace("'", "").isalnum()
                      for pair in pairwise(pieces) if pieces[0] not in PRONOUNS or pair[1] == "re")
@@ -184,55 +186,55 @@ def _pairs_of_one_word(splits: Iterable[list[str]]) -> frozenset[tuple[str, str]
 TOKENIZERS = {"openai-gpt": OpenAIGPTTokenizer, "gpt2": GPT2Tokenizer}
 
 
-class _OfOtherFamily(_Prepared):
-    """Mixed into the tokenizer of any other decoder."""
+class _AnyFamilyTokenizer(_PreparedTokenizer):
+    """A mixin for the tokenizers of other families than GPT-1 and GPT-2."""
 
     def encode_persona(self, sentences: Sequence[str]) -> list[list[int]]:
-        """Token ids of each sentence of a persona, the way it is spelt behind a space.
+        """Return the token ids of each sentence of a persona as they are after a space.
 
-        The sentences follow each other without a control token between them, and these models were pretrained on text,
-        where a space divides two sentences: "I live in Norway. I have a dog."
+        No control token separates the sentences, and these models were pretrained on text with a space between two
+        sentences: "I live in Norway. I have a dog."
         """
         before = self("a")["input_ids"]
-        behind_a_space = self(["a " + sentence.strip() for sentence in sentences])["input_ids"] if sentences else []
-        return [ids[len(before):] for ids in behind_a_space]
+        after_space = self(["a " + sentence.strip() for sentence in sentences])["input_ids"] if sentences else []
+        return [ids[len(before):] for ids in after_space]
 
 
-def _prepared(tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedTokenizerBase:
-    """Another family's tokenizer made one of ours, in place."""
+def _prepare_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedTokenizerBase:
+    """Add the mixin to the tokenizer of another family, in place."""
     family: Any = type(tokenizer)
-    tokenizer.__class__ = type(family.__name__, (_OfOtherFamily, family), {
-        # Another process could not import a class that was made here: it makes it again.
-        "__reduce__": lambda self: (_prepared, (family.__new__(family),), self.__dict__)})
+    tokenizer.__class__ = type(family.__name__, (_AnyFamilyTokenizer, family), {
+        # Another process cannot import a class that is made here; it makes the class again.
+        "__reduce__": lambda self: (_prepare_tokenizer, (family.__new__(family),), self.__dict__)})
     return tokenizer
 
 
 def get_tokenizer(model_checkpoint: str) -> Tokenizer:
-    """The tokenizer of a checkpoint, with the five control tokens in its vocabulary.
+    """Load the tokenizer of a checkpoint and add the five control tokens to its vocabulary.
 
-    ``model_checkpoint`` is what `resolve_checkpoint` takes. The family (``model_type`` in the checkpoint's
-    ``config.json``) decides the class. Raises `InputError` when there is no usable config or tokenizer.
+    ``model_checkpoint``: see `resolve_checkpoint`. The model's family (``model_type`` in ``config.json``) decides the
+    class. Raises `InputError` when there is no usable configuration or tokenizer.
     """
     checkpoint = resolve_checkpoint(model_checkpoint)
     family = read_config(checkpoint).model_type
     if is_checkpoint_file(checkpoint):
-        checkpoint = str(Path(checkpoint).absolute().parents[1])  # the run's folder
+        checkpoint = str(Path(checkpoint).absolute().parents[1])  # the run folder has the tokenizer
     try:
         if family in TOKENIZERS:
             tokenizer = TOKENIZERS[family].from_pretrained(checkpoint, split_special_tokens=True)
         else:
             with quiet_transformers():
-                tokenizer = _prepared(transformers.AutoTokenizer.from_pretrained(
-                    **from_file(checkpoint), split_special_tokens=True, trust_remote_code=False))
+                tokenizer = _prepare_tokenizer(transformers.AutoTokenizer.from_pretrained(
+                    **loading_arguments(checkpoint), split_special_tokens=True, trust_remote_code=False))
         tokenizer.add_tokens(_control_tokens_of_early_2019(checkpoint), special_tokens=True)
         tokenizer.encode("hello")
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         raise InputError(f"{checkpoint}: its tokenizer cannot be read ({short(str(error))}); the folder needs "
                          "vocab.json and merges.txt, or tokenizer.json") from None
     if not tokenizer.is_fast:
-        raise InputError(f"{checkpoint}: its tokenizer has no tokenizer.json; convert it to one first")
-    if len(tokenizer) < 50:  # transformers makes an empty tokenizer of a folder without files
-        raise InputError(f"{checkpoint}: no tokenizer files; add vocab.json and merges.txt, or tokenizer.json")
+        raise InputError(f"{checkpoint}: its tokenizer has no tokenizer.json; convert its files to one")
+    if len(tokenizer) < 50:  # for a folder without files transformers makes an empty tokenizer
+        raise InputError(f"{checkpoint}: has no tokenizer files; add vocab.json and merges.txt, or tokenizer.json")
     tokenizer.add_special_tokens(ATTR_TO_SPECIAL_TOKEN)
     special = {token for token, added in tokenizer.added_tokens_decoder.items()
                if added.special and not BYTE.fullmatch(added.content)}
@@ -241,23 +243,23 @@ def get_tokenizer(model_checkpoint: str) -> Tokenizer:
 
 
 def _control_tokens_of_early_2019(checkpoint: str) -> list[str]:
-    """The lines of ``special_tokens.txt``, which names control tokens in the order of their ids, behind the words'."""
+    """Return the lines of ``special_tokens.txt``, control tokens in the order of their ids after those of the words."""
     path = Path(checkpoint, "special_tokens.txt")
     return path.read_text("utf-8").split()[:1_000] if path.is_file() else []
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Write a tokenizer's files into a folder. Raises ``OSError`` when it cannot be written."""
+    """Write a tokenizer's files into a folder. Raises ``OSError`` when they cannot be written."""
     try:
         tokenizer.save_pretrained(folder)
     except OSError:
         raise
-    except Exception as error:  # what the tokenizers library raises, whatever happens
+    except Exception as error:  # the tokenizers library raises nothing more specific
         raise disk_error(error, folder) from None
 
 
 def fingerprint(tokenizer) -> str:
-    """Changes whenever the tokenizer would give other ids."""
+    """Return a hash of everything on which a tokenizer's ids depend."""
     parts = [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str()]
     if isinstance(tokenizer, OpenAIGPTTokenizer):
         parts += [version("spacy"), version("ftfy")]

@@ -31,9 +31,9 @@ from model import MODELS, AnyDecoder, DoubleHeadsModel, decoder_class
 from pretrained import (
     NAMED,
     adapter_base,
-    from_file,
     is_checkpoint_file,
     is_gguf,
+    loading_arguments,
     quick_gguf,
     quiet_transformers,
     read_config,
@@ -67,7 +67,7 @@ def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> 
     try:
         if config.model_type in MODELS:
             with quiet_transformers():
-                config = model_class.config_class.from_pretrained(**from_file(checkpoint), num_labels=1,
+                config = model_class.config_class.from_pretrained(**loading_arguments(checkpoint), num_labels=1,
                                                                   attn_implementation="sdpa")
         vars(config).pop("n_special", None)  # early 2019's count of control tokens, some of which it counted twice
         if rows := _vocabulary_rows(checkpoint):
@@ -80,7 +80,7 @@ def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> 
             gguf = is_gguf(checkpoint)
             with quiet_transformers():
                 names = {} if gguf else {"key_mapping": EARLY_NAMES | model_class.renamed}
-                model, found = model_class.from_pretrained(**from_file(checkpoint), **names, config=config,
+                model, found = model_class.from_pretrained(**loading_arguments(checkpoint), **names, config=config,
                                                            dtype=torch.float32, output_loading_info=True)
             tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
             missing = set(found["missing_keys"]) - tied

@@ -82,7 +82,7 @@ def restore_snapshot(run: Path, network: nn.Module, optimizer: torch.optim.Optim
     if not (run / FILE).exists():
         return None
     try:
-        state = read_header(run / FILE, whole=True)
+        state = read_header(run / FILE, verify=True)
     except InputError as error:
         logger.warning("%s; training starts from the beginning", str(error).partition(";")[0])
         return None

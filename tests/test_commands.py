@@ -421,7 +421,7 @@ def test_unusable_checkpoints_are_named(trained, tmp_path):
         damaged(tmp_path / "a", trained, config__json=None, training_args__json=None): "has no config.json",
         damaged(tmp_path / "b", trained, config__json=b"{"): "config.json cannot be read",
         damaged(tmp_path / "c", trained, config__json=b'{"model_type": "t5"}'): "is a 't5' model",
-        damaged(tmp_path / "d", trained, tokenizer__json=None): "no tokenizer files",
+        damaged(tmp_path / "d", trained, tokenizer__json=None): "has no tokenizer files",
         damaged(tmp_path / "e", trained, tokenizer__json=b"{}"): "its tokenizer cannot be read",
         damaged(tmp_path / "f", trained, model__safetensors=whole[:len(whole) // 2]): "weights cannot be loaded",
         damaged(tmp_path / "g", trained, model__safetensors=b""): "weights cannot be loaded",
@@ -474,7 +474,7 @@ def test_a_text_file_where_the_data_format_is_wanted_is_pointed_to_convert(tmp_p
 
 def test_an_unreachable_hub_names_the_flag(tmp_path):
     line = error_line("train.py", "--dataset_path", SAMPLE, "--model_checkpoint", "openai-gpt", cwd=tmp_path)
-    assert "--model_checkpoint openai-gpt: neither a folder here nor a model the hub would give" in line
+    assert "--model_checkpoint openai-gpt: is neither a folder here nor a model that the hub provides" in line
 
 
 @pytest.mark.parametrize("arguments, complaint", [

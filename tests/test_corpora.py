@@ -16,7 +16,7 @@ import corpora
 from cli import InputError
 from corpora import check_corpus, read_corpus
 from dialogs import (
-    HISTORY,
+    MOST_HISTORY,
     Dialog,
     DialogNumbers,
     Utterance,
@@ -177,7 +177,7 @@ def test_the_blended_skill_talk_sample_is_read():
 
 @pytest.mark.parametrize("name, content, complaint", [
     ("train.csv", ED.replace("Or a car?", "Or, a, car?"), "line 4 has 10 fields, not 8"),
-    ("train.csv", ED.replace(",speaker_idx", ""), "line 1 is not the release's header"),
+    ("train.csv", ED.replace(",speaker_idx", ""), "line 1 is not the header of the release"),
     ("dialogues_train.txt", "a __eou__ b __eou__\n0 1 2\n", "line 2 has no __eou__"),
     ("own.txt", PARLAI + "persona\n", "line 8 does not begin with its number"),
     ("own.jsonl", '{"turns": ["a", "b"]}\n{"turns": ["a", 3]}', "line 2 is not a dialog (turns is not a list"),
@@ -209,17 +209,17 @@ def test_dialogs_that_teach_nothing_are_counted_and_shown(tmp_path, caplog):
         found = entries_of(tmp_path / "own.txt", "hi !\n\nhello ?\nyes .\n\n__SILENCE__\nalone .\n")
     assert pairs(found) == [([], ["hello ?"], "yes .")]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'own.txt'}: 2 dialogs left out because in them nobody answers anybody; the first at line 1"]
+        f"{tmp_path / 'own.txt'}: 2 dialogs are left out because they have no reply; the first is at line 1"]
     caplog.clear()
     crowd = Dialog("line 7", [Utterance(who, "x") for who in "abc"])
-    assert list(make_entries([crowd], "f")) == [] and "more than two people speak; the first at line 7" in caplog.text
+    assert list(make_entries([crowd], "f")) == [] and "more than two speakers; the first is at line 7" in caplog.text
 
 
 def test_a_dialog_without_end_takes_room_in_proportion(tmp_path):
     (tmp_path / "own.txt").write_text("word\n" * 3001)
     found = list(read_any(tmp_path / "own.txt")[None])
     lengths = [len(turn["history"]) for entry in found for turn in entry["utterances"]]
-    assert len(lengths) == 3000 and max(lengths) <= HISTORY
+    assert len(lengths) == 3000 and max(lengths) <= MOST_HISTORY
     assert sum(length % 2 for length in lengths) == 1500  # sides stay apart
 
 
@@ -246,7 +246,7 @@ def test_your_own_dialogs_converted_by_the_command(tmp_path):
         json.dumps({"personas": [["i am ä ."], []], "turns": [f"question {n} ?", f"answer {n} .", "bye ."]}) + "\n"
         for n in range(20)))
     said = script("example_entry.py", "--convert", "own.jsonl", "own.json", "--target", "second", cwd=tmp_path)
-    assert "train: 17 entries (0 with a persona), 17 turns, 17 candidates a turn" in said
+    assert "train: 17 entries (0 with a persona), 17 turns, 17 candidates per turn" in said
     assert "valid: 3 entries" in said and "own.json: well-formed" in said
     corpus = read_corpus(tmp_path / "own.json")
     for split, found in corpus.items():
@@ -256,7 +256,7 @@ def test_your_own_dialogs_converted_by_the_command(tmp_path):
             assert turn["history"][0].split()[1] == turn["candidates"][-1].split()[1]
             assert len(set(turn["candidates"])) == len(turn["candidates"]) == len(golds) <= 20, split
             assert set(turn["candidates"]) == golds
-    assert "would be written over" in error_line("example_entry.py", "--convert", "own.json", "own.json", cwd=tmp_path)
+    assert "would overwrite" in error_line("example_entry.py", "--convert", "own.json", "own.json", cwd=tmp_path)
     again = (tmp_path / "own.json").read_text()
     convert(tmp_path / "own.jsonl", tmp_path / "again.json", "second", "random", None, 0)
     assert (tmp_path / "again.json").read_text() == again
@@ -383,7 +383,7 @@ LETTERS = st.lists(st.sampled_from("abc"), min_size=2, max_size=7)
 @given(st.lists(LETTERS, min_size=1, max_size=12), st.randoms(use_true_random=False), st.sampled_from(
     ["both", "second", "first"]))
 def test_sides_get_the_number_of_their_dialog_in_any_order(dialogs, random, target):
-    """Of entries as a reader yields them, as many numbers as dialogs; by `same`, as many as different ones."""
+    """In a reader's order each dialog gets one number; `representatives` are as many as different dialogs."""
     made = [list(keep_target(make_entries([Dialog("", [Utterance(n % 2, text) for n, text in enumerate(said)])], ""),
                              target)) for said in dialogs]
     numbers = DialogNumbers()
@@ -391,7 +391,7 @@ def test_sides_get_the_number_of_their_dialog_in_any_order(dialogs, random, targ
         assert len({numbers.number(entry) for entry in sides}) <= 1
     assert len(numbers.longest) == sum(map(bool, made))
     if target == "both":
-        assert len(set(numbers.same().tolist())) == len(set(map(tuple, dialogs)))
+        assert len(set(numbers.representatives().tolist())) == len(set(map(tuple, dialogs)))
     flat = [entry for sides in made for entry in sides]
     random.shuffle(flat)
     shuffled = DialogNumbers()
@@ -415,7 +415,7 @@ def test_what_a_later_split_repeats_is_left_out_of_training(tmp_path, caplog):
 
     with caplog.at_level(logging.INFO):
         assert training() == [["tea ?", "no ."], ["tea ?", "no .", "well ."], ["rye ?", "ok"]]
-    assert "own: 2 of 4 training dialogs are left out, because they are in valid or test, too (--keep_repeated" in \
+    assert "own: 2 of 4 training dialogs are left out because they are also in valid or test (--keep_repeated" in \
         caplog.text
     assert len(training(keep_repeated=True)) == 6
     assert training(target="first") == [["tea ?", "no .", "well ."]]
@@ -423,7 +423,7 @@ def test_what_a_later_split_repeats_is_left_out_of_training(tmp_path, caplog):
     assert len(read_corpus(tmp_path / "out.json")["train"]) == 3
     (own / "train.txt").write_text("bread ?\nno .\n")
     caplog.clear()
-    assert training() == [["bread ?", "no ."]] and "own: every training dialog is in valid or test, too" in caplog.text
+    assert training() == [["bread ?", "no ."]] and "own: every training dialog is also in valid or test" in caplog.text
 
 
 def test_no_dialog_of_the_real_dailydialog_is_trained_on_and_evaluated():

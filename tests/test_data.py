@@ -94,14 +94,14 @@ def test_the_example_entry_prints_as_data_that_passes_the_check(tmp_path):
     assert entry == EXAMPLE_ENTRY
     (tmp_path / "own.json").write_text(json.dumps({"train": [entry], "valid": [entry]}))
     said = script("example_entry.py", "own.json", cwd=tmp_path)
-    assert "train: 1 entries (1 with a persona), 2 turns, 2 to 3 candidates a turn" in said
+    assert "train: 1 entries (1 with a persona), 2 turns, 2 to 3 candidates per turn" in said
     assert "well-formed" in said
 
 
 def test_real_personachat_passes_the_check(tmp_path):
     said = script("example_entry.py", shared("data/personachat/personachat_self_original.json"), cwd=tmp_path)
-    assert "train: 2,356 entries (2,356 with a persona), 17,316 turns, 20 candidates a turn" in said
-    assert "valid: 500 entries (500 with a persona), 3,907 turns, 20 candidates a turn" in said
+    assert "train: 2,356 entries (2,356 with a persona), 17,316 turns, 20 candidates per turn" in said
+    assert "valid: 500 entries (500 with a persona), 3,907 turns, 20 candidates per turn" in said
 
 
 def test_the_sample_keeps_its_promises():

@@ -92,7 +92,7 @@ def test_hostile_and_damaged_archives_are_refused(server, tmp_path):
     server.files["/cut.tar.gz"] = (archive(**{"config.json": b"{}" * 9999})[:60], {})
     server.files["/empty.tar.gz"] = (archive(**{"readme": b"no model"}), {})
     for name, complaint in (("escape", "not a usable .tar.gz"), ("cut", "not a usable .tar.gz"),
-                            ("empty", "holds no config.json")):
+                            ("empty", "contains no config.json")):
         with pytest.raises(InputError, match=complaint):
             resolve_checkpoint(f"{server.address}/{name}.tar.gz")
     assert not list(tmp_path.rglob("escaped"))

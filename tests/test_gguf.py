@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pretrained
 from cli import InputError
-from pretrained import find_smollm2, from_file, resolve_checkpoint
+from pretrained import find_smollm2, loading_arguments, resolve_checkpoint
 from tokenization import get_tokenizer
 from weights import load_model
 
@@ -142,5 +142,5 @@ def test_the_real_base_is_read_without_loss_and_packs(caplog):
     values = gguf.dequantize(tensor.data, tensor.tensor_type)
     assert torch.equal(model.model.layers[29].mlp.down_proj.weight, torch.from_numpy(values))
     tokenizer = get_tokenizer("smollm2")
-    assert len(tokenizer) == 49157 and from_file(base())["gguf_file"].endswith(".gguf")
+    assert len(tokenizer) == 49157 and loading_arguments(base())["gguf_file"].endswith(".gguf")
     assert tokenizer.decode(tokenizer.encode("i have two dogs .")) == "i have two dogs ."

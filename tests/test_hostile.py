@@ -57,18 +57,18 @@ def of_data(path: Path, content: bytes) -> str:
 @pytest.mark.parametrize("content, complaint", [
     (f'{{"train": [{ENTRY}, {{"utterances": {"[" * 100_000}', "nested too deeply"),
     ('{"train": ' + '{"a": ' * 100_000, "nested too deeply"),
-    (f'{{"train": [{ENTRY}, {"7" * 5000}]}}', "not JSON at line 1, column 80 (a number that long)"),
-    (f'{{"train": [{ENTRY}], "train": []}}', "the split train stands there twice"),
-    (f'{{"train": [{ENTRY}]}} {{', "not JSON at line 1, column 81 (Extra data); mend"),
-    (f'{{"train": [{ENTRY} {ENTRY}]}}', "not JSON at line 1, column 79 (Expecting ',' delimiter); mend"),
-    (f'{{"train": [{ENTRY},]}}', "not JSON at line 1, column 79 (Expecting value); mend"),
-    ('{"train" []}', "not JSON at line 1, column 10 (Expecting ':' delimiter); mend"),
+    (f'{{"train": [{ENTRY}, {"7" * 5000}]}}', "not JSON at line 1, column 80 (a number with too many digits)"),
+    (f'{{"train": [{ENTRY}], "train": []}}', "the split train occurs twice"),
+    (f'{{"train": [{ENTRY}]}} {{', "not JSON at line 1, column 81 (Extra data); correct"),
+    (f'{{"train": [{ENTRY} {ENTRY}]}}', "not JSON at line 1, column 79 (Expecting ',' delimiter); correct"),
+    (f'{{"train": [{ENTRY},]}}', "not JSON at line 1, column 79 (Expecting value); correct"),
+    ('{"train" []}', "not JSON at line 1, column 10 (Expecting ':' delimiter); correct"),
     ("{train: []}", "not JSON at line 1, column 2 (Expecting property name"),
-    ('{"train": [], "val', "not JSON at line 1, column 15 (Unterminated string starting at); it is cut short"),
-    (json.dumps({"\x1b[2J": []}), "the split '\\x1b[2J' has no printable, short name"),
-    (json.dumps({"\ud800": []}), "the split '\\ud800' has no printable, short name"),
+    ('{"train": [], "val', "not JSON at line 1, column 15 (Unterminated string starting at); the file is cut short"),
+    (json.dumps({"\x1b[2J": []}), "the split '\\x1b[2J' has a name that is empty, longer"),
+    (json.dumps({"\ud800": []}), "the split '\\ud800' has a name that is empty, longer"),
     (json.dumps({"x" * 1000: []}), "the split"),
-    (json.dumps({"": []}), "the split '' has no printable, short name"),
+    (json.dumps({"": []}), "the split '' has a name that is empty, longer"),
     (json.dumps({str(number): [] for number in range(101)}), "the file has more than 100 splits"),
     (json.dumps({"train": [{"utterances": [{"history": ["a" * 100_001], "candidates": ["b"]}]}]}),
      "train[0].utterances[0].history[0] has 100,001 letters, more than 100,000; split it"),
@@ -113,7 +113,7 @@ def test_a_line_of_a_gigabyte_is_refused_in_little_memory(tmp_path):
     assert path.stat().st_size > 1 << 30
     said = limited(READ, path, megabytes=300)
     path.unlink()
-    assert "what begins at line 1, column 12 is longer than 16,777,216 letters; split the dialog" in said
+    assert "the value at line 1, column 12 is longer than 16,777,216 letters; split the dialog" in said
 
 
 @pytest.mark.parametrize("unit, complaint", [
@@ -143,12 +143,12 @@ def test_devices_end(tmp_path):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ("a\nb\n" * 6000, "the dialog of line 1 has more than 10,000 utterances; divide it"),
-    ("1 a\tb\n" + "".join(f"{number} a\tb\n" for number in range(2, 6000)), "the dialog of line 1 has more"),
-    (json.dumps({"turns": ["a", "b"] * 6000}), "the dialog of line 1 has more"),
-    (json.dumps({"turns": ["a" * 100_001, "b"]}), "in the dialog of line 1 somebody says 100,001 letters"),
-    (json.dumps({"turns": ["a" * 200] * 9000 + ["b"], "speakers": [0] * 9000 + [1]}), "1,808,999 letters at once"),
-    ('{"turns": ["a", "b"], "speakers": [0, ' + "7" * 5000 + "]}", "a number that long"),
+    ("a\nb\n" * 6000, "the dialog at line 1 has more than 10,000 utterances; divide it"),
+    ("1 a\tb\n" + "".join(f"{number} a\tb\n" for number in range(2, 6000)), "the dialog at line 1 has more"),
+    (json.dumps({"turns": ["a", "b"] * 6000}), "the dialog at line 1 has more"),
+    (json.dumps({"turns": ["a" * 100_001, "b"]}), "an utterance of the dialog at line 1 has 100,001 letters"),
+    (json.dumps({"turns": ["a" * 200] * 9000 + ["b"], "speakers": [0] * 9000 + [1]}), "1,808,999 letters"),
+    ('{"turns": ["a", "b"], "speakers": [0, ' + "7" * 5000 + "]}", "a number with too many digits"),
     ("[" * 100_000, "nested too deeply"),
 ])
 def test_dialogs_without_end_are_refused(tmp_path, content, complaint):
@@ -416,7 +416,7 @@ def test_deep_and_endless_files_of_a_model_are_refused(altered, name):
     assert "\n" not in refusal_of(str(folder))
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
-    assert "is no file of at most 256 MiB" in refusal_of(str(folder)) or name == "config.json"
+    assert "is not a regular file of at most 256 MiB" in refusal_of(str(folder)) or name == "config.json"
 
 
 def test_weights_that_are_no_numbers_or_lie_elsewhere_are_refused(altered, tmp_path):
@@ -450,7 +450,7 @@ def test_a_vocabulary_that_gives_a_word_a_control_tokens_id_is_refused(altered):
         tokenizer["model"]["vocab"] |= {piece: number for number, piece in enumerate(("he", "ll", "hell"), 9)}
         return tokenizer
 
-    assert "makes control tokens of plain text" in refusal_of(altered("tokenizer.json", alias))
+    assert "turns plain text into control tokens" in refusal_of(altered("tokenizer.json", alias))
 
 
 def test_control_tokens_that_are_ordinary_words_in_the_files_are_letters_all_the_same(altered):
@@ -504,7 +504,7 @@ def test_a_table_cut_or_changed_anywhere_is_built_again(table_file, tmp_path, mo
         table = utils.get_dataset(tokenizer, str(data), str(tmp_path / "cache"))
         assert {split: list(table[split]) for split in table} == {split: list(good[split]) for split in good}
         assert table["train"].texts("candidates", 0) == ["no .", "hello ."]
-        assert tables.TokenTable(tmp_path / file.name).is_whole()
+        assert tables.TokenTable(tmp_path / file.name).is_intact()
 
 
 def test_places_that_cannot_be_read_are_named(tmp_path):

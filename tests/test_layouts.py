@@ -329,16 +329,16 @@ def test_the_finding_is_said_in_one_line_and_what_is_left_out_counted(tmp_path, 
     (tmp_path / "tools.jsonl").write_text(jsonl([[*CHAT, {"role": "tool", "content": "x"}]]))
     with caplog.at_level(logging.INFO):
         learnt(tmp_path / "tools.jsonl")
-    assert caplog.messages[-1].endswith("lists of messages, 1 dialog, 1 with calls of tools that are left out")
+    assert caplog.messages[-1].endswith("lists of messages, 1 dialog, 1 with tool calls that are left out")
 
 
 @pytest.mark.parametrize("name, content, complaint", [
-    ("own.csv", "foo,bar\na,b\n", r"its columns 'foo', 'bar' are none that are known .*--columns question,answer"),
-    ("own.csv", "question,answer\na,b,c\n", "line 2 has 3 fields, not 2; put those"),
-    ("own.csv", 'question,answer\n"a,b\n', "line 2 is no row of a table .*quotation marks"),
+    ("own.csv", "foo,bar\na,b\n", r"its columns 'foo', 'bar' have no known names .*--columns question,answer"),
+    ("own.csv", "question,answer\na,b,c\n", "line 2 has 3 fields, not 2; put quotation marks"),
+    ("own.csv", 'question,answer\n"a,b\n', "line 2 is not a row of a table .*quotation marks"),
     ("own.jsonl", jsonl([{"text": "no dialog"}]),
      r"line 1 has no layout that can be read \(an object of 'text'\); write"),
-    ("own.jsonl", jsonl(CHAT), r"line 1 .*\(one message, where a list of a dialog's messages should be\)"),
+    ("own.jsonl", jsonl(CHAT), r"line 1 .*\(one message, not a list of a dialog's messages\)"),
     ("own.jsonl", jsonl([{"messages": CHAT}, {"messages": 3}]), "line 2 is not a dialog .*OpenAI messages"),
     ("own.jsonl", jsonl([{"messages": CHAT}, {"messages": [{"role": "user", "content": 3}]}]),
      r"line 2 is not a dialog \(message 0 is a number, not text\)"),
@@ -347,7 +347,7 @@ def test_the_finding_is_said_in_one_line_and_what_is_left_out_counted(tmp_path, 
      "looks like subtitles"),
     ("own.txt", "<html><body>\n<p>hi</p>\n", "is XML or HTML"),
     ("own.txt", "conversations:\n- - hi\n  - hello\n- - a\n", "looks like YAML"),
-    ("own.txt", "a\n\nb\n\nc\n\nd\n", "has an empty line between all lines"),
+    ("own.txt", "a\n\nb\n\nc\n\nd\n", "has an empty line after every line"),
     ("own.txt", "text:a\tlabels:b\ntext:c\tlabels:d\nwhat ?\n", "line 3 has no text:"),
     ("own.py", "import os\n\nfor name in names:\n    print(name)\n", "looks like source code"),
     ("own.pdf", "%PDF-1.4\n", "is a PDF; save"), ("own.txt", "hi\nhello\n".encode("utf-16"), "save the file as UTF-8"),
@@ -386,7 +386,7 @@ def test_format_and_columns_override_what_is_found_by_looking(tmp_path):
     (tmp_path / "own.txt").write_text("A: a\nB: b\n")
     (found,) = read_any(tmp_path / "own.txt", "plain").values()
     assert [turn["candidates"] for entry in found for turn in entry["utterances"]] == [["B: b"]]
-    assert "no layout is called 'docx'; known are json, plain" in error_line(
+    assert "no layout is called 'docx'; the known ones are json, plain" in error_line(
         "example_entry.py", "--convert", "own.txt", "out.json", "--format", "docx", cwd=tmp_path)
 
 
@@ -401,7 +401,7 @@ def test_a_file_or_folder_of_splits_keeps_them(tmp_path):
     (folder / "dev.csv").write_text("question,answer\na,b\n")
     assert {split: len(list(found)) for split, found in read_any(folder).items()} == {"train": 3, "valid": 1}
     (folder / "valid.txt").write_text("a\nb\n")
-    with pytest.raises(InputError, match="holds dev.csv and valid.txt, both for valid; keep one"):
+    with pytest.raises(InputError, match="contains dev.csv and valid.txt, both for valid; keep one"):
         read_any(folder)
 
 

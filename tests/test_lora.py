@@ -127,7 +127,7 @@ def test_train_resume_evaluate_and_refusals(trained, small_corpus, tmp_path, mon
     with pytest.raises(InputError, match="adapts /no/such/model: .*no such folder"):
         load_model(str(run))
     (run / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="adapter_config.json: names no base_model_name_or_path"):
+    with pytest.raises(InputError, match="adapter_config.json: has no base_model_name_or_path"):
         load_model(str(run))
     (run / "adapter_config.json").write_text(json.dumps(settings))
     (run / "adapter_model.safetensors").write_bytes(b"damaged")

@@ -71,7 +71,7 @@ def test_a_damaged_snapshot_is_passed_over(world, judged, tmp_path, monkeypatch,
     whole = snapshot.read_bytes()
     snapshot.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
     reward.train_reward(arguments)
-    assert "is damaged, it is not what was written; training starts from the beginning" in caplog.text
+    assert "is damaged, its hash differs; training starts from the beginning" in caplog.text
     reward.train_reward(Namespace(**vars(arguments) | {"reward": str(tmp_path / "other")}))
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("reward", "other")]
     assert models[0] == models[1]
