@@ -103,13 +103,14 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
         return str(path)
     if os.path.exists(path) or model_checkpoint.count("/") > 1 or model_checkpoint.startswith((".", "/", "~")) \
             or "/" in model_checkpoint and (os.path.isdir(path.parent) or path.parts[0] == "runs"):  # no hub name
-        raise InputError(f"{path}: no such folder; {_meant(path)}--model_checkpoint takes a run folder or a hub name")
+        raise InputError(f"{path}: no such folder; {_suggest(path)}--model_checkpoint takes a run folder or a hub name")
     return model_checkpoint
 
 
-def _meant(path: Path) -> str:
-    """What may have been meant by a path that is not there, as the beginning of a cure: a neighbour, or a name."""
-    known = [*(os.listdir(path.parent) if path.parent.is_dir() else []), *(NAMED if path.parent == Path() else [])]
+def _suggest(path: Path) -> str:
+    """Return a question that suggests an existing name similar to a missing path, to begin a cure; "" without one."""
+    known = [*(os.listdir(path.parent) if os.path.isdir(path.parent) else []),
+             *(NAMED if path.parent == Path() else [])]
     near = get_close_matches(path.name, [name for name in known if name[0] != "."], n=1, cutoff=0.5)
     return f"did you mean {path.parent / near[0]}? " if near else ""
 
@@ -200,7 +201,7 @@ def quiet_transformers():
 
 
 class _PlainReader(gguf.GGUFReader):
-    """gguf's, which reads through a plain array: slices of a memory map take four times as long."""
+    """gguf's reader on a plain array, because slices of a memory map take four times as long."""
 
     data: Any
 
@@ -256,7 +257,7 @@ def read_config(checkpoint: str) -> transformers.PretrainedConfig:
             "cannot be read as a GGUF file" if is_gguf(checkpoint) else \
             "is neither a folder here nor a model that the hub provides"
         raise InputError(f"--model_checkpoint {checkpoint}: {what} ({short(str(error))}); "
-                         f"{_meant(Path(checkpoint))}name a run folder, or a model on the hub if there is a network"
+                         f"{_suggest(Path(checkpoint))}name a run folder, or a model on the hub if there is a network"
                          ) from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(f"--model_checkpoint {checkpoint}: is a '{config.model_type}' model, not a decoder that "

@@ -149,8 +149,8 @@ def _field(row: list[str], column: int) -> str:
 
 def _check_row(path: str | Path, place: str, row: list[str], header: list[str]) -> bool:
     if len(row) > len(header) and any(map(str.strip, row[len(header):])):
-        raise InputError(f"{path}: {place} has {len(row)} fields, not {len(header)}; put those that hold what "
-                         "divides them into quotation marks")
+        raise InputError(f"{path}: {place} has {len(row)} fields, not {len(header)}; put quotation marks "
+                         "around fields that contain the delimiter")
     return True
 
 
@@ -164,7 +164,7 @@ def _columns(path: str | Path, header: list[str], columns: str) -> tuple[list[in
         if column_key(wanted) in names:
             return names.index(column_key(wanted))
         raise InputError(f"{path}: has no column {wanted.strip()!r} for --columns, only {_listed(header)}; name those, "
-                         "or their numbers, counted from 1")
+                         "names or numbers, counted from 1")
 
     if columns:
         asked = [one.partition("=") for one in columns.split(",")]
@@ -189,8 +189,8 @@ def _columns(path: str | Path, header: list[str], columns: str) -> tuple[list[in
         return [], {kind: at for kind, at in uses.items() if kind in ("text", "speaker", "dialog", "persona")}
     if "whole" in uses:
         return [], {kind: at for kind, at in uses.items() if kind in ("whole", "persona")}
-    raise InputError(f"{path}: its columns {_listed(header)} are none that are known to hold prompts and replies, or "
-                     "utterances and speakers; say which do, such as --columns question,answer")
+    raise InputError(f"{path}: its columns {_listed(header)} have no known names of prompts and replies, or of "
+                     "utterances and speakers; name them, for example --columns question,answer")
 
 
 def _listed(header: Iterable[str]) -> str:
