@@ -272,9 +272,9 @@ def evaluate(args: Namespace) -> dict[str, float]:
         figures |= {name: fmean(run[name] for run in runs) for name in runs[0]}  # F1 of replies, not of choices
         if args.seeds > 1:
             figures["F1 spread"] = stdev(run["F1"] for run in runs)
-    ranges = intervals(records, split)
-    logger.info("95 %% intervals, dialogs drawn anew 1,000 times: %s",
-                ", ".join(f"{name} {figure(low)} to {figure(high)}" for name, (low, high) in ranges.items()))
+    if ranges := intervals(records, split):
+        logger.info("95 %% intervals, dialogs drawn anew 1,000 times: %s",
+                    ", ".join(f"{name} {figure(low)} to {figure(high)}" for name, (low, high) in ranges.items()))
     if args.predictions:
         lines = [{name: value for record in turn for name, value in record.items()}
                  for turn in zip(*records.values(), strict=True)]

@@ -177,6 +177,7 @@ def test_a_reply_without_an_alternative_is_no_hit(tmp_path, trained):
     said = script("convai_evaluation.py", "--dataset_path", "alone.json", "--distractors", "none", "--report", "report",
                   "--model_checkpoint", trained, cwd=tmp_path)
     assert said == "FINAL Hits@1: nothing to choose\n" and "hits@k cannot be measured" in script.stderr
+    assert "95 % intervals" not in script.stderr
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["figures"] == {"Hits@1": None} and "ranks" not in report
     corpus["valid"].append({"utterances": [{"history": ["hi ."], "candidates": ["hi .", "bye ."]},
