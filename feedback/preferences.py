@@ -1,8 +1,8 @@
-"""Which of two replies people prefer: by pairs and answers of ours, or by files of preferences made elsewhere.
+"""Read preferences: from our pairs and answers, or from preference data sets made elsewhere.
 
-Elsewhere means records with ``chosen`` and ``rejected``, as JSON lines or one JSON list, gzipped or not: TRL's, whose
-``prompt``, ``chosen`` and ``rejected`` are texts or lists of messages, the prompt in a field of its own or within both;
-and transcripts such as Anthropic's HH, whose turns begin with ``Human:`` and ``Assistant:``. Knows no models.
+Such data sets have records with ``chosen`` and ``rejected``, as JSON lines or one JSON list, gzipped or not. In TRL's
+format, ``prompt``, ``chosen`` and ``rejected`` are texts or lists of messages; the prompt may be a field or part of
+both dialogs. In transcripts such as Anthropic's HH, turns begin with ``Human:`` and ``Assistant:``.
 """
 
 import codecs
@@ -25,12 +25,12 @@ ROLES = {"system": "system", "developer": "system",
          **dict.fromkeys(["user", "human", "prompter", "person", "customer"], "other"),
          **dict.fromkeys(["assistant", "bot", "gpt", "model", "ai", "chatbot", "agent"], "bot")}
 SPEAKER = r"\s*(Human|User|Assistant|AI|Bot|System) ?:"  # of a transcript
-PROMPTS = ("prompt", "question", "instruction")  # names that the prompt's field goes by
+PROMPTS = ("prompt", "question", "instruction")  # names of the field with the prompt
 logger = logging.getLogger("feedback.preferences")
 
 
 class Preferences(NamedTuple):
-    """Pairs by name; of those with a better reply, the pair and that reply's number; how many have none, by reason."""
+    """All pairs by name; the pairs with a better reply and its number; the number of other pairs by reason."""
 
     pairs: dict[str, dict]
     better: list[tuple[dict, int]]
@@ -38,9 +38,9 @@ class Preferences(NamedTuple):
 
 
 def read_preferences(path: str | Path, answers: Iterable[str | Path]) -> Preferences:
-    """The preferences of a file of pairs and ``answers`` to them; those made elsewhere need no answers.
+    """Read the preferences in a file of pairs and its ``answers``; data sets made elsewhere need no answers.
 
-    Raises `InputError` when a file cannot be read or holds no pair.
+    Raises `InputError` if a file cannot be read or contains no pair.
     """
     if _is_made_elsewhere(path):
         return _made_elsewhere(Path(path))
@@ -49,7 +49,7 @@ def read_preferences(path: str | Path, answers: Iterable[str | Path]) -> Prefere
 
 
 def _is_made_elsewhere(path: str | Path) -> bool:
-    """By the first record; ours are never a list. What else is in the file is for its reader to complain of."""
+    """Decide by the first record; our own files are never a JSON list. Other errors are left to the readers."""
     with open_data(path) as file:
         for line in iter(lambda: file.readline(LONGEST_LINE), b""):
             line = line.removeprefix(codecs.BOM_UTF8).strip()
@@ -62,7 +62,7 @@ def _is_made_elsewhere(path: str | Path) -> bool:
 
 
 def _records(path: str | Path) -> Iterator[tuple[int, dict | None]]:
-    """Numbered from 1, the objects of JSON lines or of a JSON list; None where there is something else."""
+    """Yield the numbered objects, from 1, of JSON lines or a JSON list; None for anything else."""
     text = JsonReader(read_pieces(path), path)
     if text.next_letter() == "[":
         for number, record in enumerate(text.elements(), 1):
@@ -99,7 +99,7 @@ def _made_elsewhere(path: Path) -> Preferences:
         prompts.add(pair["beginnings"][-1])
     report_left_out(path, problems)
     if not pairs:
-        raise InputError(f"{path}: of its preferences none can be used; write lines of "
+        raise InputError(f"{path}: none of its preferences can be used; write lines of "
                          '{"prompt": "…", "chosen": "…", "rejected": "…"}')
     logger.info("%s: preferences made elsewhere, %s pairs of %s dialogs; answers are not looked for", path,
                 f"{len(pairs):,}", f"{len(prompts):,}")
@@ -108,9 +108,9 @@ def _made_elsewhere(path: Path) -> Preferences:
 
 
 def read_record(record: dict) -> tuple[list[str], list[str], list[str]]:
-    """Persona (system texts, a sentence per line), history, and the rejected and the chosen reply, of one preference.
+    """Return persona, history and [rejected, chosen] of a record; the persona is the system text, a sentence per line.
 
-    Raises ``ValueError`` saying why it is no pair of replies to one dialog.
+    Raises ``ValueError`` with the reason if the record is not a pair of replies to one dialog.
     """
     prompt_text = next((record[name] for name in PROMPTS if record.get(name)), [])
     prompt = said(prompt_text, "other")
@@ -122,7 +122,7 @@ def read_record(record: dict) -> tuple[list[str], list[str], list[str]]:
             turns = prompt + said(value.removeprefix(prompt_text), "bot")
         else:
             turns = said(value, "bot")
-            if not any(turn.speaker == "other" for turn in turns):  # the reply alone, without its prompt
+            if not any(turn.speaker == "other" for turn in turns):  # only the reply, without its prompt
                 turns = prompt + turns
             elif not any(turn.speaker == "system" for turn in turns):
                 turns = [turn for turn in prompt if turn.speaker == "system"] + turns
@@ -142,7 +142,7 @@ def read_record(record: dict) -> tuple[list[str], list[str], list[str]]:
 
 
 def said(value: object, speaker: str) -> list[Utterance]:
-    """Turns of the speakers system, other and bot, from messages, a transcript, or a text, which is ``speaker``'s.
+    """Convert messages, a transcript or a plain text, said by ``speaker``, to turns of "system", "other" and "bot".
 
     Raises ``ValueError`` for anything else.
     """
@@ -158,7 +158,7 @@ def said(value: object, speaker: str) -> list[Utterance]:
 
 
 def _message(message: dict) -> tuple[str, str]:
-    """Who says a message, and its text; its parts are joined."""
+    """Return the speaker and the text of a message; parts of the text are joined."""
     role = ROLES.get(str(message.get("role", message.get("from"))).lower())
     content = message.get("content", message.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):

@@ -1,10 +1,10 @@
-"""People's ratings of replies: reading them, and making pairs of them.
+"""Read people's ratings of replies, and make preference pairs from them.
 
     python -m feedback.ratings --data persona_zhao.jsonl dailydialog_zhao.jsonl --margin 1 --pairs people.jsonl
 
-A line of a file of ratings has a dialog's ``history``, a ``reply``, perhaps the bot's ``persona`` or a ``fact`` that it
-was to use, and either ``rating`` or ``ratings``, one per quality: a number, or a list with one per rater. A line with
-``turns`` is a whole chat (see `read_chats`), whose replies may have a score each. Knows no models.
+Each line of a file has a ``history``, a ``reply``, optionally the bot's ``persona`` or a ``fact`` to use, and either
+``rating`` or ``ratings`` (one per quality). A rating is a number or a list with a number per rater. A line with
+``turns`` is a whole chat (`read_chats`), in which each reply may have a score.
 """
 
 import logging
@@ -22,12 +22,12 @@ from cli import InputError, command, positive_real
 from dialogs import Utterance, merge_utterances
 from feedback.pairs import append_json_lines, read_json_lines, report_left_out
 
-OVERALL = ("overall", "rating", "score")  # names of the quality that pairs are made by, first found
+OVERALL = ("overall", "rating", "score")  # names of the overall quality; the first that exists is used
 logger = logging.getLogger("feedback.ratings")
 
 
 class Rated(NamedTuple):
-    """A reply, what it replies to, and what people think of it: of each quality, a number per rater."""
+    """A reply, its context, and its ratings: for each quality, a number per rater."""
 
     persona: list[str]
     history: list[str]
@@ -51,9 +51,9 @@ class Chat(NamedTuple):
 
 
 def read_ratings(path: str | Path) -> list[Rated]:
-    """The rated replies of a file, in its order; of whole chats, the replies that have a score of their own.
+    """Read the rated replies of a file, in its order; from whole chats, the replies with a score.
 
-    Lines that are none are named, counted and left out. Raises `InputError` when the file cannot be read, or has none.
+    Other lines are skipped with a warning. Raises `InputError` if the file cannot be read or has no rated reply.
     """
     path, rated, problems = Path(path), [], {}
     for number, record in read_json_lines(path):
@@ -71,7 +71,7 @@ def read_ratings(path: str | Path) -> list[Rated]:
 
 
 def read_chats(path: str | Path) -> list[Chat]:
-    """The whole chats of a file that have a score, such as those with the finalists of ConvAI2."""
+    """Read the whole chats of a file that have a score, such as those with the finalists of ConvAI2."""
     chats = []
     for _, record in read_json_lines(Path(path)):
         if record and "turns" in record and _is_number(record.get("score")):
@@ -81,7 +81,7 @@ def read_chats(path: str | Path) -> list[Chat]:
 
 
 def _rated(record: dict) -> Rated:
-    """Raises ``ValueError`` saying why a record is no rated reply."""
+    """Convert a record to a rated reply. Raises ``ValueError`` with the reason if it is none."""
     if not isinstance(record.get("reply"), str) or not record["reply"].strip():
         raise ValueError("without a reply")
     fact = record.get("fact")
@@ -127,14 +127,14 @@ def _is_number(value: object) -> bool:
 
 
 def overall(rated: Rated) -> float | None:
-    """The mean of the raters of the quality that means the reply as a whole; None where there is none of that name."""
+    """Return the mean rating of the overall quality (`OVERALL`); None if there is no such quality."""
     names = {quality.lower(): quality for quality in rated.ratings}
     quality = next((names[name] for name in OVERALL if name in names), None)
     return fmean(rated.ratings[quality]) if quality else None
 
 
 def rated_pairs(rated: Iterable[Rated], margin: float) -> Iterator[tuple[Rated, Rated]]:
-    """Each two replies to one context of which people rate the second higher than the first, by ``margin`` or more."""
+    """Yield pairs (worse, better) of replies to the same context, with ratings that differ by ``margin`` or more."""
     contexts: dict[tuple, list[Rated]] = defaultdict(list)
     for one in rated:
         if overall(one) is not None:
@@ -146,7 +146,7 @@ def rated_pairs(rated: Iterable[Rated], margin: float) -> Iterator[tuple[Rated, 
 
 
 def as_preference(worse: Rated, better: Rated) -> dict:
-    """A pair as `feedback.preferences` reads it: messages, the persona as the system's."""
+    """Convert a pair to the format of `feedback.preferences`: messages, with the persona as the system message."""
     back = len(better.history)
     prompt = [{"role": "user" if (back - place) % 2 else "assistant", "content": text}
               for place, text in enumerate(better.history)]
@@ -157,7 +157,7 @@ def as_preference(worse: Rated, better: Rated) -> dict:
 
 
 def write_pairs(args: Namespace) -> int:
-    """Write ``--pairs`` anew; returns how many there are."""
+    """Write the file ``--pairs`` and return the number of pairs."""
     path, records = Path(args.pairs), []
     for data in args.data:
         rated = read_ratings(data)
@@ -166,7 +166,7 @@ def write_pairs(args: Namespace) -> int:
                     f"{len({one.context for one in rated}):,}")
         records += made
     if not records:
-        raise InputError(f"--margin {args.margin}: no two replies to one context are rated that far apart; lower it")
+        raise InputError(f"--margin {args.margin}: the ratings of no two replies to a context differ so much; lower it")
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.unlink(missing_ok=True)
     append_json_lines(unfinished, records)
@@ -178,10 +178,10 @@ def write_pairs(args: Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m feedback.ratings", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", nargs="+", required=True, metavar="FILE", help="files of ratings, a JSON line per reply")
+    add("--data", nargs="+", required=True, metavar="FILE", help="files of ratings, with a JSON line per reply")
     add("--margin", type=positive_real, default=1.0, metavar="M",
-        help="how much higher the better reply is rated, at least (default: %(default)s)")
-    add("--pairs", default="people.jsonl", metavar="FILE", help="what to write, for feedback.reward and for dpo "
+        help="smallest difference between the ratings of a pair (default: %(default)s)")
+    add("--pairs", default="people.jsonl", metavar="FILE", help="file to write, for feedback.reward and dpo "
         "(default: %(default)s)")
     write_pairs(parser.parse_args(arguments))
 

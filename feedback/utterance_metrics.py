@@ -1,8 +1,8 @@
-"""Qualities of an utterance that can be measured without asking anybody, and how dialogs usually go on in them.
+"""Measure qualities of an utterance automatically, and predict their usual values in a dialog (DYME).
 
-The metrics are those of Saleh et al. (2020, "Hierarchical reinforcement learning for open-domain dialog"); DYME (von
-Unold et al. 2021) learns from dialogs which values the next utterance should have. Texts only, no network. Libraries
-are imported where they are used: each takes a second, and who annotates needs none.
+The metrics are those of Saleh et al. (2020, "Hierarchical reinforcement learning for open-domain dialog"). DYME (von
+Unold et al. 2021) learns from dialogs which values the next utterance should have. Libraries are imported where they
+are used, because each takes about a second and annotating needs none.
 """
 
 import re
@@ -13,21 +13,21 @@ import numpy as np
 
 from cli import InputError
 
-PRONOUNS = "who whom whose what when where why which how".split()  # those that ask
+PRONOUNS = "who whom whose what when where why which how".split()
 AUXILIARIES = "is are am was were do does did have has had can could will would shall should may might must".split()
 NEGATED = ("isn't aren't ain't wasn't weren't don't doesn't didn't haven't hasn't hadn't can't couldn't won't wouldn't "
            "shan't shouldn't mayn't mightn't mustn't needn't daren't").split()
 SHORTENED = [f"{word}'{end}" for word in PRONOUNS for end in ("s", "re", "d", "ll", "ve", "m")]  # "what's", "who've"
 QUESTION_WORDS = frozenset(PRONOUNS + AUXILIARIES + NEGATED + SHORTENED + ["d'you", "d'ya"])
-# Chats leave the apostrophe out: "whats up ?". Of "who're" that would be another word.
+# Chats often omit the apostrophe: "whats up ?". Without it, "who're" would be another word.
 UNMARKED = frozenset(word.replace("'", "") for word in QUESTION_WORDS) - {"whore"}
 APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ´`＇", "'"))
 
 
 def lowercase_words(text: str) -> list[str]:
-    """Lower-case words, apostrophes within them kept, all as ``'``.
+    """Split a text into lower-case words; apostrophes within words are kept, all as ``'``.
 
-    Contractions that a tokenizer or a corpus has set apart are whole words again: "ca n't", "isn ' t".
+    Contractions that a tokenizer or a corpus has split ("ca n't", "isn ' t") become whole words again.
     """
     text = text.lower().translate(APOSTROPHES)
     text = re.sub(r"(?<=\w) *(n?) ?' ?(t|s|re|d|ll|ve|m)\b", r"\1'\2", text)
@@ -44,16 +44,16 @@ def check_libraries() -> None:
         raise InputError(f"the utterance metrics need {error.name}; pip install -r requirements/feedback.txt") from None
 
 
-# Each metric takes the utterance and the dialog so far, oldest first, and gives a number, the more the better.
+# Each metric takes an utterance and the history, oldest first, and returns a number; higher is better.
 
 
 def sentiment(utterance: str, history: Sequence[str] = ()) -> float:
-    """-1 (negative) to 1 (positive): VADER's compound score (Hutto and Gilbert 2014)."""
+    """Return VADER's compound score (Hutto and Gilbert 2014), from -1 (negative) to 1 (positive)."""
     return _vader().polarity_scores(utterance)["compound"]
 
 
 def question(utterance: str, history: Sequence[str] = ()) -> float:
-    """1 if it asks something: has a question mark and a question word."""
+    """Return 1 if the utterance has a question mark and a question word, else 0."""
     return float(asks_question(utterance))
 
 
@@ -67,10 +67,11 @@ def rule_score(reply: str) -> float:
 
 
 def repetition(utterance: str, history: Sequence[str] = ()) -> float:
-    """-1 (says nothing new) to 0: less the share of its words that the speaker has said before.
+    """Return minus the share of words that the speaker has said before, from -1 (nothing new) to 0.
 
-    Before: earlier in the utterance, or in the speaker's own turns, every second one of ``history`` counted back.
-    Words of fewer than four letters do not count: they are taken for grammar, which repeats.
+    A word counts as repeated if it occurs earlier in the utterance or in one of the speaker's own turns: every second
+    turn of ``history``, counted from its end. Words of fewer than four letters are ignored, because most of them are
+    function words.
     """
     said = {word for text in list(history)[-2::-2] for word in lowercase_words(text)}
     repeated = total = 0
@@ -82,7 +83,7 @@ def repetition(utterance: str, history: Sequence[str] = ()) -> float:
 
 
 def similarity(utterance: str, history: Sequence[str] = ()) -> float:
-    """0 to 1: cosine of the words and word pairs of the utterance and of what the other person said last."""
+    """Return the cosine similarity, 0 to 1, of the utterance and the previous one, over words and word pairs."""
     if not history:
         return 0.0
     rows = _vectorizer().transform([utterance, history[-1]])
@@ -90,7 +91,7 @@ def similarity(utterance: str, history: Sequence[str] = ()) -> float:
 
 
 def toxicity(utterance: str, history: Sequence[str] = ()) -> float:
-    """-1 (abusive) to 0: less the probability that profanity-check's linear model gives."""
+    """Return minus the probability of profanity from profanity-check's linear model, from -1 (abusive) to 0."""
     from profanity_check import predict_prob  # half a second to import
 
     return -float(predict_prob([utterance])[0]) if utterance.strip() else 0.0
@@ -116,22 +117,21 @@ def _vectorizer():
 
 
 def measure(utterance: str, history: Sequence[str]) -> np.ndarray:
-    """All metrics, (5,), in the order of `METRICS`."""
+    """Compute all metrics, (5,), in the order of `METRICS`."""
     return np.array([metric(utterance, history) for metric in METRICS.values()])
 
 
 def weighted(utterance: str, history: Sequence[str], weights: dict[str, float] = WEIGHTS) -> float:
-    """The metrics as one reward."""
+    """Compute the weighted sum of the metrics, as a reward."""
     return float(sum(weights[name] * metric(utterance, history) for name, metric in METRICS.items() if weights[name]))
 
 
 class Dyme:
-    """How the metrics of the next utterance follow from the dialog so far.
+    """Predict the metrics of the next utterance of a dialog, and reward utterances near this prediction.
 
-    A ridge regression from the metrics of the last ``WINDOW`` utterances (0 where there are fewer), how many there are,
-    and the lengths of the last two, to the metrics of the next one. (von Unold et al. use a neural network.) An
-    utterance is good when its metrics are what people's would be at that place. Histories are whole ones, from the
-    dialog's opening on, when it learns as when it is asked.
+    A ridge regression (von Unold et al. use a neural network) predicts them from the metrics of the last ``WINDOW``
+    utterances (0 if there are fewer), the number of utterances, and the lengths of the last two. An utterance is good
+    if its metrics are like those of people at the same place. Histories must begin with the dialog's first utterance.
     """
 
     WINDOW = 3
@@ -145,12 +145,12 @@ class Dyme:
                 seen.append(self._features(dialog[:place], measured[:place]))
                 following.append(measured[place])
         following = np.array(following)
-        self.spread = following.std(0).clip(min=1e-6)  # metrics vary differently: deviations count in these
+        self.spread = following.std(0).clip(min=1e-6)  # the unit of each metric
         from sklearn.linear_model import Ridge
 
         self.model = Ridge(alpha=1.0).fit(np.array(seen), following / self.spread)
         usual = np.abs(following / self.spread - self.model.predict(np.array(seen))).mean(1)
-        self.mean, self.scale = float(usual.mean()), float(usual.std()) or 1.0  # of people's own deviations
+        self.mean, self.scale = float(usual.mean()), float(usual.std()) or 1.0  # of people's deviations
 
     def _features(self, history: Sequence[str], measured: Sequence[np.ndarray]) -> np.ndarray:
         window = np.zeros((self.WINDOW, len(METRICS)))
@@ -160,15 +160,15 @@ class Dyme:
         return np.concatenate([window.ravel(), [min(len(history), 10) / 10, *lengths, *[0.0] * (2 - len(lengths))]])
 
     def expected(self, history: Sequence[str]) -> np.ndarray:
-        """Metrics of the next utterance in units of their deviation among people's utterances, (5,)."""
-        first = max(0, len(history) - self.WINDOW)  # earlier ones are not looked at
+        """Predict the metrics of the next utterance, (5,), in units of their standard deviation among people."""
+        first = max(0, len(history) - self.WINDOW)  # earlier utterances are not used
         measured = [measure(text, history[:place]) for place, text in enumerate(history[first:], first)]
         return self.model.predict(self._features(history, measured)[None])[0]
 
     def deviation(self, utterance: str, history: Sequence[str]) -> float:
-        """Mean absolute difference of an utterance's metrics from the expected ones, in those units."""
+        """Return the mean absolute difference of an utterance's metrics from the `expected` ones, in their units."""
         return float(np.abs(measure(utterance, history) / self.spread - self.expected(history)).mean())
 
     def reward(self, utterance: str, history: Sequence[str]) -> float:
-        """Less the `deviation`, on the scale of a reward model: mean 0 and deviation 1 over people's utterances."""
+        """Return minus the `deviation`, scaled to mean 0 and standard deviation 1 over people's utterances."""
         return (self.mean - self.deviation(utterance, history)) / self.scale

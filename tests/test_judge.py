@@ -72,7 +72,7 @@ def test_pairs_are_all_that_differ_by_the_margin_within_a_context(tmp_path):
     found = read_preferences(tmp_path / "pairs.jsonl", []).better
     assert wanted and wanted == {(tuple(pair["persona"]), tuple(pair["history"]), pair["replies"][1 - best]["text"],
                                   pair["replies"][best]["text"]) for pair, best in found}
-    with pytest.raises(InputError, match="no two replies to one context are rated that far apart"):
+    with pytest.raises(InputError, match="the ratings of no two replies to a context differ so much"):
         ratings.main(["--data", str(path), "--margin", "9", "--pairs", str(tmp_path / "none.jsonl")])
 
 
