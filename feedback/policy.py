@@ -1,12 +1,11 @@
-"""Train a model to say what people prefer, without letting it drift from what it was.
+"""Train a model towards people's preferences, without letting it drift far from the original.
 
     python -m feedback.policy --algorithm ppo --model_checkpoint RUN --reward_model reward --policy policy
     python -m feedback.policy --algorithm dpo --model_checkpoint RUN --pairs pairs.jsonl --answers answers.jsonl …
 
-The fine-tuned model is the policy, and a frozen copy of it the reference from which it must not stray far. ``ppo`` and
-``rloo`` sample replies and follow a reward; ``dpo`` learns from the pairs themselves. A reply is a sequence of
-actions: its tokens, and its end. What comes out, ``--policy``, is an ordinary run folder. Started again after a kill,
-it goes on.
+The policy begins as the fine-tuned model, and a frozen copy of this model is the reference. ``ppo`` and ``rloo`` sample
+replies and maximise a reward; ``dpo`` learns from the pairs directly. A reply is a sequence of actions: its tokens and
+its end. The result, ``--policy``, is an ordinary run folder. After an interruption, the same command continues.
 
 Read from `train_policy` downwards.
 """
@@ -67,7 +66,7 @@ from utils import add_common_flags, open_dataset
 from weights import save_model
 
 EVALUATIONS = "evaluations.jsonl"
-NEVER = -1e9  # log-probability of what cannot be done; finite, so that 0 · NEVER is 0
+NEVER = -1e9  # log-probability of impossible actions; finite, so that 0 · NEVER is 0
 logger = logging.getLogger("feedback.policy")
 
 
@@ -75,14 +74,14 @@ logger = logging.getLogger("feedback.policy")
 
 
 class ReplyTokens(NamedTuple):
-    """What was said to a context: token ids, and whether it ended by itself or was cut at the greatest length."""
+    """The token ids of a reply, and whether it ended by itself or was cut at the maximum length."""
 
     ids: list[int]
     ended: bool
 
 
 class Context(NamedTuple):
-    """A context, as token ids that leave room for a reply; as texts, with the whole history; the replies to it."""
+    """A context with its replies: as token ids, cut so that a reply fits, and as texts with the whole history."""
 
     persona: list[list[int]]
     history: list[list[int]]
@@ -91,19 +90,19 @@ class Context(NamedTuple):
 
 
 class Actions(NamedTuple):
-    """The actions of a batch of replies, (replies, steps), padded on the right; a context's replies side by side."""
+    """The actions of a batch of replies, (replies, steps), padded on the right; replies to one context are adjacent."""
 
-    tokens: torch.Tensor  # the token said; at the end, <eos>
-    mask: torch.Tensor  # True where there is one
-    place: torch.Tensor  # its line in the logits that `PolicyNetwork` gives of `batch`
-    batch: dict[str, torch.Tensor]  # of `inputs.collate`
+    tokens: torch.Tensor  # the chosen token; <eos> for the end
+    mask: torch.Tensor  # True for actions, False for padding
+    place: torch.Tensor  # the action's row in the logits that `PolicyNetwork` returns for `batch`
+    batch: dict[str, torch.Tensor]  # from `inputs.collate`
 
 
 def label_replies(row: Row, replies: Sequence[ReplyTokens]) -> tuple[Row, list[range]]:
-    """The row of `pack_turn` with every reply's actions as labels, and at which of them each reply's are.
+    """Label the actions of all replies in a row of `pack_turn`; return the row and each reply's range of labels.
 
-    A reply that was cut has no end to label: nobody chose it. Equal replies share their segment of the row, and so
-    their labels.
+    The end of a reply that was cut is not labelled, because the policy did not choose it. Equal replies share a segment
+    of the row, and so their labels.
     """
     labels, ranges = [IGNORED] * len(row.labels), []
     for reply, last in zip(replies, row.mc_token_ids[0], strict=True):
@@ -117,7 +116,7 @@ def label_replies(row: Row, replies: Sequence[ReplyTokens]) -> tuple[Row, list[r
 
 
 def pack_actions(turns: Sequence[Context], special: Specials, model: DoubleHeadsModel) -> Actions:
-    """The actions of all replies of ``turns``, each row holding a context once and all replies to it."""
+    """Pack all replies of ``turns``: a row holds a context once and all replies to it."""
     rows, places, tokens, offset = [], [], [], 0
     for turn in turns:
         row = pack_turn(turn.persona, turn.history, [reply.ids for reply in turn.replies], special,
@@ -135,14 +134,15 @@ def pack_actions(turns: Sequence[Context], special: Specials, model: DoubleHeads
 
     mask = padded([[1] * len(row) for row in tokens]).bool()
     batch = {name: tensor.to(model.device) for name, tensor in collate(rows, special.pad).items()
-             if not name.startswith("mc_")}  # no choice is asked for
+             if not name.startswith("mc_")}  # the choice head is not needed
     return Actions(padded(tokens), mask, padded(places), batch)
 
 
 class PolicyNetwork(nn.Module):
-    """A policy, and how much reward it expects yet: a value head on the states that the language-model head reads.
+    """A policy with a value head, which predicts the remaining reward from the hidden states.
 
-    The value head begins at 0 and is not part of the result. There is no dropout: a policy is one distribution.
+    The value head starts at 0 and is not saved with the result. Dropout is off, so that the policy is one fixed
+    distribution.
     """
 
     def __init__(self, model: DoubleHeadsModel):
@@ -153,7 +153,7 @@ class PolicyNetwork(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a packed batch, for each label in its order: logits (labels, vocabulary) and values (labels,)."""
+        """Compute logits (labels, vocabulary) and values (labels,) of a packed batch, in the order of its labels."""
         states = []
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
@@ -165,9 +165,9 @@ class PolicyNetwork(nn.Module):
 
 
 def action_logprobs(logits: torch.Tensor, special: Specials) -> torch.Tensor:
-    """Logits (…, vocabulary) → log-probabilities of the actions, as many.
+    """Convert logits (…, vocabulary) to log-probabilities of actions, of the same shape.
 
-    Any control token ends a reply, so they are one action, which stands in the place of ``<eos>``.
+    Any control token ends a reply, so together they are one action, at the index of ``<eos>``.
     """
     logprobs = logits.log_softmax(-1)
     ends = logprobs[..., list(special)].logsumexp(-1, keepdim=True)
@@ -178,25 +178,25 @@ def action_logprobs(logits: torch.Tensor, special: Specials) -> torch.Tensor:
 
 
 def chosen_logprobs(logprobs: torch.Tensor, actions: Actions) -> torch.Tensor:
-    """(labels, vocabulary) → the log-probability of each action that was taken, (replies, steps); 0 in the padding."""
+    """Select the log-probabilities of the chosen actions: (labels, vocabulary) → (replies, steps); 0 for padding."""
     return logprobs[actions.place, actions.tokens] * actions.mask
 
 
 def divergence(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """KL(policy ‖ reference) in nats of action log-probabilities (…, vocabulary) → (…).
+    """Return KL(policy ‖ reference) in nats, given action log-probabilities (…, vocabulary); the result is (…).
 
-    The sum over the whole vocabulary, not an estimate from the one token said. Summed over the states of a reply that
-    the policy has sampled, its mean is that of the log-ratio of whole replies, with less variance. Written as
-    Σ p (q/p - 1 - log q/p), whose every term is at least 0, so that rounding cannot make it negative.
+    It is the sum over the whole vocabulary and not an estimate from the sampled token. Summed over the steps of
+    sampled replies, it has the same mean as the log-ratio of whole replies, with less variance. The form
+    Σ p (q/p - 1 - log q/p) has no negative terms, so rounding cannot make it negative.
     """
-    ratio = (reference - policy).clamp(max=80.0)  # beyond, p is 0 in float32 anyway
+    ratio = (reference - policy).clamp(max=80.0)  # above this, p is 0 in float32
     return (policy.exp() * (ratio.expm1() - ratio)).sum(-1)
 
 
 @torch.no_grad()
 def sample_replies(model: DoubleHeadsModel, turns: Sequence[Context], special: Specials, max_length: int,
                    samples: int) -> list[Context]:
-    """``turns`` with ``samples`` replies each, drawn from the model's own distribution: no filter, no temperature."""
+    """Sample replies to each of ``turns`` from the model's own distribution, without filters or temperature."""
     how = Decoding(temperature=1.0, top_p=0.0, max_length=max_length, min_length=0)
     contexts = [build_context(turn.persona, turn.history, special, model.history_start) for turn in turns]
     ids = generate_replies(model, contexts, special, how, samples=samples)
@@ -208,7 +208,7 @@ def sample_replies(model: DoubleHeadsModel, turns: Sequence[Context], special: S
 
 
 class Reward:
-    """What replies are worth: the reward model's word, utterance metrics, DYME, as the arguments ask for them."""
+    """The reward of replies: a weighted sum of reward model, utterance metrics and DYME, as the arguments say."""
 
     def __init__(self, args: Namespace, table):
         self.args, self.model, self.dyme = args, None, None
@@ -225,7 +225,7 @@ class Reward:
             self.dyme = Dyme(draw_dialogs(split, args.dyme_dialogs))
 
     def __call__(self, turns: Sequence[tuple]) -> list[list[float]]:
-        """Rewards of the replies of each turn (persona, history, replies), all texts."""
+        """Compute the rewards of all replies of each turn (persona, history, replies), all of them texts."""
         args = self.args
         model = self.model(turns) if self.model else [[0.0] * len(replies) for _, _, replies in turns]
         rewards = []
@@ -238,7 +238,7 @@ class Reward:
 
 
 def draw_dialogs(split: Split, count: int) -> list[list[str]]:
-    """``count`` whole dialogs of a split as lists of utterances."""
+    """Draw ``count`` whole dialogs of a split, as lists of utterances."""
     drawn = random.Random(0).sample(range(len(split)), min(count, len(split)))
     return [whole_dialog(split, dialog) for dialog in drawn]
 
@@ -247,7 +247,7 @@ def draw_dialogs(split: Split, count: int) -> list[list[str]]:
 
 
 class Trainer:
-    """The policy, its reference, and the three ways to make a step."""
+    """The policy, its reference, and a training step of each of the three algorithms."""
 
     def __init__(self, args: Namespace):
         self.args, self.noted = args, {}
@@ -256,7 +256,7 @@ class Trainer:
         self.special = Specials.of(self.tokenizer)
         self.network = PolicyNetwork(model)
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
-        # Of each reply at least one action, and of that the logits of policy and reference and their logarithms.
+        # Each reply has at least one action, with logits and log-probabilities of both policy and reference.
         require_memory(4 * 4 * args.batch_size * len(self.tokenizer), f"--batch_size {args.batch_size}")
         self.table = open_dataset(args, self.tokenizer)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
@@ -264,7 +264,7 @@ class Trainer:
         self.reward: Reward | None = None
         if args.reward_model or args.utterance_metrics or args.dyme:
             self.reward = Reward(args, self.table)
-        self.seen = self.reward.model.dialogs() if args.reward_model else []  # by who judges or teaches the policy
+        self.seen = self.reward.model.dialogs() if args.reward_model else []  # by the reward model or DPO
         if args.algorithm == "dpo":
             self.pairs = self.preference_pairs()
         else:
@@ -277,7 +277,7 @@ class Trainer:
         return TurnDataset.for_model(model, split, self.tokenizer)
 
     def turn(self, dataset: TurnDataset, number: int) -> Context:
-        """A context of the data, without replies."""
+        """Return a context of the data, without replies."""
         texts = (dataset.split.texts("persona", dataset.split.turn_dialog[number]),
                  dataset.split.texts("history", number))
         return self.fitted(*dataset.context(number), texts, [])
@@ -287,13 +287,13 @@ class Trainer:
         room = positions - self.args.max_length - 2
         if room < max(2, start + 1):
             raise InputError(f"--max_length {self.args.max_length}: the model has {positions} "
-                             "positions for context and reply together; ask for shorter replies")
+                             "positions for context and reply together; choose a smaller --max_length")
         return Context(*fit_context(persona, history, room, start), texts, replies)
 
     def preference_pairs(self) -> list[Context]:
-        """What DPO learns from, the worse reply first: pairs of this very model, or preferences made elsewhere.
+        """Read the pairs for DPO, with the worse reply first; skipped pairs are counted in the log.
 
-        What is left out is counted.
+        Collected pairs must come from this model; preferences made elsewhere may come from anybody.
         """
         args, ours = self.args, model_hash(self.reference.model)
         longest = max_reply(self.reference.model.max_positions, self.reference.model.history_start)
@@ -310,9 +310,9 @@ class Trainer:
             elif max(len(reply.ids) for reply in replies) > longest:
                 left_out["longer than the model's positions"] += 1
             elif pair["model"] and pair["model"] != ours:
-                left_out["said by another model than --model_checkpoint"] += 1
+                left_out["written by another model than --model_checkpoint"] += 1
             elif not replies[best].ended:
-                left_out["better reply cut: from these it would learn never to end"] += 1
+                left_out["better reply cut: the policy would learn never to end"] += 1
             else:
                 turns.append(self.fitted(self.tokenizer.encode_persona(pair["persona"]),
                                          tokenize(self.tokenizer, pair["history"]), (pair["persona"], pair["history"]),
@@ -320,16 +320,16 @@ class Trainer:
         logger.info("%s pairs to learn from; left out: %s", f"{len(turns):,}",
                     "; ".join(f"{count:,} ({reason})" for reason, count in left_out.items()) or "none")
         if not turns:
-            raise InputError(f"{args.pairs}: no pair is left to learn from; annotate more pairs that "
-                             "--model_checkpoint has said")
+            raise InputError(f"{args.pairs}: no pair is left to learn from; annotate more pairs from "
+                             "--model_checkpoint")
         return turns
 
     def evaluation_turns(self) -> list[int]:
-        """``--evaluation_contexts`` turns of validation, of dialogs that neither reward model nor DPO has pairs of."""
+        """Draw validation turns from dialogs in which neither the reward model nor DPO has pairs."""
         args, dataset = self.args, self.dataset("valid")
         free = unseen_turns(dataset.split, self.seen)
         found = (f"{args.dataset or args.dataset_path}: {len(free):,} of {len(dataset):,} turns of the 'valid' split "
-                 "are of dialogs that no pair is from, which the policy is evaluated on")
+                 "are in dialogs without pairs, on which the policy is evaluated")
         cure = "collect pairs of fewer contexts, or of another split (feedback.collect --split test)"
         if not len(free):
             raise InputError(f"{found}; {cure}")
@@ -337,10 +337,10 @@ class Trainer:
             logger.warning("%s, fewer than --evaluation_contexts %s; %s", found, args.evaluation_contexts, cure)
         return np.random.default_rng(0).permutation(free)[:args.evaluation_contexts].tolist()
 
-    # Each of the following makes one step and returns figures of it.
+    # Each of the following methods makes one training step and returns its metrics.
 
     def step(self, number: int) -> dict[str, float]:
-        torch.manual_seed(self.args.seed * 1_000_003 + number)  # so that a place in the training is a number
+        torch.manual_seed(self.args.seed * 1_000_003 + number)  # so that a training can be resumed at any step
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * (1 - number / self.args.steps)
         return {"ppo": self.ppo, "rloo": self.rloo, "dpo": self.dpo}[self.args.algorithm](number)
@@ -352,7 +352,7 @@ class Trainer:
         self.optimizer.step()
 
     def sample_step(self, number: int) -> tuple[Actions, torch.Tensor, torch.Tensor]:
-        """Sampled replies of this step: actions, rewards (replies,), and the reference's log-probabilities, all."""
+        """Sample this step's replies; return actions, rewards (replies,) and the reference's log-probabilities."""
         count = self.args.batch_size // self.args.samples
         order = np.random.default_rng([self.args.seed, number]).integers(len(self.contexts), size=count)
         turns = sample_replies(self.network.model, [self.turn(self.contexts, place) for place in order.tolist()],
@@ -363,7 +363,7 @@ class Trainer:
         return actions, self.rewards(turns).to(actions.mask.device), reference
 
     def rewards(self, turns: Sequence[Context]) -> torch.Tensor:
-        """Of all replies, (replies,); one that was cut is worth `Reward.unfinished`, whatever it says."""
+        """Compute the rewards of all replies, (replies,); a reply that was cut gets `Reward.unfinished` instead."""
         texts = [[readable(self.tokenizer, reply.ids) for reply in turn.replies] for turn in turns]
         scores = self.reward([(*turn.texts, said) for turn, said in zip(turns, texts, strict=True)])
         return torch.tensor([score if reply.ended else self.reward.unfinished
@@ -371,7 +371,7 @@ class Trainer:
                              for reply, score in zip(turn.replies, row, strict=True)])
 
     def ppo(self, number: int) -> dict[str, float]:
-        """Proximal policy optimisation of reward less the price of the divergence, as Ziegler et al. (2019) do it."""
+        """Make a step of PPO with a penalty on the divergence, as in Ziegler et al. (2019)."""
         args = self.args
         actions, score, reference = self.sample_step(number)
         mask = actions.mask
@@ -379,7 +379,7 @@ class Trainer:
             logits, values = self.network(actions.batch)
             policy = action_logprobs(logits, self.special)
             old, old_values = chosen_logprobs(policy, actions), values[actions.place] * mask
-            # Each action pays for its log-ratio; the reply's score comes with its last one.
+            # Each action is penalised by its log-ratio; the last one also gets the reply's score.
             rewards = -self.kl.price * (old - chosen_logprobs(reference, actions))
             rewards[torch.arange(len(score), device=mask.device), mask.sum(1) - 1] += score
             advantage = advantages(rewards, old_values, mask, args.gamma, args.lam)
@@ -397,7 +397,7 @@ class Trainer:
         return {"reward": float(score.mean()), "kl": kl, "price": price, "value_loss": float(error.detach())}
 
     def rloo(self, number: int) -> dict[str, float]:
-        """REINFORCE with the other replies' mean as baseline, of whole replies (Ahmadian et al. 2024)."""
+        """Make a step of REINFORCE on whole replies, with the mean of the other replies as baseline (RLOO)."""
         actions, score, reference = self.sample_step(number)
         policy = action_logprobs(self.network(actions.batch)[0], self.special)
         logprobs = chosen_logprobs(policy, actions).sum(1)
@@ -411,7 +411,7 @@ class Trainer:
         return {"reward": float(score.mean()), "kl": kl, "price": price}
 
     def dpo(self, number: int) -> dict[str, float]:
-        """Direct preference optimisation of the pairs, each epoch in an order of its own."""
+        """Make a step of direct preference optimisation; each epoch has its own order of pairs."""
         size, total = self.args.batch_size, len(self.pairs)
         places = []
         for place in range(number * size, (number + 1) * size):
@@ -426,12 +426,12 @@ class Trainer:
         return {"loss": float(loss.detach())}
 
     def kl_per_reply(self, policy: torch.Tensor, reference: torch.Tensor, actions: Actions) -> float:
-        """Mean over sampled replies of the divergence summed over their states, in nats."""
+        """Return the mean divergence per sampled reply, in nats."""
         return float((divergence(policy, reference)[actions.place] * actions.mask).sum(1).mean())
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Figures of replies to the contexts of `evaluation_turns`, the same each time, sampled under one seed."""
+        """Measure replies to the `evaluation_turns`, always sampled with the same seed."""
         torch.manual_seed(self.args.seed)
         dataset, order = self.dataset("valid"), self.evaluated
         kls, scores, rules, replies = [], [], [], []
@@ -456,10 +456,10 @@ class Trainer:
 
 
 def train_policy(args: Namespace) -> Path:
-    """The whole training; returns the run folder."""
+    """Train a policy and return its run folder."""
     run = Path(args.policy)
     noted = check_arguments(run, args, may_change={"policy", "device", "save_every", "dataset_cache"})
-    if (run / "model.safetensors").exists():  # which is the last that is written
+    if (run / "model.safetensors").exists():  # it is written last
         check_origin(run)
         logger.info("%s is finished", run)
         return run
@@ -481,7 +481,7 @@ def train_policy(args: Namespace) -> Path:
     def evaluate_and_save(engine: Engine) -> None:
         step = done + engine.state.iteration
         if not all(math.isfinite(value) for value in engine.state.output.values()):
-            raise InputError(f"{run}: step {step}: {engine.state.output}, not finite; lower --lr")
+            raise InputError(f"{run}: step {step}: {engine.state.output} is not finite; lower --lr")
         if step % args.evaluate_every == 0 or step == args.steps:
             evaluate(step)
         if step % args.save_every == 0 or step == args.steps:
@@ -499,7 +499,7 @@ def train_policy(args: Namespace) -> Path:
 
 
 def _forget_evaluations(run: Path, done: int) -> None:
-    """Those after the snapshot that training goes on from come again."""
+    """Delete the evaluations after step ``done``; they will be made again."""
     path = run / EVALUATIONS
     if path.exists():
         kept = [record for _, record in read_json_lines(path) if record and record["step"] <= done and done]
@@ -511,78 +511,78 @@ def _forget_evaluations(run: Path, done: int) -> None:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
-    """The command line, ``sys.argv``'s unless given."""
+    """Parse the command line (default: that of ``sys.argv``). Raises `InputError` if flags contradict each other."""
     parser = ArgumentParser(prog="python -m feedback.policy", description=__doc__.splitlines()[0])
     add_common_flags(parser, model_checkpoint="")
     add = parser.add_argument
-    add("--algorithm", choices=["ppo", "rloo", "dpo"], default="ppo", help="(default: %(default)s)")
-    add("--policy", default="policy", metavar="DIR", help="folder of the result (default: %(default)s)")
-    add("--steps", type=positive_number, default=200, help="batches (default: %(default)s)")
-    add("--batch_size", type=positive_number, default=64, help="replies a step; of dpo, pairs (default: %(default)s)")
+    add("--algorithm", choices=["ppo", "rloo", "dpo"], default="ppo", help="training algorithm (default: %(default)s)")
+    add("--policy", default="policy", metavar="DIR", help="folder to write (default: %(default)s)")
+    add("--steps", type=positive_number, default=200, help="number of training steps (default: %(default)s)")
+    add("--batch_size", type=positive_number, default=64, help="replies (dpo: pairs) per step (default: %(default)s)")
     add("--lr", type=learning_rate, default=1e-5, help="learning rate; falls linearly to 0 (default: %(default)s)")
     add("--max_norm", type=positive_real, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
-    add("--max_length", type=positive_number, default=30, help="of a reply, in tokens (default: %(default)s)")
-    add("--seed", type=whole_number, default=42, help="of contexts, replies and order (default: %(default)s)")
+    add("--max_length", type=positive_number, default=30, help="maximum tokens per reply (default: %(default)s)")
+    add("--seed", type=whole_number, default=42, help="seed of contexts, replies and order (default: %(default)s)")
 
-    rewards = parser.add_argument_group("what ppo and rloo follow").add_argument
-    rewards("--reward_model", default="", metavar="DIR", help="of feedback.reward; counts once. dpo only measures it")
+    rewards = parser.add_argument_group("rewards of ppo and rloo").add_argument
+    rewards("--reward_model", default="", metavar="DIR", help="reward model, with weight 1; dpo only reports it")
     rewards("--utterance_metrics", type=real_number, default=0.0, metavar="W",
-            help="count the utterance metrics W times (default: not at all)")
+            help="weight of the utterance metrics (default: 0, off)")
     for name, weight in WEIGHTS.items():
         rewards(f"--{name}", type=real_number, default=weight, metavar="W",
                 help=f"weight of {name} among the utterance metrics (default: %(default)s)")
     rewards("--dyme", type=real_number, default=0.0, metavar="W",
-            help="count W times how far a reply's metrics are what people's are at its place, scaled as the reward "
-                 "model is (default: not at all)")
+            help="weight of DYME: how near a reply's metrics are to people's at the same place (default: 0, off)")
     rewards("--dyme_dialogs", type=positive_number, default=2000, metavar="N",
             help="training dialogs that DYME learns from (default: %(default)s)")
     rewards("--unfinished_reward", type=real_number, default=-1.0, metavar="R",
-            help="of a reply that was cut at --max_length, instead of all others, times what these count together: 1 "
-                 "for the reward model, and each W (default: %(default)s)")
+            help="reward of a reply that was cut at --max_length, instead of all others; it is multiplied by the sum "
+                 "of their weights (default: %(default)s)")
 
     add = parser.add_argument_group("ppo and rloo").add_argument
-    add("--kl_coef", type=coefficient, default=0.2, help="price of a nat at first (default: %(default)s)")
+    add("--kl_coef", type=coefficient, default=0.2, help="initial weight of the KL penalty (default: %(default)s)")
     add("--kl_target", type=coefficient, default=6.0, metavar="NATS",
-        help="a reply, for which the price is steered; 0: it stays (default: %(default)s)")
+        help="KL per reply to which the weight is adapted; 0: constant weight (default: %(default)s)")
     add("--kl_horizon", type=positive_number, default=10_000, metavar="N",
-        help="replies over which it is steered (default: %(default)s)")
-    add("--samples", type=positive_number, default=4, help="replies a context (default: %(default)s)")
+        help="replies over which the weight adapts (default: %(default)s)")
+    add("--samples", type=positive_number, default=4, help="replies per context (default: %(default)s)")
 
     add = parser.add_argument_group("ppo").add_argument
-    add("--ppo_epochs", type=positive_number, default=4, help="over each batch (default: %(default)s)")
-    add("--clip", type=positive_real, default=0.2, help="of ratio and value (default: %(default)s)")
-    add("--gamma", type=share, default=1.0, help="discount (default: %(default)s)")
+    add("--ppo_epochs", type=positive_number, default=4, help="passes over each batch (default: %(default)s)")
+    add("--clip", type=positive_real, default=0.2, help="clipping range of ratios and values (default: %(default)s)")
+    add("--gamma", type=share, default=1.0, help="discount factor (default: %(default)s)")
     add("--lam", type=share, default=0.95, help="λ of the advantages (default: %(default)s)")
     add("--value_coef", type=coefficient, default=0.1, help="weight of the value loss (default: %(default)s)")
 
     add = parser.add_argument_group("dpo").add_argument
     add("--pairs", default="pairs.jsonl", metavar="FILE",
-        help="of feedback.collect, or preferences made elsewhere: lines with prompt, chosen and rejected (default: "
-             "%(default)s)")
+        help="pairs from feedback.collect, or a data set with prompt, chosen and rejected (default: %(default)s)")
     add("--answers", default=["answers.jsonl"], nargs="+", metavar="FILE",
-        help="of feedback.annotate (default: answers.jsonl)")
+        help="answers from feedback.annotate (default: answers.jsonl)")
     add("--beta", type=positive_real, default=0.1,
-        help="the less, the further from the reference (default: %(default)s)")
-    add("--held_out", type=share, default=0.15, help="as in feedback.reward (default: %(default)s)")
-    add("--held_out_seed", type=whole_number, default=42, help="feedback.reward's --seed (default: %(default)s)")
+        help="strength of the KL penalty; a smaller value allows more change (default: %(default)s)")
+    add("--held_out", type=share, default=0.15,
+        help="share of the dialogs to leave out, as in feedback.reward (default: %(default)s)")
+    add("--held_out_seed", type=whole_number, default=42, help="the --seed of feedback.reward (default: %(default)s)")
 
-    add = parser.add_argument_group("evaluation and kills").add_argument
-    add("--evaluate_every", type=positive_number, default=50, metavar="N", help="steps (default: %(default)s)")
+    add = parser.add_argument_group("evaluation and snapshots").add_argument
+    add("--evaluate_every", type=positive_number, default=50, metavar="N",
+        help="evaluate every N steps (default: %(default)s)")
     add("--evaluation_contexts", type=positive_number, default=256, metavar="N",
-        help="of validation, in dialogs that no pair is from (default: %(default)s)")
+        help="validation contexts, from dialogs without pairs (default: %(default)s)")
     add("--save_every", type=positive_number, default=50, metavar="N",
-        help="steps after which a killed training can go on (default: %(default)s)")
-    add("--rule", action="store_true", help="also measure what the simulated annotator would say of the replies")
+        help="save a snapshot every N steps (default: %(default)s)")
+    add("--rule", action="store_true", help="also score replies by the simulated annotator's rule")
     args = parser.parse_args(arguments)
     args.weights = {name: getattr(args, name) for name in WEIGHTS}
     follows = args.reward_model or args.utterance_metrics or args.dyme
     if args.algorithm != "dpo" and not follows:
-        raise InputError(f"--algorithm {args.algorithm}: follows a reward; give --reward_model, --utterance_metrics or "
+        raise InputError(f"--algorithm {args.algorithm}: needs a reward; give --reward_model, --utterance_metrics or "
                          "--dyme")
     if args.algorithm == "rloo" and args.samples < 2:
-        raise InputError("--samples 1: rloo compares the replies to a context; ask for 2 or more")
+        raise InputError("--samples 1: rloo compares replies to the same context; use 2 or more")
     if args.algorithm != "dpo" and args.batch_size % args.samples:
-        raise InputError(f"--batch_size {args.batch_size}: is no multiple of --samples {args.samples}")
+        raise InputError(f"--batch_size {args.batch_size}: is not a multiple of --samples {args.samples}; choose one")
     return args
 
 

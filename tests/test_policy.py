@@ -232,14 +232,14 @@ def test_dpo_names_and_counts_the_pairs_it_cannot_learn_from(world, pairs, judge
     kept = [(pair, best) for pair, best in better if pair["pair"] not in apart]
     ended = [(pair, best) for pair, best in kept if pair["replies"][best]["ended"]]
     assert 0 < len(trainer.pairs) == len(ended) < len(kept) < len(better)
-    assert f"{len(kept) - len(ended)} (better reply cut: from these it would learn never to end)" in caplog.text
+    assert f"{len(kept) - len(ended)} (better reply cut: the policy would learn never to end)" in caplog.text
     assert f"{len(better) - len(kept)} (held out)" in caplog.text
     first = trainer.pairs[0].replies
     assert [reply.ids for reply in first] == [ended[0][0]["replies"][n]["ids"] for n in (1 - ended[0][1], ended[0][1])]
     with pytest.raises(InputError, match="no pair is left to learn from"):
         policy.Trainer(policy_flags(world, tmp_path / "other", judged, "--algorithm", "dpo", "--model_checkpoint",
                                     judged / "reward"))
-    assert f"{len(kept)} (said by another model than --model_checkpoint)" in caplog.text
+    assert f"{len(kept)} (written by another model than --model_checkpoint)" in caplog.text
 
 
 def test_a_policy_is_evaluated_on_dialogs_that_nobody_who_teaches_it_has_seen(world, two_sided, tmp_path, caplog):
@@ -258,7 +258,7 @@ def test_a_policy_is_evaluated_on_dialogs_that_nobody_who_teaches_it_has_seen(wo
         assert evaluated and not evaluated & learnt
         assert evaluated | learnt == set(number)  # nothing more is left out
         assert len(trainer.evaluated) == sum(number[dialog] in evaluated for dialog in turn_dialog)
-    assert "of dialogs that no pair is from" in caplog.text and "fewer than --evaluation_contexts 200" in caplog.text
+    assert "in dialogs without pairs" in caplog.text and "fewer than --evaluation_contexts 200" in caplog.text
 
     every = tmp_path / "every.jsonl"
     collect_pairs(flags(world, dataset_path=str(two_sided / "data.json"), dataset_cache=str(two_sided / "cache"),
@@ -341,9 +341,9 @@ def test_reward_terms_add_up(world, judged, tmp_path):
 
 
 def test_policies_say_what_they_lack(world, judged, tmp_path):
-    for more, complaint in [(["--reward_model", ""], "--algorithm ppo: follows a reward"),
+    for more, complaint in [(["--reward_model", ""], "--algorithm ppo: needs a reward"),
                             (["--algorithm", "rloo", "--samples", 1], "--samples 1: rloo compares"),
-                            (["--batch_size", 10], "--batch_size 10: is no multiple of --samples 4")]:
+                            (["--batch_size", 10], "--batch_size 10: is not a multiple of --samples 4")]:
         with pytest.raises(InputError, match=complaint):
             policy_flags(world, tmp_path, judged, *more)
     with pytest.raises(InputError, match="--max_length 95: the model has 96 positions"):
