@@ -1,10 +1,10 @@
-"""What a million turns cost against few: memory and speed of building the token table, and of training from it.
+"""Compare a million turns with few: memory and time to build the token table and to train from it.
 
     PYTHONPATH=. python benchmarks/data_growth.py --data_dir FOLDER --model_checkpoint TOKENIZER_AND_CONFIG
 
-FOLDER holds DailyDialog's release. Data of each size are made of its text: real dialogs, drawn again and again, an
-utterance of another dialog behind every fifth of theirs, so that there is always new text. Each size runs in processes
-of its own.
+FOLDER holds DailyDialog's release. Data of each size consist of its dialogs, drawn with replacement; a fifth of the
+utterances get another dialog's utterance appended, so that there is always new text. Each size runs in its own
+processes.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def memory(field: str) -> float:
 
 
 def run(folder: str, checkpoint: str, batches: int) -> dict:
-    """Build, then train: the figures of one size."""
+    """Measure the build or the training of one size."""
     tokenizer = get_tokenizer(checkpoint)
     if "build" in sys.argv:
         before, start = memory("Rss"), time.perf_counter()
@@ -68,8 +68,7 @@ def run(folder: str, checkpoint: str, batches: int) -> dict:
                "table, MiB": os.path.getsize(next(Path(folder).glob("cache*.safetensors"))) / 2 ** 20}
     next(ready)
     figures["first batch, s"] = time.perf_counter() - start
-    took, stepped = [], []
-    took, stepped = [], []  # in time of the CPU, which neighbours disturb less
+    took, stepped = [], []  # CPU time, which other processes disturb less
     for _ in range(batches // 50):
         start = time.process_time()
         for _ in range(50):
@@ -93,7 +92,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, nargs="+", default=[20_000, 1_000_000])
     parser.add_argument("--batches", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--of", help=argparse.SUPPRESS)  # one size, in its own process: a folder
+    parser.add_argument("--of", help=argparse.SUPPRESS)  # internal: the folder of one size, measured in its own process
     args, _ = parser.parse_known_args()
     if args.of:
         print(json.dumps(run(args.of, args.model_checkpoint, args.batches)))

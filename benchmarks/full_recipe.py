@@ -1,8 +1,8 @@
-"""The recipe of 2019 on this machine: turns a second, share of the peak, and hours for the whole of it, projected.
+"""Measure the recipe of 2019 on this machine: turns per second, share of the peak, and projected hours.
 
-4 candidates, 2 permutations, 3 epochs over 131,438 turns: what took an hour on eight V100s. The peak is this device's
-own, the best of large bfloat16 matrix products; the work counted is that of the packed rows as batched, padding
-included: 6 operations a body weight and position, and 6 a vocabulary weight and gold token.
+The recipe, 3 epochs over 131,438 turns with 4 candidates and 2 permutations, took an hour on eight V100s. The peak is
+this device's best speed in large bfloat16 matrix products. The operations of packed rows are counted, padding included:
+6 per weight of the body and position, and 6 per weight of the vocabulary and gold token.
 """
 
 import itertools
@@ -20,7 +20,7 @@ TURNS = 131_438 * 2 * 3
 
 
 def peak(device: str, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Operations a second of large matrix products, the best of ten."""
+    """Measure the operations per second of large matrix products, the best of ten."""
     size = 8192 if device != "cpu" else 2048
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = 0.0
@@ -39,7 +39,7 @@ def synchronize(device: str) -> None:
 
 
 def measure(bench: Bench, args: Namespace, compiled: bool) -> dict:
-    """One row: steps over consecutive batches of the loader, building and moving them included."""
+    """Time training steps over consecutive batches, including building and moving them; return a row of results."""
     model = bench.ours.to(args.device).train()
     if compiled:
         model.transformer.compile(dynamic=True)

@@ -1,4 +1,4 @@
-"""How time grows with candidates, context length, batch size and turns; each with its exponent.
+"""Measure how time grows with candidates, context length, batch size and turns, and fit an exponent to each.
 
 The exponent is the slope between the logarithms of size and time, once over all sizes and once over the largest
 three, where fixed costs no longer hide it. `write_results.py` draws the curves.
@@ -23,7 +23,7 @@ from model import autocast
 
 
 def median_seconds(work, repeats: int) -> float:
-    """Of ``work()``, after a warm-up."""
+    """Return the median time of ``work()`` after a warm-up."""
     work()
     times = []
     for _ in range(repeats):
@@ -35,7 +35,7 @@ def median_seconds(work, repeats: int) -> float:
 
 
 class Growth:
-    """Sizes → seconds, one method a question."""
+    """Measure the seconds for a given size; each method varies one quantity."""
 
     def __init__(self, bench: Bench, args: Namespace):
         self.bench, self.args = bench, args
@@ -45,7 +45,7 @@ class Growth:
         self.replies = [split.token_ids("candidates", turn)[-1] for turn in range(split.num_turns)]
 
     def score(self, rows: list) -> float:
-        """Seconds of a forward pass with both heads, bfloat16."""
+        """Time a forward pass with both heads in bfloat16."""
         batch = collate(rows, self.bench.special.pad)
 
         @torch.inference_mode()
@@ -56,14 +56,14 @@ class Growth:
         return median_seconds(forward, self.args.repeats)
 
     def candidates(self, count: int) -> float:
-        """Two turns of median context with ``count`` candidates each."""
+        """Time two turns of median length with ``count`` candidates each."""
         lengths = self.dataset.lengths()[0]
         turns = np.argsort(lengths)[len(lengths) // 2:][:2].tolist()
         return self.score([pack_turn(*self.dataset.context(turn), self.rng.choices(self.replies, k=count),
                                      self.bench.special, 512) for turn in turns])
 
     def context(self, tokens: int) -> float:
-        """Four turns of two candidates of 12 tokens behind ``tokens`` tokens of context."""
+        """Time four turns with ``tokens`` tokens of context and two candidates of 12 tokens."""
         ids = [token for reply in self.replies for token in reply]
         rows = []
         for start in range(0, 4000, 1000):
@@ -73,13 +73,13 @@ class Growth:
         return self.score(rows)
 
     def batch(self, turns: int) -> float:
-        """That many turns of two candidates and like length."""
+        """Time a batch of ``turns`` turns of similar length with two candidates."""
         dataset = self.bench.dataset("valid", 2)
         middle = np.argsort(dataset.lengths()[0])[len(dataset) // 2:][:turns].tolist()
         return self.score([dataset[turn] for turn in middle])
 
     def table(self, turns: int) -> float:
-        """Tokenise and cache ``turns`` turns with two candidates each: real dialogs drawn again and again."""
+        """Time tokenising and caching of ``turns`` turns with two candidates, from dialogs drawn with replacement."""
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder, "data.json")
             write_turns(json.loads(Path(self.args.data).read_text())["train"], turns, data, self.args.seed)
@@ -87,7 +87,7 @@ class Growth:
             table = utils.get_dataset(self.bench.tokenizer, str(data), str(Path(folder, "cache")))
             seconds = time.perf_counter() - start
             assert table["train"].num_turns == turns
-            # The other half of the question: batches out of the table, whatever its size.
+            # Batches from the table should take the same time for every size.
             start = time.perf_counter()
             dataset = TurnDataset(table["train"], self.bench.tokenizer, 512)
             loader = iter(get_loader(dataset, dataset.lengths()[0], 16, seed=self.args.seed))
@@ -100,7 +100,7 @@ class Growth:
 
 
 def write_turns(entries: list[dict], turns: int, path: Path, seed: int) -> None:
-    """A data file of exactly ``turns`` training turns, entry by entry, never whole in memory."""
+    """Write a data file of exactly ``turns`` training turns, entry by entry to save memory."""
     rng, written, separator = random.Random(seed), 0, ""
     with open(path, "w") as file:
         file.write('{"valid": [], "train": [')

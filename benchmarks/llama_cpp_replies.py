@@ -1,4 +1,4 @@
-"""Greedy replies of an exported GGUF file through llama.cpp's chat interface, against ours, token for token.
+"""Compare greedy replies of an exported GGUF file in llama.cpp's chat interface with our own, token by token.
 
     python export.py RUN FOLDER --gguf f32
     PYTHONPATH=. python benchmarks/llama_cpp_replies.py RUN FOLDER/FILE.gguf --dataset_path DATA.json
@@ -28,7 +28,7 @@ TOKENS = 20
 
 @contextmanager
 def served(file: Path) -> Iterator[str]:
-    """The address of a server of llama.cpp's over a GGUF file, in a process of its own."""
+    """Run llama.cpp's server for a GGUF file in its own process, and yield its address."""
     with subprocess.Popen([sys.executable, Path(__file__).with_name("llama_server.py"), file], text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
         try:
@@ -38,7 +38,7 @@ def served(file: Path) -> Iterator[str]:
 
 
 def as_messages(persona: list[str], said: list[str]) -> list[dict]:
-    """A conversation in OpenAI's form; the user said the last of ``said``."""
+    """Convert a conversation to OpenAI's messages; the last of ``said`` is the user's."""
     return [{"role": "system", "content": "\n".join(persona)}] * bool(persona) + [
         {"role": "user" if turns_back % 2 else "assistant", "content": text}
         for turns_back, text in zip(range(len(said), 0, -1), said, strict=True)]
@@ -51,13 +51,13 @@ def asked(address: str, path: str, **body) -> dict:
 
 
 def prompt_of(address: str, messages: list[dict]) -> list[int]:
-    """The token ids that the server makes of a conversation."""
+    """Return the token ids into which the server renders a conversation."""
     prompt = asked(address, "/apply-template", messages=messages)["prompt"]
     return asked(address, "/tokenize", content=prompt, parse_special=True)["tokens"]
 
 
 def reply_of(address: str, messages: list[dict]) -> list[int]:
-    """The token ids of the server's greedy reply, without what ended it."""
+    """Return the token ids of the server's greedy reply, without the token that ended it."""
     answer = asked(address, "/v1/chat/completions", messages=messages, temperature=0, max_tokens=TOKENS, logprobs=True)
     choice = answer["choices"][0]
     ids = [token["id"] for token in choice["logprobs"]["content"]]
@@ -66,7 +66,7 @@ def reply_of(address: str, messages: list[dict]) -> list[int]:
 
 @torch.inference_mode()
 def margin(model, ids: list[int]) -> float:
-    """By how many nats our likeliest next token leads the second."""
+    """Return the difference, in nats, between our two likeliest next tokens."""
     best = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).topk(2).values
     return float(best[0] - best[1])
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="the GGUF file that export.py made of the run")
     parser.add_argument("--dataset_path", type=Path, required=True, metavar="FILE")
     parser.add_argument("--conversations", type=positive_number, default=50, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=whole_number, default=42, help="of the draw (default: %(default)s)")
+    parser.add_argument("--seed", type=whole_number, default=42, help="seed of the draw (default: %(default)s)")
     args = parser.parse_args()
     model, tokenizer = load_checkpoint(args.run)
     special, greedy = Specials.of(tokenizer), Decoding(no_sample=True, max_length=TOKENS)

@@ -1,4 +1,4 @@
-"""llama.cpp's server over one GGUF file, from the package xllamacpp: prints its address, serves until its input ends.
+"""Serve a GGUF file with llama.cpp (package xllamacpp): print the address, and stop at the end of the input.
 
     python benchmarks/llama_server.py FILE.gguf
 """

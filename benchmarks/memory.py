@@ -1,7 +1,7 @@
-"""Peak memory of one training step and of hits@1 over 20 candidates, ours over the textbook path.
+"""Measure peak memory of a training step and of hits@1 with 20 candidates, our code against the textbook path.
 
-Each side runs in a process of its own. Peak: the most resident memory while the work ran, less what was resident before
-it; the weights (470 MB) are there before, gradients and the optimizer's moments come with the first step.
+Each side runs in its own process. The peak is the largest resident memory during the work minus the resident memory
+before it, which includes the weights (470 MB). Gradients and the optimizer's moments are allocated in the first step.
 """
 
 import subprocess
@@ -18,13 +18,13 @@ from model import autocast
 
 
 def resident(field: str) -> float:
-    """``VmRSS``, resident now, or ``VmHWM``, the most so far; in GiB."""
+    """Return resident memory in GiB: ``VmRSS`` is the current, ``VmHWM`` the largest value."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 2**20
 
 
 def measure(args: Namespace) -> float:
-    """GiB of one side's work on the longest rows of the data set, the worst case that must fit."""
+    """Return the peak, in GiB, of one side's work on the longest rows of the data set."""
     work, precision = args.side.split()
     bench = Bench(args)
     training = work == "training"

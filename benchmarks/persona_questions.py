@@ -1,11 +1,11 @@
-"""Ask a model questions about its persona, and say how many it answers from it, contradicts or evades.
+"""Ask a model questions about its persona, and count the replies that agree with it, contradict it or evade.
 
     PYTHONPATH=. python benchmarks/persona_questions.py --model_checkpoint runs/<your run> [--by_kind]
     PYTHONPATH=. python benchmarks/persona_questions.py --model_checkpoint runs/<your run> --no_persona
 
 The questions beside this file are written for this project; consistency.py judges the replies. Decoding is greedy
-unless --sample or --num_beams says otherwise. ``--no_persona`` is the control: how often a model that does not know who
-it is happens to be right.
+unless --sample or --num_beams says otherwise. ``--no_persona`` is the control: how often a model without the persona is
+right by chance.
 """
 
 import argparse
@@ -29,7 +29,7 @@ QUESTIONS = Path(__file__).with_suffix(".jsonl")
 @torch.inference_mode()
 def ask(model, tokenizer, questions: list[Question], decoding: Decoding, batch_size: int,
         no_persona: bool = False) -> Iterator[tuple[int, str]]:
-    """The number of each question and the model's reply, contexts of like length together."""
+    """Yield the number of each question and the model's reply; contexts of similar length share a batch."""
     torch.manual_seed(decoding.seed)
     special = Specials.of(tokenizer)
     contexts = []
@@ -45,7 +45,7 @@ def ask(model, tokenizer, questions: list[Question], decoding: Decoding, batch_s
 
 
 def line(name: str, verdicts: list[str]) -> str:
-    """The shares of each verdict, each with its 95 % interval by Wilson."""
+    """Return a line with the share of each verdict and its 95 % interval (Wilson)."""
     columns = (f"{verdict} {share:.3f} [{least:.3f}, {most:.3f}]"
                for verdict, (share, least, most) in shares(verdicts).items())
     return f"{name} ({len(verdicts)}): {', '.join(columns)}"
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--model_checkpoint", required=True, metavar="CHECKPOINT", help="as in the other scripts")
     parser.add_argument("--questions", type=Path, default=QUESTIONS, metavar="FILE",
                         help="JSON lines as consistency.py describes them (default: %(default)s)")
-    parser.add_argument("--no_persona", action="store_true", help="keep the persona from the model, as a control")
+    parser.add_argument("--no_persona", action="store_true", help="hide the persona from the model, as a control")
     parser.add_argument("--by_kind", action="store_true", help="print a line for each kind of question too")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write a JSON line per question there")
     parser.add_argument("--batch_size", type=positive_number, default=32, help="default: %(default)s")

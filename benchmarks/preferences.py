@@ -1,8 +1,8 @@
-"""The table and curves of docs/results.md from the runs of recipes/feedback.sh: does following preferences help?
+"""Print the table and draw the curves of docs/results.md from the runs of recipes/feedback.sh.
 
     PYTHONPATH=. python benchmarks/preferences.py .demo/feedback
 
-The true reward is the simulated annotator's rule; its gain counts in deviations of it among the baseline's replies.
+The true reward is the simulated annotator's rule. Its gain is in standard deviations among the baseline's replies.
 """
 
 import json
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def curve(work: Path, annotator: str, algorithm: str, seed: int) -> list[dict]:
-    """A run's evaluations with their ``gain``; none if it has not ended."""
+    """Return a run's evaluations with their ``gain``; an empty list if the run has not ended."""
     name = f"rule_{algorithm}_{seed}" if annotator == "rule" else f"coin{seed}_{algorithm}_{seed}"
     if not (work / name / "model.safetensors").exists():
         return []
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def draw(curves: dict[tuple[str, str], list[list[dict]]], path: Path) -> None:
-    """Gain and divergence over the course of every run."""
+    """Draw gain and divergence over the steps of every run."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Decoding 20 tokens: one chat reply, and a batch of replies as F1 needs them, ours against the textbook path."""
+"""Measure decoding of 20 tokens: one chat reply, and a batch as for F1, our code against the textbook path."""
 
 import copy
 import itertools
@@ -23,7 +23,7 @@ def main() -> None:
     greedy = sampling.over(no_sample=True)
 
     def reference(turn: int, decoding: Decoding) -> list[int]:
-        """Everything computed again for each token, as in 2019."""
+        """Decode as in 2019: compute the whole sequence again for each token."""
         context, reply = build_context(*dataset.context(turn), bench.special), []
         for _ in range(LENGTH):
             begun = build_reply(reply, bench.special, with_eos=False)

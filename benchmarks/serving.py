@@ -1,8 +1,8 @@
-"""The web server: many conversations at once against one at a time, over HTTP, replies of 20 tokens.
+"""Measure the web server over HTTP: many conversations at once against one at a time, replies of 20 tokens.
 
-Each conversation is a dialog of the data: its persona, marked with a number, and what the other person said there; the
-replies are the model's own, and part of what is said next. The conversations held one at a time must get, in the crowd,
-the replies that they got alone: that is checked before anything is reported, in half precision up to near ties.
+Each conversation takes its persona, marked with a number, and the user's lines from a dialog of the data; the
+model's replies become part of the history. Before anything is reported, the replies of conversations that ran alone are compared
+with their replies among all others; in half precision, near ties may differ.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ LENGTH = 20
 
 @contextmanager
 def server(folder: str, precision: str):
-    """`demo.py` with that checkpoint; yields its address."""
+    """Run `demo.py` with a checkpoint, and yield its address."""
     flags = ["--model_checkpoint", folder, "--dataset_path", str(ROOT / "data" / "sample_personachat.json"),
              "--port", "0", "--device", "cpu", "--min_length", str(LENGTH),
              "--fp16", "bf16" if precision == "bfloat16" else ""]
@@ -46,7 +46,7 @@ def server(folder: str, precision: str):
 
 async def converse(client: httpx.AsyncClient, number: int, persona: list[str], lines: list[str], waits: list[float]
                    ) -> list[str]:
-    """Hold a conversation and return the replies. ``waits`` gets the seconds that each took."""
+    """Hold a conversation and return the replies; the seconds of each are added to ``waits``."""
     mark = f"my number is {number} ."
     messages = [{"role": "system", "content": "\n".join([*persona, mark])}]
     for line in lines:

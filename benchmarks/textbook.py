@@ -1,8 +1,8 @@
-"""The reference of every benchmark: transformers' own double-heads model, used as the 2019 scripts used theirs.
+"""The reference of all benchmarks: transformers' own double-heads model, used as in the scripts of 2019.
 
-float32; every candidate a full row of its own, padded to the longest row of the data set; logits of the whole
-vocabulary at every position; no key-value cache. Also what the benchmarks share: real turns, models of openai-gpt's
-size with the same random weights on both sides, and timing that alternates the two sides.
+It computes in float32, with a full row per candidate, padded to the longest row of the data set, logits of the whole
+vocabulary at every position, and no key-value cache. This file also has what the benchmarks share: real turns, models
+of openai-gpt's size with the same random weights on both sides, and alternating timing.
 """
 
 import argparse
@@ -30,12 +30,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def parse_args(description: str, **defaults: int | str) -> argparse.Namespace:
-    """Flags of every benchmark; ``defaults`` become flags of its own."""
+    """Parse the flags that all benchmarks share; ``defaults`` are additional flags."""
     parser = argparse.ArgumentParser(description=description)
     shared = ROOT.parent / "shared"
     parser.add_argument("--data", default=str(shared / "data/personachat/personachat_self_original.json"))
     parser.add_argument("--tokenizer", default=str(shared / "tokenizers/openai-gpt"), help="vocab.json and merges.txt")
-    parser.add_argument("--repeats", type=int, default=5, help="timings a side; the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="timings per side; the median counts")
     parser.add_argument("--seed", type=int, default=42)
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
@@ -64,7 +64,7 @@ class Bench:
         return TurnDataset(self.table[split], self.tokenizer, 512, num_candidates=candidates)
 
     def longest(self, dataset: TurnDataset) -> int:
-        """Tokens in the longest row that the 2019 script would build: context and longest candidate."""
+        """Return the length of the longest row that the 2019 script would build: context and longest candidate."""
         split, sizes, longest = dataset.split, self.table.array("token_offsets"), 0
         sizes = sizes[1:] - sizes[:-1]
         for turn in range(split.num_turns):
@@ -75,7 +75,7 @@ class Bench:
         return longest
 
     def padded(self, dataset: TurnDataset, turns: list[int], width: int) -> dict[str, torch.Tensor]:
-        """A batch as in 2019: (turns, candidates, width) tensors."""
+        """Build a batch as in 2019: (turns, candidates, width) tensors."""
         rows = []
         for turn in turns:
             persona, history = dataset.context(turn)
@@ -98,7 +98,7 @@ class Bench:
 
 def alternate(sides: dict[str, Callable[[], None]], repeats: int,
               average: Callable[[list[float]], float] = statistics.median) -> dict[str, float]:
-    """Average seconds of each side, run in turns after one warm-up, so that a slow minute of the machine hits all."""
+    """Return the average seconds of each side; the sides alternate, so that a slow minute affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, side in sides.items():
@@ -111,13 +111,13 @@ def alternate(sides: dict[str, Callable[[], None]], repeats: int,
 
 
 def close(ours: float, reference: float, tolerance: float, what: str) -> None:
-    """Both sides must have computed the same before anybody times them."""
+    """Exit if both sides do not compute the same; call this before timing them."""
     if abs(ours - reference) > tolerance:
         raise SystemExit(f"{what} differs: ours {ours}, reference {reference}; nothing was timed")
 
 
 def report(name: str, args: argparse.Namespace, rows: list[dict]) -> None:
-    """Print a benchmark's rows and keep them, with machine and versions, for RESULTS.md."""
+    """Print the rows of a benchmark, and save them with machine and versions for RESULTS.md."""
     RESULTS.mkdir(exist_ok=True)
     record = {
         "arguments": {key: value for key, value in vars(args).items() if value and key not in ("data", "tokenizer")},
@@ -130,7 +130,7 @@ def report(name: str, args: argparse.Namespace, rows: list[dict]) -> None:
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on."""
+    """Describe the machine and the versions of the libraries."""
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())
     return {"cpu": f"{cpu}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",

@@ -1,8 +1,8 @@
-"""Tokenise and cache a full-size data file: 131,438 + 7,801 turns of 20 candidates, ours against one string at a time.
+"""Measure tokenising and caching of a file of full size: 131,438 + 7,801 turns with 20 candidates.
 
-The file is made from the real text: its dialogs again and again, each time with the last words of all strings rotated
-among them, so that it has about as many distinct strings as the published file has (130 thousand), and with fresh
-distractors. The reference tokenises every occurrence, as in 2019; it is timed on a part of the file and scaled up.
+The file repeats the dialogs of the real text, each time with the last words of all strings rotated and with new
+distractors, so that it has about as many distinct strings as the published file (130 thousand). The reference tokenises
+every occurrence of a string, as in 2019; it is timed on a part of the file and scaled up.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from textbook import Bench, parse_args, report
 
 FULL = {"train": 131_438, "valid": 7_801}
-# Builds or reads the table in a process of its own, and says how long that took and how much memory it needed.
+# Builds or reads the table in its own process, and prints the seconds and the peak memory.
 CHILD = """
 import resource, sys, time
 from tokenization import get_tokenizer
@@ -29,7 +29,7 @@ print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_m
 
 
 def variant(sentences: list[str], copy: int) -> dict[str, str]:
-    """Every sentence with the last word of the one ``copy`` thousand places on; the first copy is the text itself."""
+    """Replace each last word by that of the sentence 1000 · ``copy`` places later; copy 0 is the text itself."""
     if not copy:
         return {sentence: sentence for sentence in sentences}
     words = [sentence.rsplit(" ", 1) for sentence in sentences]
@@ -38,7 +38,7 @@ def variant(sentences: list[str], copy: int) -> dict[str, str]:
 
 
 def full_size(corpus: dict, seed: int) -> dict:
-    """The data file described above."""
+    """Make the data described above."""
     rng, full = random.Random(seed), {}
     for split, entries in corpus.items():
         sentences = list(dict.fromkeys(
@@ -80,7 +80,7 @@ def main() -> None:
         cold, memory = build()
         warm, _ = build()
 
-        # The reference: every string where it stands, one after the other, on whole dialogs spread over the file.
+        # The reference tokenises every occurrence of a string, on whole dialogs spread over the file.
         entries, turns, start = corpus["train"][::len(corpus["train"]) // args.sample], 0, time.perf_counter()
         for entry in entries:
             for text in entry["personality"]:

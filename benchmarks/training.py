@@ -1,9 +1,9 @@
-"""Training: turns a second, ours against the textbook path, with 2 and 4 candidates.
+"""Measure training in turns per second with 2 and 4 candidates, our code against the textbook path.
 
 Both sides make one optimizer step of 32 turns, the default of 2019: the textbook path in eight batches of four, as it
-had to, ours in one. The textbook path pads to the longest row of the data set: 192 tokens in the quarter of
-PERSONA-CHAT at hand, 282 in the whole of it. Both are timed. Its batches are all alike; ours differ in length, so the
-timed ones stand at even distances among an epoch's batches ordered by length.
+had to, our code in one. The textbook path pads to the longest row of the data set: 192 tokens in the quarter of
+PERSONA-CHAT at hand, 282 in the whole of it. Both are timed. Its batches all have this length; ours differ, so the
+timed batches are spread evenly over an epoch's batches in the order of their lengths.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from model import autocast
 
 
 def learn(optimizer: torch.optim.Optimizer, loss: torch.Tensor | None = None) -> None:
-    """One optimizer step, of ``loss`` or of the gradients that are there."""
+    """Make an optimizer step, after the backward pass of ``loss`` if it is given."""
     if loss is not None:
         loss.backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
@@ -28,7 +28,7 @@ def learn(optimizer: torch.optim.Optimizer, loss: torch.Tensor | None = None) ->
 
 
 def typical_batches(dataset, turns: int, seed: int, count: int, pad: int) -> list[dict[str, torch.Tensor]]:
-    """``count`` of an epoch's batches, at even distances in their order of length."""
+    """Return ``count`` of an epoch's batches, spread evenly over their lengths."""
     lengths = dataset.lengths()[0]
     batches = sorted(LengthBatches(lengths, turns, seed), key=lambda batch: lengths[batch].max())
     places = ((np.arange(count) + 0.5) / count * len(batches)).astype(int)
@@ -36,11 +36,11 @@ def typical_batches(dataset, turns: int, seed: int, count: int, pad: int) -> lis
 
 
 def measure(bench: Bench, args: Namespace, candidates: int) -> list[dict]:
-    """Rows for one number of candidates."""
+    """Measure one number of candidates, and return rows of results."""
     dataset = bench.dataset("train", candidates)
     width = bench.longest(dataset)
 
-    # The same losses first, dropout off.
+    # First check that the losses agree, without dropout.
     picked = list(range(0, 4000, 1000))
     with torch.no_grad():
         ours = bench.ours.eval()(**collate([dataset[turn] for turn in picked], bench.special.pad))
@@ -81,7 +81,7 @@ def measure(bench: Bench, args: Namespace, candidates: int) -> list[dict]:
 
 def main() -> None:
     args = parse_args(__doc__.splitlines()[0], turns=32, reference_turns=4, published_width=282)
-    # Models of their own for each: the comparison needs both sides untrained.
+    # New models for each, because the comparison needs both sides untrained.
     report("training", args, [row for candidates in (2, 4) for row in measure(Bench(args), args, candidates)])
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: shares of its operations, two candidates, bfloat16 and float32."""
+"""Measure the share of each kind of operation in a training step, with two candidates, in bfloat16 and float32."""
 
 from argparse import Namespace
 from collections import Counter
@@ -24,7 +24,7 @@ KINDS = {  # by the names of torch's operations
 
 
 def measure(bench: Bench, args: Namespace, half: str, dtype: torch.dtype) -> dict:
-    """One row: shares of the operations' own time over some steps after two for warming up."""
+    """Profile some steps after two warm-up steps, and return a row with the share of each kind of operation."""
     model = bench.ours.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6.25e-5, fused=True)
     dataset = bench.dataset("train", 2)

@@ -1,4 +1,4 @@
-"""ConvAI2's word perplexity: turns a second in one packed pass a turn, against one forward pass a word as in 2019."""
+"""Measure word perplexity in turns per second: one packed pass per turn against a pass per word, as in 2019."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ def main() -> None:
         words.update({word: count / total for word, count in words.items()})
 
     def reference(turn: int) -> tuple[float, int]:
-        """A forward pass over the whole sequence, and all words' probabilities, for each word of the reply."""
+        """Compute a forward pass and the probabilities of all words for each word of the reply, as in 2019."""
         persona, history = dataset.context(turn)
         words, nll, known = split_words(dataset.split.texts("candidates", turn)[-1]), 0.0, 0
         for place, word in enumerate(words):
@@ -61,12 +61,12 @@ def main() -> None:
         close(record["words"], known, 0, "the number of words")
 
     lengths, _ = dataset.lengths()
-    # The same turns on both sides: a batch of ours, and some of that batch one by one.
+    # Both sides get the same turns: we compute a batch, the reference some turns of it one by one.
     batches = [turns.tolist() for turns in LengthBatches(lengths, args.turns, args.seed)]
     upcoming = {name: itertools.cycle(batches) for name in ("float32", "bfloat16", "reference")}
 
     def few(turns: list[int]) -> list[int]:
-        """As many of a batch as the reference can do in reasonable time, of all lengths."""
+        """Select a few turns of a batch, of all lengths, for the slow reference."""
         return turns[::len(turns) // args.reference_turns][:args.reference_turns]
 
     seconds = alternate({

@@ -69,8 +69,9 @@ def test_collecting_does_not_mix_what_was_made_differently(world, pairs, tmp_pat
     whole = (world / "pairs.jsonl").read_bytes()
     part.write_bytes(whole)
     other_contexts = "belongs to another choice of contexts"
-    for changed, complaint in [({"temperature": 0.5}, "was made with another decoders"), ({"contexts": 29}, other_contexts),
-                               ({"seed": 8}, other_contexts), ({"max_history": 2}, "was made with another max_history")]:
+    for changed, complaint in [
+            ({"temperature": 0.5}, "was made with another decoders"), ({"contexts": 29}, other_contexts),
+            ({"seed": 8}, other_contexts), ({"max_history": 2}, "was made with another max_history")]:
         with pytest.raises(InputError, match=rf"line \d+ {complaint}"):
             collect_pairs(flags(world, pairs=str(part), **changed))
     part.write_bytes(b"what is this?\n" + whole)
