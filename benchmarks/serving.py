@@ -1,8 +1,8 @@
 """Measure the web server over HTTP: many conversations at once against one at a time, replies of 20 tokens.
 
-Each conversation takes its persona, marked with a number, and the user's lines from a dialog of the data; the
-model's replies become part of the history. Before anything is reported, the replies of conversations that ran alone are compared
-with their replies among all others; in half precision, near ties may differ.
+Each conversation takes its persona, marked with a number, and the user's lines from a dialog of the data; the model's
+own replies become part of the history. Before anything is reported, the replies of conversations that ran alone are
+compared with their replies among all others; in half precision, near ties may differ.
 """
 
 import asyncio
