@@ -66,7 +66,7 @@ def page(notebook: dict, title: str, language: str) -> str:
             parts.append(markdown2html(cell.source))
             continue
         code = highlight(cell.source, PythonLexer(), HtmlFormatter())
-        folded = "say(" in cell.source and "pictures." not in cell.source
+        folded = "say(" in cell.source and not re.search(r"pictures\.|^from ", cell.source, re.MULTILINE)
         parts.append(f"<details><summary>{LANGUAGES[language]}</summary>{code}</details>" if folded else code)
         parts += map(_output, cell.outputs)
     return html(title, parts).replace("<html lang=en>", f"<html lang={language}>")

@@ -52,7 +52,7 @@ def dialog(personas: Mapping[str, Sequence[str]], said: Sequence[str], speakers:
     right = speakers[-1]
     texts = [wrap(text, 44) for text in said]
     heights = [0.55 + 0.3 * len(lines) for lines in texts]
-    notes = {name: [line for sentence in personas.get(name, ()) for line in wrap(f"· {sentence}", 25)]
+    notes = {name: [line for sentence in personas.get(name, ()) for line in wrap(f"· {sentence}", 27)]
              for name in names}
     height = max(sum(heights), *(0.6 + 0.28 * len(lines) for lines in notes.values()))
     figure, axes = _canvas(0.75 * height + 0.3)

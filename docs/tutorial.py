@@ -203,7 +203,7 @@ say(f"By hand: the mean of the {len(labels)} lower bars is **{by_hand:.4f}**. By
 # whole candidate and the whole context. A *softmax* turns the scores into probabilities: take the exponential of each
 # score, and divide by their sum. The loss is minus the logarithm of the gold reply's probability.
 #
-# The distractors of the data are mostly easy to tell. So we write harder ones. The first fits neither the question
+# The distractors of the data are mostly easy to tell. So we write our own. The first fits neither the question
 # nor the persona, the second fits the question and ignores the persona, and the third contradicts the persona.
 
 # %%
@@ -215,12 +215,12 @@ scores = choice.mc_logits[0].tolist()
 exponentials = [math.exp(score) for score in scores]
 chances = [one / sum(exponentials) for one in exponentials]
 pictures.bars(rivals, chances, "probability of being the reply", [pictures.FAINT] * 3 + [pictures.BOT],
-              [f"{chance:.3f}  (score {score:.1f})" for chance, score in zip(chances, scores, strict=True)])
+              [f"{chance:.2g}  (score {score:.1f})" for chance, score in zip(chances, scores, strict=True)])
 
 # %%
 assert math.isclose(-math.log(chances[-1]), float(choice.mc_loss), rel_tol=1e-3, abs_tol=1e-5)
-say(f"By hand: minus the logarithm of the last bar is **{-math.log(chances[-1]):.4f}**. By the model: "
-    f"`choice.mc_loss` is **{float(choice.mc_loss):.4f}**. Guessing among {len(scores)} candidates has a loss of "
+say(f"By hand: minus the logarithm of the last bar is **{-math.log(chances[-1]):.2g}**. By the model: "
+    f"`choice.mc_loss` is **{float(choice.mc_loss):.2g}**. Guessing among {len(scores)} candidates has a loss of "
     f"log {len(scores)}, which is {math.log(len(scores)):.4f}.")
 
 # %% [markdown]
