@@ -1,8 +1,8 @@
-"""From a turn to what the network reads: token ids, roles, positions, candidates; and from turns to batches.
+"""Turn dialogs into rows of token ids, roles and positions for the network, and rows into batches.
 
 A turn becomes one row, ``[context | candidate 1 | … | candidate n]``. The candidates share their context: in a causal
-model its states do not depend on what follows, so it is stored, and computed, once. Every candidate's positions
-go on from the context's end, and the network lets a candidate see the context and itself, nothing of its siblings.
+model its states do not depend on what follows, so it is stored and computed once. The positions of every candidate
+continue those of the context, and a candidate attends to the context and to itself, but not to the other candidates.
 This file knows nothing about the network or the training loop.
 """
 
@@ -22,8 +22,8 @@ from cli import require_memory
 from tables import Split
 from tokenization import SPECIAL_TOKENS, Tokenizer
 
-IGNORED = -100  # a label the losses skip, as everywhere in transformers
-NO_CANDIDATE = -1  # in mc_token_ids: this turn has fewer candidates than its neighbours
+IGNORED = -100  # the label that losses skip, as everywhere in transformers
+NO_CANDIDATE = -1  # padding of `mc_token_ids` for turns with fewer candidates
 
 
 class Specials(NamedTuple):
@@ -37,28 +37,29 @@ class Specials(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Specials":
+        """Look up the control tokens of a tokenizer."""
         return cls(*tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
 
 
 class Segment(NamedTuple):
-    """A stretch of the sequence: token ids and, for each, the id of the speaker it belongs to."""
+    """A part of a sequence: token ids and, for each token, the id of its speaker."""
 
     ids: list[int]
     types: list[int]
     start: int = 0  # position of its first token
-    opened: bool = False  # a context whose last token already is the one behind which the reply begins
+    opened: bool = False  # whether the last token already is the role of the reply
 
 
 def build_context(persona: Sequence[Sequence[int]], history: Sequence[Sequence[int]], special: Specials,
                   history_start: int = 0) -> Segment:
-    """``<bos> persona… <speaker2> user <speaker1> bot … <speaker2> user``: what comes before a reply.
+    """Build what comes before a reply: ``<bos> persona… <speaker2> user <speaker1> bot … <speaker2> user``.
 
-    Roles are counted back from the reply, which is the bot's, and the same role gives an utterance its ``<speakerN>``
-    token and its token types. (The 2019 code counted the types from the front, so that on histories of even length
-    the two disagreed.) The persona is the bot's own.
+    Roles are counted back from the reply, which is the bot's. The role of an utterance determines both its
+    ``<speakerN>`` token and its token types. (The code of 2019 counted the types from the front, so the two disagreed
+    for histories of even length.) The persona has the bot's type.
 
-    ``history_start``: the position at which the history begins, however long the persona is ("history first"): the
-    persona then ends right before it, and must fit in there (`fit_context`). 0: the persona begins at position 0.
+    ``history_start``: the position at which the history begins, whatever the persona's length ("history first"). The
+    persona ends right before it and must fit in there (`fit_context`). 0: the persona begins at position 0.
     """
     ids = [special.bos, *chain.from_iterable(persona)]
     types = [special.speaker1] * len(ids)
@@ -71,22 +72,23 @@ def build_context(persona: Sequence[Sequence[int]], history: Sequence[Sequence[i
 
 
 def build_reply(reply: Sequence[int], special: Specials, with_eos: bool = True) -> Segment:
-    """``<speaker1> reply <eos>``: one candidate, or with ``with_eos=False`` the beginning of one."""
+    """Build a candidate, ``<speaker1> reply <eos>``, or with ``with_eos=False`` the beginning of one."""
     ids = [special.speaker1, *reply] + [special.eos] * with_eos
     return Segment(ids, [special.speaker1] * len(ids))
 
 
 def begin_reply(context: Segment, special: Specials, beginning: Sequence[int] = ()) -> Segment:
-    """All that a model reads before it goes on with a reply: the context, the opening, how the reply is to begin."""
+    """Return what a model reads before it continues a reply: the context, the opening and the reply's beginning."""
     ids, types, *_ = build_reply(beginning, special, with_eos=False)
     return Segment(context.ids + ids[context.opened:], context.types + types[context.opened:], context.start)
 
 
 def fit_context(persona: list, history: list, budget: int, history_start: int = 0) -> tuple[list, list]:
-    """Leave out the oldest of the context until `build_context` needs at most ``room`` positions.
+    """Shorten persona and history until `build_context` needs at most ``budget`` positions.
 
-    Whole utterances go first, the oldest first and never the last one; then persona sentences from the end; then the
-    beginning of the last utterance. With ``history_start``, just the persona sentences go that do not fit before it.
+    First whole utterances are left out, the oldest first, but never the last one; then persona sentences from the end;
+    then the beginning of the last utterance. With ``history_start`` the only persona sentences left out are those that
+    do not fit before it.
     """
     persona, history = list(persona), list(history)
     before_history = 1 + sum(map(len, persona))
@@ -106,11 +108,11 @@ def fit_context(persona: list, history: list, budget: int, history_start: int = 
 
 
 def build_input_from_segments(persona, history, reply, tokenizer: Tokenizer, lm_labels=False, with_eos=True) -> dict:
-    """One candidate as one sequence, under the names of 2019.
+    """Build one candidate as one sequence, with the names of 2019.
 
-    ``persona``, ``history``: lists of token-id lists; ``reply``: a list of token ids. Returns ``input_ids``,
-    ``token_type_ids`` and ``lm_labels`` of one length, and ``mc_token_ids``, the index of the last token. Labels are
-    -100 but for the reply and its ``<eos>``, and there only with ``lm_labels``; the model shifts them.
+    ``persona``, ``history``: lists of lists of token ids; ``reply``: a list of token ids. Returns ``input_ids``,
+    ``token_type_ids`` and ``lm_labels`` of the same length, and ``mc_token_ids``, the index of the last token. All
+    labels are -100, except, with ``lm_labels``, those of the reply and its ``<eos>``; the model shifts them.
     """
     special = Specials.of(tokenizer)
     context, candidate = build_context(persona, history, special), build_reply(reply, special, with_eos)
@@ -124,28 +126,39 @@ def build_input_from_segments(persona, history, reply, tokenizer: Tokenizer, lm_
 
 
 class Row(NamedTuple):
-    """One packed turn, or several turns of one dialog. All lists but ``mc_token_ids`` have one element per token."""
+    """One packed turn, or several turns of one dialog. All lists except ``mc_token_ids`` have one element per token."""
 
     input_ids: list[int]
     token_type_ids: list[int]
     position_ids: list[int]
     segment_ids: list[int]  # 0: context, k: candidate k, counted from 1
-    labels: list[int]  # what the token before it is to predict: the gold replies, elsewhere -100
+    labels: list[int]  # the tokens of gold replies, which the tokens before them predict; elsewhere -100
     mc_token_ids: list[list[int]]  # (turns, candidates): index of each candidate's last token
-    visible: list[int]  # how many of the context's tokens this token may attend to, counted from the row's start
+    visible: list[int]  # number of tokens, from the row's start, of the context that this token attends to
 
 
 def max_reply(max_positions: int, history_start: int) -> int:
-    """Tokens of the longest reply that leaves room for its control tokens, ``<bos>`` and an utterance's role."""
+    """Return the length of the longest reply that fits beside ``<bos>``, an utterance's role and its control tokens."""
     return max_positions - 3 - max(history_start, 1)
 
 
 def pack_turn(persona, history, candidates, special: Specials, max_positions: int, history_start: int = 0) -> Row:
-    """Pack a turn, gold candidate last, into one row whose positions stay below ``max_positions``.
+    """Pack a turn, with the gold candidate last, into one row whose positions stay below ``max_positions``.
 
-    A turn that is too long loses its oldest context (`fit_context`); a candidate that is too long even without
-    context loses its end. Candidates of the same tokens share one segment, so that a tie is one to the last bit.
-    ``history_start`` as in `build_context`.
+    A turn that is too long loses its oldest context (`fit_context`); a candidate that is too long even without context
+    loses its end. Candidates with the same tokens share one segment, so their scores are exactly equal.
+    ``history_start``: see `build_context`.
+
+    >>> special = Specials(bos=0, eos=1, speaker1=2, speaker2=3, pad=4)
+    >>> row = pack_turn([[10, 11]], [[20]], candidates=[[30], [40, 41]], special=special, max_positions=99)
+    >>> row.input_ids  # <bos> persona <speaker2> utterance | <speaker1> distractor <eos> | <speaker1> gold reply <eos>
+    [0, 10, 11, 3, 20, 2, 30, 1, 2, 40, 41, 1]
+    >>> row.position_ids  # both candidates continue the context
+    [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8]
+    >>> row.segment_ids
+    [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    >>> row.labels[-4:], row.mc_token_ids  # the gold reply is learnt; the last token of each candidate is scored
+    ([-100, 40, 41, 1], [[7, 11]])
     """
     candidates = [tuple(reply[:max_reply(max_positions, history_start)]) for reply in candidates]
     budget = max_positions - 2 - max(map(len, candidates))
@@ -168,14 +181,15 @@ def pack_turn(persona, history, candidates, special: Specials, max_positions: in
 
 
 def pack_dialog(persona, history, turns, special: Specials, max_positions: int, history_start: int = 0) -> Row:
-    """Pack consecutive turns of one dialog into one row, in which all of them share the dialog as their context.
+    """Pack consecutive turns of one dialog into one row, in which they share the dialog as their context.
 
-    ``history``: the utterances before the last turn's reply. ``turns``: for each turn, in order, the length of its own
-    history, a beginning of ``history``, and its candidates, the gold one last; the gold reply of every turn but the
-    last is the next utterance of ``history``. Each turn gets the losses that `pack_turn` would give it alone, because
-    its gold reply is read where it stands in the dialog, and every other candidate, and the gold reply's ``<eos>``, is
-    a segment of its own that sees the dialog up to there. A row of one turn that is too long loses its oldest context;
-    several turns must fit.
+    ``history``: the utterances before the last turn's reply. ``turns``: per turn, in order, the length of its own
+    history, which is a prefix of ``history``, and its candidates, the gold one last. The gold reply of every turn but
+    the last is the next utterance in ``history``.
+
+    Each turn gets the losses that `pack_turn` would give it alone: its gold reply is read at its place in the dialog;
+    every other candidate, and the gold reply's ``<eos>``, is a segment that attends to the dialog up to that place. A
+    single turn that is too long loses its oldest context; several turns must fit.
     """
     turns = [(length, [tuple(reply[:max_reply(max_positions, history_start)]) for reply in candidates])
              for length, candidates in turns]
@@ -207,31 +221,31 @@ def pack_dialog(persona, history, turns, special: Specials, max_positions: int, 
             row.visible.extend([sees] * len(ids))
             last_token[candidate] = len(row.input_ids) - 1
         row.mc_token_ids.append([last_token[candidate] for candidate in candidates])
-    for end in gold_ends:  # the gold reply's last token predicts <eos>, whatever stands behind it in the row
+    for end in gold_ends:  # the gold reply's last token predicts <eos>, whatever follows it in the row
         row.labels[end] = special.eos
     return row
 
 
 def find_gold_places(labels: torch.Tensor) -> torch.Tensor:
-    """Where the tokens stand that predict gold tokens: (gold tokens,) indices into ``labels`` (rows, positions), flat.
+    """Return the indices of the tokens that predict gold tokens, (gold tokens,), into the flattened ``labels``.
 
-    Each predicts the label behind it; a row's first token is predicted by none.
+    ``labels`` is (rows, positions). Each token predicts the label of the next one, so no token predicts a row's first.
     """
     rows, places = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
     return rows * labels.shape[1] + places
 
 
 def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> dict[str, torch.Tensor]:
-    """Rows → a batch padded to its longest row; no rows → one of padding, from which nothing is learnt.
+    """Pad rows to the longest one and stack them to a batch of int64 tensors.
 
-    ``multiple``: make the number of positions a multiple of this, which the matrix units of GPUs like to be 8.
+    ``multiple``: the number of positions becomes a multiple of it; GPUs compute fastest with multiples of 8.
     ``input_ids``, ``token_type_ids``, ``position_ids``, ``segment_ids`` (-1: padding), ``labels`` and ``visible`` are
-    (rows, positions); ``mc_token_ids`` (-1: no candidate) is (turns, candidates); ``mc_labels``, the gold candidate's
-    number, and ``mc_rows``, the row that a turn is in, are (turns,); ``gold_places`` is that of `find_gold_places`. All
-    int64. Whatever the network would otherwise have to look for is here, so that a GPU never waits for the CPU.
+    (rows, positions). ``mc_token_ids`` (-1: no candidate) is (turns, candidates); ``mc_labels``, the index of the gold
+    candidate, and ``mc_rows``, the row of a turn, are (turns,). ``gold_places``: see `find_gold_places`. The batch has
+    everything that the network would otherwise search for, so that a GPU never waits for the CPU.
     """
 
-    # Processes keep step though one has no turn left: it computes a row of padding.
+    # A process without a turn in the last batch computes a row of padding, to stay in step with the others.
     rows = rows or [Row([pad], [pad], [0], [0], [IGNORED], [[0]], [1])]
 
     def padded(values: Sequence[Sequence[int]], fill: int, multiple: int = 1) -> torch.Tensor:
@@ -254,12 +268,12 @@ def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> dict[str, torch
 
 
 class TurnDataset(Dataset):
-    """The turns of a split as packed rows, built when asked for.
+    """The turns of a split as packed rows, which are built on access.
 
-    ``num_candidates``: how many, from the end of the list; 0: all. ``max_history``: exchanges kept, that is
-    ``2 * max_history + 1`` utterances. ``permutations``: each turn that many times, the persona rotated by one
-    sentence each time. ``no_persona``: leave it out. ``max_positions``: the model's; ``history_start`` as in
-    `build_context`.
+    ``num_candidates``: candidates per turn, from the end of the list; 0: all. ``max_history``: exchanges kept, that is
+    ``2 * max_history + 1`` utterances. ``permutations``: the number of copies of each turn; the persona is rotated by
+    one sentence from copy to copy. ``no_persona``: leave out the persona. ``max_positions``: the model's maximum.
+    ``history_start``: see `build_context`.
     """
 
     def __init__(self, split: Split, tokenizer: Tokenizer, max_positions: int, num_candidates: int = 0,
@@ -268,7 +282,7 @@ class TurnDataset(Dataset):
         self.history_start, self.no_persona = history_start, no_persona
         self.num_candidates, self.num_utterances = num_candidates, 2 * max_history + 1
         self.permutations = permutations
-        # Each row has a length, a place in the order and one in the sorted order, of eight bytes each.
+        # Each row needs its length, its index in the order and its index in the sorted order, eight bytes each.
         require_memory(24 * split.num_turns * permutations, f"--personality_permutations {permutations}", "give fewer")
 
     @classmethod
@@ -281,7 +295,7 @@ class TurnDataset(Dataset):
         return self.split.num_turns * self.permutations
 
     def context(self, turn: int, rotation: int = 0) -> tuple[list, list]:
-        """Persona and history of a turn as lists of token-id lists."""
+        """Return persona and history of a turn as lists of lists of token ids."""
         persona = [] if self.no_persona else self.split.token_ids("persona", self.split.turn_dialog[turn])
         cut = len(persona) - rotation % len(persona) if persona else 0
         return persona[cut:] + persona[:cut], self.split.token_ids("history", turn)[-self.num_utterances:]
@@ -292,23 +306,23 @@ class TurnDataset(Dataset):
         return self.pack(turn, candidates, rotation)
 
     def place(self, index: int) -> str:
-        """Where the turn of a row stands in the data file, ``train[12].utterances[3]``."""
+        """Return the place of a row's turn in the data file, such as ``train[12].utterances[3]``."""
         turn = index % self.split.num_turns
         dialog = self.split.turn_dialog[turn]
         first = np.searchsorted(self.split.turn_dialog, dialog)
         return f"{self.split.name}[{dialog}].utterances[{turn - first}]"
 
     def pack(self, turn: int, candidates: list[list[int]], rotation: int = 0) -> Row:
-        """A turn's row with other candidates than its own."""
+        """Pack a turn with the given candidates."""
         context = self.context(turn, rotation)
         return pack_turn(*context, candidates, self.special, self.max_positions, self.history_start)
 
     CHUNK = 1 << 16  # turns whose lengths are computed at once
 
     def lengths(self) -> tuple[np.ndarray, int]:
-        """Tokens in each row (at most), (len(self),) int64, and how many turns lose some of their context.
+        """Return an upper bound of the tokens in each row, (len(self),) int64, and how many turns lose some context.
 
-        From the table's offsets alone: no row is built.
+        Both come from the table's offsets; no row is built.
         """
         turns = np.arange(self.split.num_turns)
         chunks = [self._lengths(turns[start:start + self.CHUNK]) for start in range(0, len(turns), self.CHUNK)]
@@ -316,12 +330,12 @@ class TurnDataset(Dataset):
         return np.tile(np.concatenate(lengths), self.permutations), sum(too_long)
 
     def _lengths(self, turns: np.ndarray) -> tuple[np.ndarray, int]:
-        """The same of consecutive turns."""
+        """Compute `lengths` of consecutive turns."""
         context, candidates, too_long = self._sizes(turns)
         return context + candidates, int(too_long.sum())
 
     def _sizes(self, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of consecutive turns, (turns,) each: tokens of the context, of all candidates, and whether it is too long."""
+        """Return per turn the tokens of its context, those of its candidates, and whether it is too long."""
         ends = self.split.table.array("token_offsets")
 
         def ragged(field: str, rows: np.ndarray, keep: int, extra: int) -> tuple[np.ndarray, np.ndarray]:
@@ -346,18 +360,18 @@ class TurnDataset(Dataset):
 
 
 def longest_persona(split: Split) -> int:
-    """Tokens before the history, ``<bos>`` and persona, in the dialog that has most of them."""
+    """Return the number of tokens of ``<bos>`` and persona in the dialog with the longest persona."""
     sizes = np.diff(split.table.array("token_offsets"))
     total = np.append(0, np.cumsum(sizes[split.table.array(f"{split.name}.persona")]))
     return 1 + int(np.diff(total[split.table.array(f"{split.name}.persona_offsets")]).max(initial=0))
 
 
 class DialogDataset(TurnDataset):
-    """The same turns with those of a dialog in one row (`pack_dialog`), which computes their common history once.
+    """A `TurnDataset` with several turns of a dialog per row (`pack_dialog`), so that their history is computed once.
 
-    A row holds consecutive turns of a dialog as long as each continues the history of the one before, so histories
-    that ``max_history`` cuts off end a row, and fits the model. Its turns are those that `TurnDataset` has, each once.
-    Of a longer list of distractors each of the ``permutations`` takes its own part, counted from the end.
+    A row holds consecutive turns of a dialog as long as each continues the history of the one before, and the row fits
+    the model; a history that ``max_history`` cuts begins a new row. If a turn has more distractors than
+    ``num_candidates`` needs, each of the ``permutations`` takes other ones, counted from the end.
     """
 
     def __init__(self, *args, **kwargs):
@@ -376,7 +390,7 @@ class DialogDataset(TurnDataset):
         return pack_dialog(persona, history, kept, self.special, self.max_positions, self.history_start)
 
     def candidates(self, turn: int, rotation: int) -> list[list[int]]:
-        """Token ids of the candidates that a permutation takes, the gold one last."""
+        """Return the token ids of the candidates for a permutation, the gold one last."""
         *wrong, gold = self.split.token_ids("candidates", turn)
         if 0 < self.num_candidates <= len(wrong):
             count = self.num_candidates - 1
@@ -388,9 +402,9 @@ class DialogDataset(TurnDataset):
         return super().place(int(self.firsts[index % (len(self.firsts) - 1)]))
 
     def lengths(self) -> tuple[np.ndarray, int]:
-        """Tokens in each row, (len(self),) int64, and how many turns lose some of their context.
+        """Return the tokens in each row, (len(self),) int64, and how many turns lose some context.
 
-        The most there can be in the first permutation, and about as many in others, which take other distractors.
+        The numbers are upper bounds for the first permutation and estimates for others, with their other distractors.
         """
         first, last = self.firsts[:-1], self.firsts[1:] - 1
         context, candidates, too_long = self._sizes(np.arange(self.split.num_turns))
@@ -404,7 +418,7 @@ class DialogDataset(TurnDataset):
         return np.tile(total, self.permutations), int(too_long.sum())
 
     def _group(self) -> np.ndarray:
-        """The number of each row's first turn, ascending, and the number of all turns."""
+        """Return the index of each row's first turn, ascending, and then the number of all turns."""
         too_long = self._sizes(np.arange(self.split.num_turns))[2]
         firsts, said = [], None  # what the next turn's history has to begin with to continue the row
         for turn, dialog in enumerate(self.split.turn_dialog.tolist()):
@@ -416,16 +430,17 @@ class DialogDataset(TurnDataset):
 
 
 class LengthBatches(Sampler):
-    """Batches of turns of like length, so that little is padding.
+    """Batches of turns of similar length, which need little padding.
 
-    An epoch is every turn once; or ``epoch_batches`` batches, if that is not 0, no turn twice before all were once.
+    An epoch has every turn once, or ``epoch_batches`` batches if that is not 0; then no turn repeats before all others
+    have occurred.
 
-    With a ``seed`` the order is drawn anew each epoch (`set_epoch`): turns are shuffled, sorted by length within
-    stretches of ``STRETCH`` batches, cut into batches, and the batches shuffled. Without one, all is sorted, longest
-    first, so that a batch too large for the memory fails at once.
+    With a ``seed`` each epoch has a new order (`set_epoch`): turns are shuffled, sorted by length within groups of
+    `SORTED_TOGETHER` batches and cut into batches, which are shuffled. Without a seed all turns are sorted, the longest
+    first, so that a batch that is too large for the memory fails at once.
 
-    Process ``rank`` of ``world`` gets its share of each batch, every ``world``-th turn: together they see the batches
-    that one process would. Of a batch smaller than ``world`` some shares are empty.
+    Process ``rank`` of ``world`` gets every ``world``-th turn of each batch, so that all processes together see the
+    batches of a single process. If a batch is smaller than ``world``, some processes get no turn.
     """
 
     SORTED_TOGETHER = 50  # batches
@@ -436,7 +451,7 @@ class LengthBatches(Sampler):
         self.rank, self.world, self.epoch, self.start = rank, world, 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Draw the order of ``epoch``, and begin it at batch ``start``."""
+        """Choose the epoch whose order the next iteration has, and the batch at which it begins."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -446,7 +461,7 @@ class LengthBatches(Sampler):
         return (batch[self.rank::self.world] for batch in self.batches()[self.start:])
 
     def batches(self) -> list[np.ndarray]:
-        """All batches of the epoch, whole, in order."""
+        """Return the batches of the epoch for all processes together, in order."""
         if self.seed is None:
             order = np.argsort(-self.lengths, kind="stable")
             return np.split(order, range(self.batch_size, len(order), self.batch_size))
@@ -466,7 +481,7 @@ class LengthBatches(Sampler):
 def get_loader(dataset: TurnDataset, lengths: np.ndarray, batch_size: int, seed: int | None = None,
                epoch_batches: int = 0, num_workers: int = 0, pin_memory: bool = False, rank: int = 0,
                world: int = 1) -> DataLoader:
-    """A loader of `collate`'s batches in the order of `LengthBatches`."""
+    """Return a loader that yields batches of `collate` in the order of `LengthBatches`."""
     return DataLoader(
         dataset,
         batch_sampler=LengthBatches(lengths, batch_size, seed, epoch_batches, rank, world),
@@ -475,12 +490,12 @@ def get_loader(dataset: TurnDataset, lengths: np.ndarray, batch_size: int, seed:
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=partial(_ignore_signals, trainer=os.getpid()),
-        generator=torch.Generator(),  # its own, or starting to load would move the dropout's
+        generator=torch.Generator(),  # without its own, each start of loading would change the dropout's random numbers
     )
 
 
 def _ignore_signals(worker: int, trainer: int) -> None:
-    """Ctrl-C and a cluster's SIGTERM come to loading processes, too; they go on until the trainer itself ends them."""
+    """Ignore Ctrl-C and a cluster's SIGTERM in a loading process, which works until the trainer itself ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -488,6 +503,7 @@ def _ignore_signals(worker: int, trainer: int) -> None:
 
 
 def _exit_on_sigterm_from(trainer: int) -> None:
+    """Wait for a SIGTERM that the trainer has sent, and end the process."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)

@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 
 
-@pytest.mark.parametrize("module", ["decoding", "metrics"])
+@pytest.mark.parametrize("module", ["decoding", "inputs", "metrics"])
 def test_examples_in_docstrings(module):
     failed, tried = doctest.testmod(import_module(module))
     assert tried and not failed
