@@ -1,6 +1,6 @@
-"""The token table: a tokenised data set as one file.
+"""Build and read the token table, a tokenised data set in one file.
 
-Knows entries and a tokenizer to call; nothing of where data or tokenizers come from.
+This file knows entries and a tokenizer, but not where they come from.
 """
 
 import json
@@ -52,7 +52,7 @@ class TokenTable(Mapping[str, "Split"]):
         self._splits = {name: Split(self, name) for name in json.loads(self.metadata.get("splits", "[]"))}
 
     def is_intact(self) -> bool:
-        """Whether the arrays are those that were written."""
+        """Return whether the arrays have the hash that was written with them."""
         return self.metadata.get("digest") == _digest(self._arrays)
 
     def __getitem__(self, split: str) -> "Split":
@@ -65,15 +65,15 @@ class TokenTable(Mapping[str, "Split"]):
         return len(self._splits)
 
     def array(self, name: str) -> np.ndarray:
-        """A whole stored array; see the class for the names."""
+        """Return a whole stored array; see the class for the names."""
         return self._arrays[name]
 
     def tokens(self, string: int) -> np.ndarray:
-        """Token ids of a string, (tokens,) int32."""
+        """Return the token ids of a string, (tokens,) int32."""
         return self._ragged("tokens", "token_offsets", string)
 
     def text(self, string: int) -> str:
-        """A string as it stands in the data file."""
+        """Return a string as it is in the data file."""
         return self._ragged("text", "text_offsets", string).tobytes().decode()
 
     def _ragged(self, values: str, offsets: str, row: int) -> np.ndarray:
@@ -86,11 +86,11 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 class Split(Sequence[dict]):
-    """One split of a `TokenTable`: as a sequence, its dialogs as nested lists of token ids, as 2019 code expects."""
+    """One split of a `TokenTable`, a sequence of dialogs as nested lists of token ids, as code of 2019 expects."""
 
     def __init__(self, table: TokenTable, name: str):
         self.table, self.name = table, name
-        self.turn_dialog = table.array(f"{name}.turn_dialog")  # (turns,): which dialog a turn is of, ascending
+        self.turn_dialog = table.array(f"{name}.turn_dialog")  # (turns,): the index of each turn's dialog, ascending
 
     def __len__(self) -> int:
         return len(self.table.array(f"{self.name}.persona_offsets")) - 1
@@ -100,15 +100,15 @@ class Split(Sequence[dict]):
         return len(self.turn_dialog)
 
     def strings(self, field: str, row: Index) -> np.ndarray:
-        """String numbers: ``persona`` of a dialog, ``history`` or ``candidates`` of a turn."""
+        """Return the string numbers of a dialog's ``persona``, or of a turn's ``history`` or ``candidates``."""
         return self.table._ragged(f"{self.name}.{field}", f"{self.name}.{field}_offsets", row)
 
     def texts(self, field: str, row: Index) -> list[str]:
-        """The same as text."""
+        """Return these strings as text."""
         return [self.table.text(string) for string in self.strings(field, row)]
 
     def token_ids(self, field: str, row: Index) -> list[list[int]]:
-        """The same as token ids."""
+        """Return the token ids of these strings."""
         return [self.table.tokens(string).tolist() for string in self.strings(field, row)]
 
     def __getitem__(self, dialog):  # type: ignore[override]  # no slices
@@ -122,21 +122,21 @@ class Split(Sequence[dict]):
 
 
 def open_table(cache: Path, key: str) -> TokenTable | None:
-    """The table at ``cache`` if it is whole and has this key."""
+    """Open the table at ``cache``; return None if it is missing or damaged or has another key."""
     if not cache.exists():
         return None
     try:
         table = TokenTable(cache)
         if table.metadata.get("key") == key and table.is_intact():
             return table
-        logger.warning("%s is not a token table of this data, or changed since; building it again", cache)
+        logger.warning("%s is not a token table of this data, or has been changed; building it again", cache)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         logger.warning("%s is damaged (%s); building it again", cache, short(str(error)))
     return None
 
 
 class _Ragged:
-    """Rows of unequal length, end to end, and where each begins; as small as they are on the disk."""
+    """Rows of unequal length, stored one after the other with their offsets, as compact as on the disk."""
 
     def __init__(self, typecode: str):
         self.values, self.offsets = array(typecode), array("q", [0])
@@ -149,17 +149,17 @@ class _Ragged:
         return self.values[self.offsets[row]:self.offsets[row + 1]]
 
     def arrays(self, name: str, offsets: str) -> dict[str, np.ndarray]:
-        """(values,) of the type code's type and (rows + 1,) int64."""
+        """Return the values, (values,) of the type code's type, and the offsets, (rows + 1,) int64."""
         return {name: np.frombuffer(self.values, self.values.typecode), offsets: np.frombuffer(self.offsets, np.int64)}
 
 
 def build_table(tokenizer: Tokenizer, splits: Mapping[str, Iterable[dict]], distractors: str, cache: Path,
                 key: str) -> None:
-    """Tokenise each distinct string of the entries once and write the table, complete or not at all.
+    """Tokenise each distinct string of the entries once and write the table, completely or not at all.
 
-    Entries are read one after the other and not kept: what grows with the data is one number a string's mention.
+    Entries are read one by one and not kept; per occurrence of a string the memory holds only its number.
     """
-    # Strings → their numbers, in order of first appearance; of personas apart, since they may be tokenised otherwise.
+    # String → number, in order of first appearance. Personas have their own numbers: their tokens can differ.
     said: dict[str, int] = {}
     personas: dict[str, int] = {}
 
@@ -180,7 +180,7 @@ def build_table(tokenizer: Tokenizer, splits: Mapping[str, Iterable[dict]], dist
         for field, ragged in fields.items():
             arrays |= ragged.arrays(f"{split}.{field}", f"{split}.{field}_offsets")
         arrays[f"{split}.turn_dialog"] = np.frombuffer(turn_dialog, np.int32)
-        if distractors != "none":  # of each turn, its dialog, as it is one with its other side and its repetitions
+        if distractors != "none":  # the dialog of each turn; its other side and its repetitions have the same number
             dialogs[split] = known.representatives()[np.frombuffer(of_entry, np.int64)[turn_dialog]]
     for split in splits:
         arrays[f"{split}.persona"] = arrays[f"{split}.persona"] + np.int32(len(said))
@@ -203,9 +203,10 @@ def build_table(tokenizer: Tokenizer, splits: Mapping[str, Iterable[dict]], dist
 
 def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[str], tokens: _Ragged,
                      dialogs: np.ndarray, method: str) -> None:
-    """Put distractors before the reply of every turn of a split that has only its reply, in place, the hardest last.
+    """Insert distractors, the hardest last, before the gold reply of every turn without other candidates, in place.
 
-    ``dialogs`` (turns,): which dialog a turn is of. Training takes the last of a turn's candidates.
+    ``dialogs`` (turns,): the number of each turn's dialog. The hardest are last because training uses the last
+    candidates of a turn.
     """
     candidates, offsets = arrays[f"{split}.candidates"], arrays[f"{split}.candidates_offsets"]
     counts, golds = np.diff(offsets), candidates[offsets[1:] - 1]
@@ -216,15 +217,15 @@ def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[st
     drawn[counts == 1] = draw_distractors(golds, dialogs, strings, method, turns=np.flatnonzero(counts == 1),
                                           tokens=ids)[:, ::-1]
     added = (drawn >= 0).sum(1)
-    logger.info("%s: %s turns bring no distractors; replies of other dialogs are drawn (%s)", split,
+    logger.info("%s: %s turns have no distractors; replies of other dialogs are drawn (%s)", split,
                 f"{(counts == 1).sum():,}", method)
     new = np.append(0, np.cumsum(counts + added))
     values = np.empty(new[-1], np.int32)
     own = np.arange(len(candidates)) + np.repeat(np.cumsum(added), counts)
     values[own] = candidates
-    theirs = np.ones(len(values), bool)
-    theirs[own] = False
-    values[theirs] = drawn[drawn >= 0]
+    is_new = np.ones(len(values), bool)
+    is_new[own] = False
+    values[is_new] = drawn[drawn >= 0]
     arrays[f"{split}.candidates"], arrays[f"{split}.candidates_offsets"] = values, new
 
 
@@ -232,18 +233,18 @@ def _add_distractors(arrays: dict[str, np.ndarray], split: str, strings: list[st
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text; no text becomes a control token."""
+    """Return the token ids of each utterance; no text becomes a control token."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
 
 
 def tokenize_persona(tokenizer: Tokenizer, sentences: list[str]) -> list[list[int]]:
-    """Token ids of each sentence of a persona; `tokenize` is for what is said."""
+    """Return the token ids of each sentence of a persona; `tokenize` is for utterances."""
     return tokenizer.encode_persona(sentences)
 
 
 def _tokenize_in_parallel(tokenizer: Tokenizer, texts: list[str], function: Callable = tokenize,
                           chunk: int = 4096) -> Iterator[list[list[int]]]:
-    """``function`` over chunks of ``texts``, in order; where they are many, in one process per core."""
+    """Apply ``function`` to chunks of ``texts``, in order; if they are many, with one process per core."""
     chunks = (texts[start:start + chunk] for start in range(0, len(texts), chunk))
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
                   len(texts) // (4 * chunk))
@@ -260,7 +261,7 @@ _tokenize_in_worker = None
 def _start_worker(tokenize: Callable) -> None:
     global _tokenize_in_worker
     _tokenize_in_worker = tokenize
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its own threads would not survive a fork, and the cores are busy
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork, and all cores are busy anyway
 
 
 def _tokenize_chunk(texts: list[str]) -> list[list[int]]:

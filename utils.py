@@ -1,6 +1,6 @@
-"""Open the data set that a script's flags name, and offer the flags that scripts share.
+"""Define the flags that all scripts share, and open the data set that they name.
 
-The names of 2019 that live elsewhere now can be imported from here as well.
+The names of 2019 that have moved to other files can still be imported from here.
 """
 
 import hashlib
@@ -35,24 +35,24 @@ from tokenization import Tokenizer, fingerprint
 __all__ = ["HF_FINETUNED_MODEL", "PERSONACHAT_URL", "download_pretrained_model", "get_dataset", "make_logdir"]
 
 PERSONACHAT_URL = RELEASES["personachat"][0].address
-MOST_UNKNOWN = 0.03  # of a data set's tokens; of English dialogs GPT-1 knows all but one in a thousand
+MOST_UNKNOWN = 0.03  # the share of unknown tokens above which there is a warning; 0.001 for GPT-1 on English dialogs
 logger = logging.getLogger(__name__)
 
 
 def get_dataset(tokenizer: Tokenizer, dataset_path: str, dataset_cache: str, dataset: str = "", data_dir: str = "data",
                 target: str = "both", distractors: str = "none", train_frac: float | None = None,
                 keep_repeated: bool = False, layout: str = "", columns: str = "") -> TokenTable:
-    """The tokenised data set of a path, an address, or ``""`` for PERSONA-CHAT; read from the cache if it is there.
+    """Read and tokenise a data set, or open its token table in the cache.
 
-    ``dataset``: instead of a path, names of `RELEASES` with commas between, the mix of which is looked for under
-    ``data_dir`` (`find_corpus`). ``target``: whose turns, of `TARGETS`; ``distractors``: how they are drawn, of `HOW`,
-    for turns that bring none; ``train_frac``: divide training and validation dialogs anew, that share for training;
-    ``keep_repeated``: train on dialogs that a later split repeats, too; ``layout`` and ``columns`` as for `read_any`.
+    ``dataset_path``: a file, a folder or an address; ``""`` is PERSONA-CHAT. ``dataset``: instead of a path, names in
+    `RELEASES`, separated by commas, of corpora to mix; they are looked for under ``data_dir`` (`find_corpus`).
+    ``target``, ``train_frac``, ``keep_repeated``: see `combine_corpora`. ``distractors``: the method, one of
+    `distractors.METHODS`, by which turns without distractors get some. ``layout``, ``columns``: see `read_any`.
 
-    The cache file's name starts with ``dataset_cache`` and ends in a key made of the data's hash and these choices, the
-    tokenizer's fingerprint and the format's version, so a stale or foreign file is never taken for ours. One process
-    builds it, the others wait. Raises `InputError` as the readers and `download` do, or when the cache cannot be
-    written.
+    The name of the cache file begins with ``dataset_cache`` and ends with a key, made from the hash of the data, these
+    choices, the tokenizer's fingerprint and the format's version, so that a stale or foreign file is never used. One
+    process builds the table while others wait. Raises `InputError` like the readers and `download`, and when the cache
+    cannot be written.
     """
     if dataset:
         corpora = [find_corpus(name, data_dir) for name in dataset.split(",")]
@@ -66,11 +66,11 @@ def get_dataset(tokenizer: Tokenizer, dataset_path: str, dataset_cache: str, dat
     cache = Path(f"{dataset_cache}_{type(tokenizer).__name__}_{key[:16]}.safetensors")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        place_is_fixed = cache.exists() and not os.access(cache.parent, os.W_OK)  # where no lock can be, nor is needed
-        with nullcontext() if place_is_fixed else FileLock(f"{cache}.lock"):
+        read_only = cache.exists() and not os.access(cache.parent, os.W_OK)  # then a lock is impossible and not needed
+        with nullcontext() if read_only else FileLock(f"{cache}.lock"):
             if table := open_table(cache, key):
                 logger.info("Token table read from %s", cache)
-                _say_unknown(table, tokenizer)
+                _report_unknown_tokens(table, tokenizer)
                 return table
             logger.info("Tokenising %s", ", ".join(map(str, files)))
             parts = [read_release(*found) for found in corpora] if dataset else [read_any(files[0], layout, columns)]
@@ -79,14 +79,14 @@ def get_dataset(tokenizer: Tokenizer, dataset_path: str, dataset_cache: str, dat
         logger.info("Token table written to %s", cache)
     except OSError as error:
         raise InputError(f"--dataset_cache {dataset_cache}: cannot be written ({error.strerror or error}); "
-                         "name a place with room that can be written to") from None
+                         "name a path that you may write, on a disk with free space") from None
     table = TokenTable(cache)
-    _say_unknown(table, tokenizer)
+    _report_unknown_tokens(table, tokenizer)
     return table
 
 
-def _say_unknown(table: TokenTable, tokenizer: Tokenizer) -> None:
-    """Say what share of the texts' tokens the tokenizer does not know, and above `MOST_UNKNOWN` what to do about it."""
+def _report_unknown_tokens(table: TokenTable, tokenizer: Tokenizer) -> None:
+    """Log the share of tokens that the tokenizer does not know, above `MOST_UNKNOWN` as a warning with the cure."""
     tokens = table.array("tokens")
     if tokenizer.unk_token_id is None or not len(tokens):
         return
@@ -113,7 +113,7 @@ DATA_FLAGS = {"dataset_path": "", "dataset": "", "data_dir": "data", "target": "
 
 
 def data_flags(args: Namespace) -> dict:
-    """What a run's config says of its data, ``trained_on``: the flags that are not as they are by default.
+    """Return the data flags that differ from their defaults, for ``trained_on`` in a run's ``config.json``.
 
     Files and folders are named by their whole paths, so that they are found from wherever the run is used.
     """
@@ -128,11 +128,11 @@ def data_flags(args: Namespace) -> dict:
 
 
 def open_dataset(args: Namespace, tokenizer: Tokenizer, from_run: bool = True) -> TokenTable:
-    """The data set that the flags of `add_common_flags` name.
+    """Open the data set that the flags of `add_common_flags` name.
 
-    If they name none, and with ``of_run``, it is the one that ``--model_checkpoint`` was trained on, as far as its
-    config says so; ``args`` then says it, too. Flags that are not as by default override what is remembered. Raises
-    `InputError` when it is not there any more.
+    If they name none and ``from_run`` is true, open the data on which ``--model_checkpoint`` was trained, as its config
+    records it, and set the flags in ``args`` to it; flags that differ from their defaults override the record. Raises
+    `InputError` when the recorded data is missing.
     """
     if from_run and not args.dataset_path and not args.dataset:
         for name, value in _trained_on(resolve_checkpoint(args.model_checkpoint)).items():
@@ -145,7 +145,7 @@ def open_dataset(args: Namespace, tokenizer: Tokenizer, from_run: bool = True) -
 
 
 def _trained_on(checkpoint: str) -> dict:
-    """What a run's config says of its data. Other people's configs may say anything."""
+    """Return the data flags in a run's config. Raises `InputError` for values that name no data."""
     if not os.path.exists(checkpoint) or is_gguf(checkpoint):
         return {}
     flags = getattr(read_config(checkpoint), "trained_on", None) or {}
@@ -165,7 +165,7 @@ def _trained_on(checkpoint: str) -> dict:
     if path and "://" not in path:  # a model that is passed on with its data names them from its own folder
         path = flags["dataset_path"] = os.path.normpath(os.path.join(checkpoint, path))
     if path.startswith(("http://", "https://")):  # not for a config to decide
-        raise InputError(f"--model_checkpoint {checkpoint}: was trained on what {short(path)} had; {cure}")
+        raise InputError(f"--model_checkpoint {checkpoint}: was trained on the file at {short(path)}; {cure}")
     if path and not os.path.exists(path):
         raise InputError(f"--model_checkpoint {checkpoint}: was trained on {short(path)}, which is not here; "
                          f"{cure}, or chat with --personality")
@@ -185,60 +185,61 @@ def make_logdir(model_name: str) -> str:
         except OSError as error:
             raise InputError(f"{folder}: cannot be made ({error.strerror}); "
                              "start from a folder you may write to") from None
-    raise InputError(f"runs/{stamp}: taken a hundred times over; try again in a second")
+    raise InputError(f"runs/{stamp}: exists a hundred times already; try again in a second")
 
 
 def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
-    """The flags every script has: data, checkpoint, history, device. ``model_checkpoint`` is that flag's default."""
+    """Add the flags that all scripts have: data, checkpoint, history and device; ``model_checkpoint`` is a default."""
     parser.add_argument("--dataset_path", default="", metavar="FILE",
-                        help="the data: a file or folder that example_entry.py checks or converts, or a .json file's "
-                             "address (default: what the run was trained on; in training the published PERSONA-CHAT)")
+                        help="the data: a file or folder that example_entry.py checks or converts, or the address of "
+                             "a .json file (default: the data of the run's training; for training, the published "
+                             "PERSONA-CHAT)")
     parser.add_argument("--dataset", type=_corpus_names, nargs="?", const="list", default="", metavar="NAME,NAME",
-                        help=f"published corpora instead, mixed: {', '.join(RELEASES)}; without a name: list them with "
-                             "size and licence")
+                        help=f"published corpora, mixed, instead of a file: {', '.join(RELEASES)}; without a name, "
+                             "list them with size and licence")
     parser.add_argument("--data_dir", default="data", metavar="FOLDER",
-                        help="where their releases are, unpacked or not, or else are downloaded to a cache from where "
-                             "they are published (default: %(default)s)")
+                        help="folder with their releases, unpacked or not; missing ones are downloaded to a cache "
+                             "(default: %(default)s)")
     add_reading_flags(parser)
     parser.add_argument("--dataset_cache", default="./dataset_cache", metavar="PREFIX",
-                        help="where the tokenised data is kept: how the file's name begins (default: %(default)s)")
+                        help="beginning of the path of the file with the tokenised data (default: %(default)s)")
     parser.add_argument("--model_checkpoint", default=model_checkpoint, metavar="CHECKPOINT",
-                        help="a run folder; `persona`, the bot that comes with this project; `smollm2`, its pretrained "
-                             "base; a hub name; a GGUF file; a folder with a model's config and tokenizer; or "
-                             "a .tar.gz of one or its address (default: "
+                        help="a run folder; `persona`, the bot of this project; `smollm2`, its pretrained base; a hub "
+                             "name; a GGUF file; a folder with a model's config and tokenizer, for random weights; or "
+                             "a .tar.gz of a folder or its address (default: "
                              f"{model_checkpoint or 'the published model of 2019'})")
     parser.add_argument("--max_history", type=whole_number, metavar="N",
-                        help="exchanges the model sees: 2N+1 utterances (default: as in the run's training; 2)")
+                        help="exchanges that the model sees, 2N+1 utterances (default: as in its training, or 2)")
     parser.add_argument("--max_turns", type=_odd, dest="max_history", default=SUPPRESS, metavar="N",
-                        help="the same in utterances: N, an odd number")
+                        help="the same in utterances; N is odd")
     parser.add_argument("--max_len", type=_positions, default=0, metavar="N",
-                        help="tokens that the model sees at once, context and reply (default: as in its training, "
-                             "there as many as it is made for)")
+                        help="tokens of context and reply that the model sees at once (default: as in its training; "
+                             "for training, its maximum)")
     add_device_flag(parser)
 
 
 def add_device_flag(parser: ArgumentParser) -> None:
-    """``--device``, alone."""
+    """Add the flag ``--device``."""
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, cuda:1, … (default: cuda if there is one, else cpu)")
+                        help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU, otherwise cpu)")
 
 
 def _odd(text: str) -> int:
-    """Utterances, for argparse; as exchanges."""
+    """Convert an odd number of utterances to exchanges; a ``type`` for argparse."""
     if (number := positive_number(text)) % 2 == 0:
         raise ArgumentTypeError(f"{text!r} is even, and would begin with the bot's own words; give an odd number")
     return number // 2
 
 
 def _positions(text: str) -> int:
-    """Tokens of a row, for argparse."""
+    """Convert a number of tokens per row; a ``type`` for argparse."""
     if (number := positive_number(text)) < 32:
         raise ArgumentTypeError(f"{text!r} leaves no room for a dialog; give 32 or more")
     return number
 
 
 def _corpus_names(text: str) -> str:
-    """Names of published corpora with commas between, for argparse; "list" prints what there is, and ends."""
+    """Check names of corpora, separated by commas; "list" prints all and ends the script. A ``type`` for argparse."""
     if text == "list":
         print(describe_corpora())
         raise SystemExit(0)
