@@ -1,4 +1,4 @@
-"""Names of columns: what those of a table, or the keys of a flat record, are for, in many languages.
+"""Recognise the columns of a table, or the keys of a flat record, by their names in many languages.
 
 Knows names and how a file begins; reads no file.
 """
@@ -66,8 +66,7 @@ def numbered_columns(header: list[str]) -> list[int]:
 
 
 def further_prompts(header: list[str], prompt: int) -> list[int]:
-    """Columns of what was said before the prompt, ``context/0``, ``context/1``, …, which go back in time; the oldest
-    first."""
+    """Return the columns before the prompt, ``context/0``, ``context/1``, … (the newest first), in order of time."""
     names = [column_key(name) for name in header]
     found = {int(name.rpartition("_")[2]): column for column, name in enumerate(names)
              if re.fullmatch(rf"{re.escape(names[prompt])}_\d{{1,6}}", name)}
@@ -75,7 +74,7 @@ def further_prompts(header: list[str], prompt: int) -> list[int]:
 
 
 def is_row(record: object) -> bool:
-    """Whether this is a row of a table: an exchange, a dialog's utterances, or one utterance of a dialog with a name.
+    """Return whether a record is a row of a table: an exchange, a dialog, or one utterance of a named dialog.
 
     ``record``: a value of JSON.
     """

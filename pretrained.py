@@ -190,7 +190,7 @@ def quiet_transformers():
     hub_level = hub.level
     log.set_verbosity_error()
     log.disable_progress_bar()
-    hub.setLevel(logging.ERROR)  # otherwise each of its five attempts to reach an absent hub is a line
+    hub.setLevel(logging.ERROR)  # otherwise it logs each of five attempts to reach the hub
     try:
         with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # meant for other libraries
             yield

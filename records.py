@@ -1,4 +1,4 @@
-"""Files of people's own records: JSON lines, lists, objects that wrap them, Parquet.
+"""Read files of users' records: JSON lines, lists, objects that wrap them, and Parquet.
 
 `read_records` yields a file's dialogs as `Dialog`; which shapes a record may have is known in shapes.py.
 """
@@ -70,8 +70,10 @@ def records(path: str | Path) -> Iterator[tuple[str | None, str, Any]]:
 
 
 def read_marked(path: str | Path) -> Iterator[Dialog]:
-    """Text between the marks of chat templates, ``<|im_start|>user``, ``[INST]``, ``<user>``: a dialog per line where
-    most lines have several, or else up to an empty line."""
+    """Read text between marks of chat templates, ``<|im_start|>user``, ``[INST]``, ``<user>``.
+
+    If most lines have several marks, each line is a dialog; otherwise an empty line ends a dialog.
+    """
     several = share_of(sample_lines(path), lambda line: len(MARKED.findall(line)) > 1) >= MAJORITY
     by_line = ([line] for line in read_lines(path) if line[1].strip())
     for block in by_line if several else blocks(path):
@@ -204,7 +206,7 @@ def _of_lower_keys(read: Callable[[str, Any], Dialog]) -> Callable[[str, Any], D
 
 
 def gather_turns(found: Iterable[tuple[str | None, str, Any]]) -> Iterator[tuple[str | None, str, Any]]:
-    """Records, of which turns that go on with the dialog of the one before have become one entry.
+    """Yield records, with consecutive turns of one dialog joined to one entry.
 
     ``found``: split, place and value of each, as of `records`. A turn's history begins with all that was said until the
     turn before.

@@ -40,7 +40,7 @@ def read_table(path: str | Path, columns: str = "") -> Iterator[Dialog]:
     _, header = next(rows, ("line 1", []))
     turns, uses = _columns(path, header, columns)
     if columns and all(one.strip().isdecimal() for one in re.sub(r"\w+=", "", columns).split(",")):
-        rows = _rows(path)  # columns by number: the first row is no header
+        rows = _rows(path)  # the first row is not a header
     rows = (row for row in rows if _check_row(path, *row, header))
     if turns:
         for place, row in rows:
@@ -99,7 +99,7 @@ def _by_dialog(path: str | Path, rows: Iterator[Row], uses: dict[str, int]) -> I
             return row[0] if "reply" in uses else 0  # without names and replies all rows are one dialog
 
     ended, last = set(), None
-    for row in _rows(path) if "dialog" in uses else ():  # looked through first, so that few rows are kept
+    for row in _rows(path) if "dialog" in uses else ():  # a first pass, so that few rows are kept in memory
         if key(row) != last and key(row) in ended:
             dialogs: dict[object, list[Row]] = {}
             for one in rows:

@@ -1,4 +1,4 @@
-"""People's own records: in which shapes chats, instructions and dialogs are kept in JSON, each with its reader.
+"""Recognise the shapes in which JSON stores chats, instructions and dialogs, and read each of them.
 
 A record is what stands for one dialog: an element of a JSON list, a line of JSON lines, a row. Its reader makes it a
 `Dialog`. Knows values of JSON, no files.

@@ -22,7 +22,7 @@ DIVIDER = re.compile(r"\s*([-=*_#~])\1{2,}\s*")  # a line drawn between dialogs
 NUMBERED = re.compile(r"\s*[\[(]?([0-9]{1,9})(?:[.):\]](?![0-9])\s*|[\t ]\s*(?:[-–—]\s+)?)(.*)")
 DAY, HOUR = r"\d{1,4}[/.-]\d{1,2}[/.-]\d{1,4}", r"\d{1,2}:\d{2}(?::\d{2})?(?:\s?[AaPp]\.?[Mm]\.?)?"
 STAMP = rf"[\s\u200e]{{0,8}}[\[(]?(?:{DAY}(?:,?\s{{1,3}}|T))?{HOUR}[\])]?\s{{1,3}}(?:[-–]\s{{0,3}})?"
-STAMPED = re.compile(STAMP)  # a message of a messenger: a time, and mostly who wrote it
+STAMPED = re.compile(STAMP)  # the beginning of a messenger's message: a time and mostly a name
 FACE = r"[\u2600-\u27bf\U0001f300-\U0001faff]\ufe0f?"
 NAME = rf"[0-9]|(?:{FACE}){{1,3}}|(?:{FACE} ?)?[^\W\d_][\w.'’-]{{0,30}}(?: #?[\w.'’-]{{1,30}}){{0,3}}"
 REMARK = r"(?:\s?[\[(][^\[\]()]{1,40}[\])])?"  # behind a name: (agent), [10:05 PM]
@@ -150,7 +150,7 @@ def _labels(said: Iterable[str]) -> Counter:
 
 
 def _names(labels: Counter, known: Counter) -> dict[str, str]:
-    """Which labels of a dialog are names, and of whom. ``known``: how often labels begin a line in the whole file.
+    """Find the labels of a dialog that are names. ``known``: how often each label begins a line in the whole file.
 
     A colon is not always behind a name: of more than two labels, the two that come again are the names. ``q1``, ``a1``,
     ``q2``, ``a2`` are two speakers.
@@ -170,7 +170,7 @@ def _names(labels: Counter, known: Counter) -> dict[str, str]:
 
 
 def labelled_dialog(place: str, said: Iterable[str], known: Counter | None = None) -> Dialog:
-    """A dialog of lines of which most begin with the speaker's name. What a system says is who the other one is.
+    """Make a dialog from lines that mostly begin with a speaker's name; lines of a system become the persona.
 
     ``known``: as for `_names`. What a messenger itself wrote, a time without a name, is left out.
     """
