@@ -229,7 +229,7 @@ class Checkpoints:
             self.mark(header["step"], header["iteration"])
         except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path}: is not a checkpoint of this run's model "
-                             f"({str(error).splitlines()[0][:160]})") from None
+                             f"({str(error).splitlines()[0][:160]}); give another one") from None
         return header
 
 

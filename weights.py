@@ -166,8 +166,8 @@ def _check_row(model: DoubleHeadsModel, checkpoint: str) -> None:
                      f"({reason}); fetch or train the model again")
 
 
-# Of the spread of logits: float32 rounds pretrained models with outlying activations by 4e-4, a wrong network is off by
-# a tenth and more.
+# Relative to the spread of logits: rounding in pretrained models reaches 4e-4; the error of a wrong network is
+# 0.1 or more.
 ROUNDING = 1e-2
 
 

@@ -36,7 +36,7 @@ def model_hash(model: DoubleHeadsModel) -> str:
 
 
 def decoders(args: Namespace) -> list[Decoding]:
-    """Return the decoding options of each ``--decoder``, with the command line's as defaults, or the command line's."""
+    """Return the options of each ``--decoder``; the command line's options are its defaults, or the only decoder."""
     parser = ArgumentParser(prog="--decoder", add_help=False)
     add_decoding_flags(parser)
     parser.set_defaults(**{name: value for name, value in vars(args).items() if name in (*OPTIONS, "fp16")})
