@@ -311,9 +311,8 @@ class TransformerAgent(Agent):
 
     @classmethod
     def add_cmdline_args(cls, parser, partial_opt=None):
-        flags = parser.add_argument_group("TransformerAgent")
-        add_common_flags(flags, model_checkpoint="")
-        add_agent_flags(flags)
+        add_common_flags(parser, model_checkpoint="")
+        add_agent_flags(parser)
         return parser
 
     def __init__(self, opt, shared=None):
@@ -468,20 +467,20 @@ def evaluate_in_parlai(batch_size: int, flags: list[str]) -> None:
 
 def add_agent_flags(parser) -> None:
     """What the evaluation here and the agent under ParlAI have in common, besides the common flags."""
-    add = parser.add_argument
+    add = parser.add_argument_group("evaluation").add_argument
     add("--eval_type", default="hits@1", choices=["hits@1", "ppl", "f1", "all"],
         help="what to measure (default: %(default)s)")
-    add_decoding_flags(parser)
     add("--legacy_gpt2_words", action="store_true",
         help="ppl: look words up without their leading space, the mistake of the 2019 code with GPT-2")
+    add_decoding_flags(parser)
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add_common_flags(parser, model_checkpoint="")
     add_agent_flags(parser)
+    add_common_flags(parser, model_checkpoint="")
     add_family_flag(parser)
+    add = parser.add_argument_group("output").add_argument
     add("--seeds", type=positive_number, default=1, metavar="N",
         help="f1: decode N times, with --seed, --seed + 1, …; report mean and standard deviation (default: 1)")
     add("--batch_size", type=positive_number, default=16, help="turns at once (default: %(default)s)")

@@ -121,17 +121,18 @@ def _temperature(text: str) -> float:
 
 def add_decoding_flags(parser: ArgumentParser) -> None:
     """Add a flag for each option of `Decoding`, and ``--fp16``."""
+    add = parser.add_argument_group("replies").add_argument
     for name, option in OPTIONS.items():
         if "help" not in option.metadata:
             continue
         if option.type is bool:
-            parser.add_argument(f"--{name}", action="store_true", help=option.metadata["help"])
+            add(f"--{name}", action="store_true", help=option.metadata["help"])
         else:
             read = _temperature if name == "temperature" else option.metadata["allowed"]
-            parser.add_argument(f"--{name}", type=read, default=option.default, metavar=option.metadata["metavar"],
-                                help=f"{option.metadata['help']} (default: %(default)s)")
-    parser.add_argument("--fp16", default="", choices=["", "O0", *HALF],
-                        help="compute in half precision: bf16, or apex's names as in train.py (default: none)")
+            add(f"--{name}", type=read, default=option.default, metavar=option.metadata["metavar"],
+                help=f"{option.metadata['help']} (default: %(default)s)")
+    add("--fp16", default="", choices=["", "O0", *HALF],
+        help="compute in half precision: bf16, or apex's names as in train.py (default: none)")
 
 
 def add_family_flag(parser: ArgumentParser) -> None:

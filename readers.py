@@ -6,6 +6,7 @@ The readers themselves are in releases.py (published corpora) and in texts.py, r
 import logging
 import re
 from argparse import ArgumentParser, ArgumentTypeError
+from argparse import _ArgumentGroup as ArgumentGroup
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
@@ -241,7 +242,7 @@ def _json_layout(path: Path, first: str) -> str:
     return "corpus" if split and not is_record(record) else "json"
 
 
-def add_reading_flags(parser: ArgumentParser) -> None:
+def add_reading_flags(parser: ArgumentParser | ArgumentGroup) -> None:
     """Add the flags that say how a file of dialogs becomes a data set, in training, evaluation and conversion."""
     parser.add_argument("--format", type=format_name, default="", metavar="NAME",
                         help=f"layout of the data file: {', '.join(FORMATS)} (default: found out from its beginning)")

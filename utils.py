@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -189,39 +190,42 @@ def make_logdir(model_name: str) -> str:
 
 
 def add_common_flags(parser: ArgumentParser, model_checkpoint: str) -> None:
-    """Add the flags that all scripts have: data, checkpoint, history and device; ``model_checkpoint`` is a default."""
-    parser.add_argument("--dataset_path", default="", metavar="FILE",
-                        help="the data: a file or folder that example_entry.py checks or converts, or the address of "
-                             "a .json file (default: the data of the run's training; for training, the published "
-                             "PERSONA-CHAT)")
-    parser.add_argument("--dataset", type=_corpus_names, nargs="?", const="list", default="", metavar="NAME,NAME",
-                        help=f"published corpora, mixed, instead of a file: {', '.join(RELEASES)}; without a name, "
-                             "list them with size and licence")
-    parser.add_argument("--data_dir", default="data", metavar="FOLDER",
-                        help="folder with their releases, unpacked or not; missing ones are downloaded to a cache "
-                             "(default: %(default)s)")
-    add_reading_flags(parser)
-    parser.add_argument("--dataset_cache", default="./dataset_cache", metavar="PREFIX",
-                        help="beginning of the path of the file with the tokenised data (default: %(default)s)")
-    parser.add_argument("--model_checkpoint", default=model_checkpoint, metavar="CHECKPOINT",
-                        help="a run folder; `persona`, the bot of this project; `smollm2`, its pretrained base; a hub "
-                             "name; a GGUF file; a folder with a model's config and tokenizer, for random weights; or "
-                             "a .tar.gz of a folder or its address (default: "
-                             f"{model_checkpoint or 'the published model of 2019'})")
-    parser.add_argument("--max_history", type=whole_number, metavar="N",
-                        help="exchanges that the model sees, 2N+1 utterances (default: as in its training, or 2)")
-    parser.add_argument("--max_turns", type=_odd, dest="max_history", default=SUPPRESS, metavar="N",
-                        help="the same in utterances; N is odd")
-    parser.add_argument("--max_len", type=_positions, default=0, metavar="N",
-                        help="tokens of context and reply that the model sees at once (default: as in its training; "
-                             "for training, its maximum)")
-    add_device_flag(parser)
+    """Add the flags that all scripts have: model, history, device and data. ``model_checkpoint``: its default."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model_checkpoint", default=model_checkpoint, metavar="CHECKPOINT",
+        help="a run folder; `persona`, the bot of this project; `smollm2`, its pretrained base; a hub "
+             "name; a GGUF file; a folder with a model's config and tokenizer, for random weights; or "
+             "a .tar.gz of a folder or its address (default: "
+             f"{model_checkpoint or 'the published model of 2019'})")
+    add("--max_history", type=whole_number, metavar="N",
+        help="exchanges that the model sees, 2N+1 utterances (default: as in its training, or 2)")
+    add("--max_turns", type=_odd, dest="max_history", default=SUPPRESS, metavar="N",
+        help="the same in utterances; N is odd")
+    add("--max_len", type=_positions, default=0, metavar="N",
+        help="tokens of context and reply that the model sees at once (default: as in its training; "
+             "for training, its maximum)")
+    add_device_flag(add)
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add("--dataset_path", default="", metavar="FILE",
+        help="the data: a file or folder that example_entry.py checks or converts, or the address of "
+             "a .json file (default: the data of the run's training; for training, the published "
+             "PERSONA-CHAT)")
+    add("--dataset", type=_corpus_names, nargs="?", const="list", default="", metavar="NAME,NAME",
+        help=f"published corpora, mixed, instead of a file: {', '.join(RELEASES)}; without a name, "
+             "list them with size and licence")
+    add("--data_dir", default="data", metavar="FOLDER",
+        help="folder with their releases, unpacked or not; missing ones are downloaded to a cache "
+             "(default: %(default)s)")
+    add("--dataset_cache", default="./dataset_cache", metavar="PREFIX",
+        help="beginning of the path of the file with the tokenised data (default: %(default)s)")
+    add_reading_flags(data)
 
 
-def add_device_flag(parser: ArgumentParser) -> None:
-    """Add the flag ``--device``."""
-    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU, otherwise cpu)")
+def add_device_flag(add: Callable) -> None:
+    """Add ``--device``; ``add``: the ``add_argument`` of a parser or of a group of flags."""
+    add("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, … (default: cuda if there is a GPU, otherwise cpu)")
 
 
 def _odd(text: str) -> int:

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write a JSON line per question there")
     parser.add_argument("--batch_size", type=positive_number, default=32, help="default: %(default)s")
     parser.add_argument("--sample", action="store_true", help="sample as the chat does; default: greedy")
-    add_device_flag(parser)
+    add_device_flag(parser.add_argument)
     add_decoding_flags(parser)
     args = parser.parse_args()
     args.no_sample = args.no_sample or not args.sample

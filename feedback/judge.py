@@ -325,7 +325,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
     add("--resamples", type=positive_number, default=1000, metavar="N",
         help="number of bootstrap samples for the intervals (default: %(default)s)")
     add("--fp16", default="", choices=["", "O0", *HALF], help="half precision, as in train.py (default: none)")
-    add_device_flag(parser)
+    add_device_flag(parser.add_argument)
     add("--seed", type=whole_number, default=42, help="seed of the bootstrap (default: %(default)s)")
     return parser.parse_args(arguments)
 

@@ -266,7 +266,7 @@ def parse_args(command_line: list[str] | None = None) -> Namespace:
     add("--save_every", type=positive_number, default=200, metavar="N",
         help="save a snapshot every N steps (default: %(default)s)")
     add("--fp16", default="", choices=["", "O0", *HALF], help="half precision, as in train.py (default: none)")
-    add_device_flag(parser)
+    add_device_flag(parser.add_argument)
     add("--seed", type=whole_number, default=42, help="seed of held-out dialogs and of dropout (default: %(default)s)")
     # What else the trainer of train.py and the loading of checkpoints ask for:
     parser.set_defaults(lm_coef=0.0, mc_coef=1.0, gradient_accumulation_steps=1, max_len=0)
