@@ -43,7 +43,7 @@ run() { buildah run --isolation chroot "$container" -- "$@"; }
 
 say "three lines of chat"
 mapfile -t chat < <(buildah inspect --type image --format '{{range .OCIv1.Config.Cmd}}{{println .}}{{end}}' transfertransfo |
-    sed '$d')
+    sed '/^$/d')
 printf '%s\n' "hi ! how are you ?" "do you have any pets ?" "what is your favorite food ?" > "$work/said"
 run "${chat[@]}" < "$work/said" > "$work/chat.log" 2> "$work/chat.errors" ||
     fail "the chat ended with $?; see $work/chat.errors"
