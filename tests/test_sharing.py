@@ -164,7 +164,7 @@ def test_who_needs_more_memory_than_is_left_waits_and_who_needs_more_than_there_
     first = decoder.submit(SHORT, asked(max_length=LONG, min_length=LONG))
     until(lambda: first.tokens, "its start")
     second = decoder.submit(long_context(3000), asked(max_length=1))
-    third = decoder.submit(SHORT, asked(max_length=5))  # for which there is room
+    third = decoder.submit(SHORT, asked(max_length=5), Client("b"))  # for which there is room
     ended(third)
     assert second in decoder.waiting and not second.finish
     assert decoder.cache.bytes <= 3 << 20
@@ -211,6 +211,42 @@ def test_keys_at_one_address_share_what_it_gets():
     crowd[0].cancelled = True  # a place is free, and there are eight who came before
     ended(other)
     assert sum(reply.finish == "busy" for reply in crowd) == 1
+    decoder.close()
+
+
+def test_a_key_comes_into_a_batch_that_another_at_its_address_has_filled():
+    """As behind a proxy, whose address all have; what one address can take is bounded, so that others come in, too."""
+    decoder = Decoder(small_model("gpt2", 1), SPECIAL, max_batch=8, max_waiting=32)
+    endless = asked(max_length=LONG, min_length=LONG)
+    crowd = [decoder.submit(SHORT, endless, Client("a", "one")) for _ in range(12)]
+    until(lambda: len(decoder.decoding) == 8, "a full batch")
+    for key in ("two", "three"):
+        honest = decoder.submit(SHORT, asked(max_length=3), Client("a", key))
+        ended(honest)
+        assert honest.finish in ("length", "stop")
+    crowd += [decoder.submit(SHORT, endless, Client("a", f"made up {number}")) for number in range(12)]
+    until(lambda: len(decoder.decoding) == 12, "one and a half batches")
+    honest = decoder.submit(SHORT, asked(max_length=3), Client("b"))
+    ended(honest)
+    assert honest.finish in ("length", "stop") and not any(reply.finish for reply in crowd)
+    assert len(decoder.decoding) <= 12
+    decoder.close()
+
+
+def test_no_client_takes_all_memory():
+    """Long replies of one client, and of made-up ones at its address, leave room for another's."""
+    decoder = Decoder(small_model("gpt2", 1), SPECIAL, memory=16)  # MiB: 32,768 tokens
+    endless = asked(max_length=LONG, min_length=LONG)
+    crowd = [decoder.submit(SHORT, endless, Client("a", "one")) for _ in range(12)]
+    for address, key in [("a", "two"), ("b", "")]:
+        honest = decoder.submit(long_context(2000), asked(max_length=3), Client(address, key))
+        ended(honest)
+        assert honest.finish in ("length", "stop")
+    crowd += [decoder.submit(long_context(size), endless, Client("a", f"made up {size}"))
+              for size in (4000, 2000, 1000, 500, 200, 100)]
+    honest = decoder.submit(long_context(4000), asked(max_length=3), Client("b"))
+    ended(honest)
+    assert honest.finish in ("length", "stop") and not any(reply.finish for reply in crowd)
     decoder.close()
 
 

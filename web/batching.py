@@ -27,7 +27,6 @@ from web.keyvalues import KeyValues, Place, Row, Work, let_attend_by_row_
 MOST_READ = 256  # tokens of contexts computed in one step
 LEAST_READ = 8
 SHARE = 4  # a client that is not alone has this part of the batch: a fourth
-PASSED = 64  # times that a request lets others go first which need less memory
 MEMORY = 2048  # MiB of keys and values
 logger = logging.getLogger("batching")
 
@@ -107,7 +106,6 @@ class Reply:
         self.likely: list[tuple[float, list[tuple[int, float]]]] = []
         self.last_step: tuple[torch.Tensor, torch.Tensor] | None = None
         self.cancelled = False
-        self.passed = 0  # how often others went first that had come later
         self.computed = 0  # the step that computed it last
         self.places: list[Place] = []
         self.rows: list[Row] = []
@@ -138,6 +136,10 @@ class Reply:
     def reading(self) -> bool:
         """Whether its context is not computed yet, but for the last token."""
         return len(self.rows) == 1 and len(self.rows[0].ids) > 1
+
+    def bytes(self, token_bytes: int) -> int:
+        """What keys and values of all its rows may come to."""
+        return KeyValues.columns_for(self.longest) * self.width * token_bytes
 
     def begin(self, places: list[Place]) -> None:
         self.places = places
@@ -210,8 +212,9 @@ class Decoder:
     may be set aside; a request that needs more than is left waits.
 
     The client with the fewest rows in the batch goes first, by address, then by key, then by time. A client that is
-    not alone has a share, a `SHARE`-th of the rows of each step, with which it enters even a full batch. The queue is
-    shared likewise: when it is full, a newcomer takes the place of the last request of the client with the most.
+    not alone has a share, a `SHARE`-th of the rows of each step, with which it enters even a full batch; memory is
+    shared out so that something is left for others, see `_fits`. The queue is shared likewise: when it is full, a
+    newcomer takes the place of the last request of the client with the most.
     """
 
     def __init__(self, model: DoubleHeadsModel, special: Specials, max_batch: int = 32, max_waiting: int = 64,
@@ -356,19 +359,15 @@ class Decoder:
         while True:
             with self.wake:
                 self.waiting = [reply for reply in self.waiting if not reply.cancelled]
-                rows = Counter()
+                rows, memory = Counter(), Counter()
                 for reply in self.decoding:
-                    rows[reply.client.address] += reply.width
-                    rows[reply.client] += reply.width
+                    for whose in (reply.client, reply.client.address):
+                        rows[whose] += reply.width
+                        memory[whose] += reply.bytes(self.cache.token_bytes)
                 order = sorted(self.waiting, key=lambda reply: (rows[reply.client.address], rows[reply.client]))
-                reply = next((reply for reply in order if self._fits(reply, rows)), None)
-                if reply is None or any(other.passed >= PASSED for other in self.waiting if other is not reply):
-                    late = next((other for other in self.waiting if other.passed >= PASSED), None)
-                    reply = late if late and self._fits(late, rows) else None
+                reply = next((reply for reply in order if self._fits(reply, rows, memory)), None)
                 if reply is None:
                     return
-                for other in order[:order.index(reply)]:
-                    other.passed += 1
                 self.waiting.remove(reply)
                 self.decoding.append(reply)
             try:
@@ -377,14 +376,25 @@ class Decoder:
                 logger.exception("There is no memory for a reply")
                 self._end([reply], "error")
 
-    def _fits(self, reply: Reply, rows: Counter) -> bool:
-        """Whether there is room in the batch, in which ``rows`` counts by address and by client, and in memory."""
+    def _fits(self, reply: Reply, rows: Counter, memory: Counter) -> bool:
+        """Whether there is room in the batch and in memory, of which ``rows`` and ``memory`` say what clients and
+        addresses have.
+
+        A full batch still takes in what is within an address's share, up to twice its size, and what is within a
+        client's, up to one and a half times, so that no address fills it up with clients. Of the memory, an address
+        that has some gets at most twice as much as is then left, and a client as much as is left: whoever comes next
+        finds room.
+        """
         if not self.decoding:
             return True
-        taken = sum(other.width for other in self.decoding)
-        within = rows[reply.client.address] + reply.width <= max(1, self.max_batch // SHARE)
-        return (taken + reply.width <= self.max_batch or within and taken + reply.width <= 2 * self.max_batch) \
-            and self.cache.bytes_with(reply.longest, reply.width) <= self.memory
+        client, address, share = reply.client, reply.client.address, max(1, self.max_batch // SHARE)
+        most = 2 * self.max_batch if rows[address] + reply.width <= share else (
+            3 * self.max_batch // 2 if rows[client] + reply.width <= share else self.max_batch)
+        left = self.memory - self.cache.bytes_with(reply.longest, reply.width)
+        needed = reply.bytes(self.cache.token_bytes)
+        return sum(other.width for other in self.decoding) + reply.width <= most and left >= 0 and (
+            not memory[address] or memory[address] + needed <= 2 * left) and (
+            not memory[client] or memory[client] + needed <= left)
 
     def _whose_turn(self) -> dict[Reply, list[Row]]:
         """The rows that are computed in this step, by reply: all, or of each client a share.
