@@ -41,6 +41,15 @@ container=$(buildah from --pull-never transfertransfo)
 trap 'buildah rm "$container" > /dev/null' EXIT
 run() { buildah run --isolation chroot "$container" -- "$@"; }
 
+say "what the image holds"
+[ "$(run id -u)" -ne 0 ] || fail "the container runs as root"
+left=$(run sh -c 'find / -xdev \( -path /proc -o -path /sys \) -prune -o \
+    \( -path /app/.git -o -path "/app/.venv*" -o -path "/app/runs/*/checkpoints" -o -name "*.unfinished" \
+       -o -path "/root/.cache/*" -o -path "/home/*/.cache/pip*" -o -path "/tmp/?*" \) -print 2> /dev/null | head')
+[ -z "$left" ] || fail "the image holds leftovers of its build: $left"
+unwritable=$(run sh -c 'test -w /app/runs || echo /app/runs')
+[ -z "$unwritable" ] || fail "its user cannot write to $unwritable"
+
 say "three lines of chat"
 mapfile -t chat < <(buildah inspect --type image --format '{{range .OCIv1.Config.Cmd}}{{println .}}{{end}}' transfertransfo |
     sed '/^$/d')
@@ -48,15 +57,7 @@ printf '%s\n' "hi ! how are you ?" "do you have any pets ?" "what is your favori
 run "${chat[@]}" < "$work/said" > "$work/chat.log" 2> "$work/chat.errors" ||
     fail "the chat ended with $?; see $work/chat.errors"
 sed 's/^/        /' "$work/chat.log"
-replies=$(sed '1,/^Personality:/d' "$work/chat.log" | grep -c '^[^ ]')
+replies=$(sed '0,/^Personality:/d' "$work/chat.log" | grep -c '^[^ ]' || true)
 [ "$replies" -eq 3 ] || fail "three lines got $replies replies"
-
-say "what the image holds"
-[ "$(run id -u)" -ne 0 ] || fail "the container runs as root"
-left=$(run sh -c 'find / -xdev \( -path /proc -o -path /sys \) -prune -o \
-    \( -path /app/.git -o -path "/app/.venv*" -o -path "/app/runs/*/checkpoints" -o -name "*.unfinished" \
-       -o -path "/root/.cache/*" -o -path "/home/*/.cache/pip*" -o -path "/tmp/?*" \) -print 2> /dev/null' | head)
-[ -z "$left" ] || fail "the image holds leftovers of its build: $left"
-unwritable=$(run sh -c 'test -w /app/runs || echo /app/runs')
-[ -z "$unwritable" ] || fail "its user cannot write to $unwritable"
-buildah images --format '{{.Size}}' transfertransfo | sed "s/^/$(printf '%4d s  ' $SECONDS)done: as user $(run id -un), /"
+size=$(buildah images --format '{{.Size}}' transfertransfo)
+say "done: as user $(run id -un), $size"

@@ -113,8 +113,9 @@ def main() -> None:
     config = json.loads((model / "config.json").read_text()) | {"n_layer": 1, "n_embd": 32}
     (model / "config.json").write_text(json.dumps(config))
     arguments = [f"--model_checkpoint={model}", f"--dataset_path={ROOT}/data/sample_personachat.json",
-                 f"--dataset_cache={folder}/cache", "--n_epochs=1", "--personality_permutations=3", "--lr=1e-3", "--train_batch_size=4",
-                 "--valid_batch_size=56", "--gradient_accumulation_steps=3", "--checkpoint_every=2"]
+                 f"--dataset_cache={folder}/cache", "--n_epochs=1", "--personality_permutations=3", "--lr=1e-3",
+                 "--train_batch_size=4", "--valid_batch_size=56", "--gradient_accumulation_steps=3",
+                 "--checkpoint_every=2"]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     (folder / "undisturbed").mkdir(exist_ok=True)

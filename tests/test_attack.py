@@ -22,7 +22,7 @@ def server(folder):
 
 @pytest.mark.parametrize("name", ["files", "hosts", "faults", "contexts", "memory", "pages"])
 def test_the_server_withstands(server, monkeypatch, name):
-    monkeypatch.setattr(attack, "short", True)
+    monkeypatch.setattr(attack.Pace, "short", True)
     succeeded = [attempt for attempt in asyncio.run(attack.attack(server, name)) if not attempt.withstood]
     assert not succeeded
 

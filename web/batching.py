@@ -28,6 +28,7 @@ MOST_READ = 256  # tokens of contexts computed in one step
 LEAST_READ = 8
 SHARE = 4  # a client that is not alone has this part of the batch: a fourth
 MEMORY = 2048  # MiB of keys and values
+LONGEST_PAUSE = 1.0  # s between two looks at a reply that grows
 logger = logging.getLogger("batching")
 
 
@@ -279,24 +280,35 @@ class Decoder:
 
     async def reply(self, context: Segment, args: Decoding, client: Client = NOBODY, wish: Wish = PLAIN
                     ) -> AsyncGenerator[Reply, None]:
-        """`submit`, and the same `Reply` each time it has grown, the last time with its ``finish``.
+        """`submit`, and the same `Reply` when it has grown, the last time with its ``finish``.
 
-        Leaving the loop early, or closing the generator, ends the decoding. Raises `Busy`, at the first step.
+        It is looked at after each token, or less often when that takes long: to show all replies takes a fifth of the
+        time, and the rest is for decoding them. Leaving the loop early, or closing the generator, ends the decoding.
+        Raises `Busy`, at the first step.
         """
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        loop, changed, ended = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+        reply: Reply | None = None
 
-        def notify() -> None:
+        def notify() -> None:  # which may be called before `submit` has returned
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(changed.set)
+                if reply is None or reply.finish:
+                    loop.call_soon_threadsafe(ended.set)
+                if not changed.is_set():  # else what is there is looked at, too, when the loop comes to it
+                    loop.call_soon_threadsafe(changed.set)
 
         reply = self.submit(context, args, client, notify, wish)
         try:
-            finish = None
+            finish, took = None, 0.0
             while not finish:
                 await changed.wait()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(4 * took * len(self.decoding), LONGEST_PAUSE)):
+                        await ended.wait()
                 changed.clear()
-                finish = reply.finish  # looked at first, so that the last step is shown, too
+                ended.clear()
+                finish, start = reply.finish, time.monotonic()  # first, so that the last step is shown, too
                 yield reply
+                took = time.monotonic() - start
         finally:
             reply.cancelled = True
 

@@ -5,11 +5,14 @@ This file knows HTTP, and the names of the routes that our page needs; it knows 
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Callable
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
+
+from web.batching import Client
 
 MAX_BODY = 256 * 1024  # bytes of a request: a very long conversation
 DRAINED = 64 * MAX_BODY  # bytes of a longer one that are read, and thrown away, before it is refused
@@ -23,6 +26,7 @@ ROUTES = {
 }
 ASKING = re.compile(r"/gradio_api/(queue/join/?|call/chat/?)|/v1/(chat/)?completions")  # for a reply
 HELD, MOST_HELD = 0.5, 1000  # s that a refusal is held back; how many at once
+REFUSALS = 16  # per second and address
 BELIEVED = (b"x-forwarded-host", b"x-gradio-server")  # by Gradio, though anybody can send them
 
 
@@ -48,8 +52,8 @@ class Guard:
     on with; it may raise `Refused`. ``busy``: gets the connection of a request for a reply and returns why there is
     none now, or None. ``stopping``: when it is set, answers without end are ended.
 
-    A refusal is cheap, and it is held back for `HELD` seconds: clients that ask again at once would otherwise keep the
-    server busy with refusals.
+    A refusal is cheap, and it is held back for `HELD` seconds, or longer, so that no address gets more than `REFUSALS`
+    per second: clients that ask again at once would otherwise keep the server busy with refusals.
     """
 
     POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -57,7 +61,7 @@ class Guard:
     def __init__(self, app, check: Callable[[str, str, bytes | None], bytes | None],
                  busy: Callable[[HTTPConnection], Exception | None], stopping: asyncio.Event):
         self.app, self.check, self.busy, self.stopping = app, check, busy, stopping
-        self.held = 0
+        self.held = Counter()  # refusals held back now, by address
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -90,10 +94,12 @@ class Guard:
                 return await error(413, f"The request has more than {MAX_BODY:,} bytes; send less.",
                                    "request_too_large")(scope, receive, send)
             if ASKING.fullmatch(path) and (reason := self.busy(HTTPConnection(scope))):
-                if self.held < MOST_HELD and not self.stopping.is_set():
-                    self.held += 1
-                    await asyncio.sleep(HELD)
-                    self.held -= 1
+                if self.held.total() < MOST_HELD and not self.stopping.is_set():
+                    address = Client.at((scope["client"] or ("",))[0]).address
+                    self.held[address] += 1
+                    await asyncio.sleep(max(HELD, self.held[address] / REFUSALS))
+                    self.held[address] -= 1
+                    self.held += Counter()  # forgets who has none left
                 return await error(503, str(reason), "queue_full")(scope, receive, send)
         if path.startswith("/gradio_api/"):
             try:

@@ -1,0 +1,195 @@
+"""What `attack.py` attacks, `demo.py` with a tiny model, and the honest clients beside."""
+
+import asyncio
+import contextlib
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import SAMPLE, TINY_TOKENS, make_checkpoint  # noqa: E402
+
+from model import PostNormConfig, PostNormDoubleHeadsModel  # noqa: E402
+from weights import save_model  # noqa: E402
+
+WAIT = 120  # s; only a broken server ever takes as long
+
+
+class Pace:
+    """How the attacks are run: ``short`` with fewer requests, ``judged`` by the clock. Set by `main` and the tests."""
+
+    short = judged = False
+
+
+class Attempt(NamedTuple):
+    what: str
+    outcome: str
+    withstood: bool
+
+
+def share_alike(process: subprocess.Popen) -> None:
+    """Give a process of another session our own priority, where Linux shares the cores out by sessions.
+
+    Attackers come from machines of their own: what they compute is not to be taken from the server's part.
+    """
+    with contextlib.suppress(OSError):
+        nice = Path("/proc/self/autogroup").read_text().split()[-1]
+        Path(f"/proc/{process.pid}/autogroup").write_text(nice)
+
+
+class Server:
+    """`demo.py` in a process of its own."""
+
+    def __init__(self, folder: Path, *flags: object):
+        self.log = folder / f"log-{time.monotonic_ns()}"
+        command = [sys.executable, ROOT / "demo.py", "--model_checkpoint", folder / "model", "--dataset_path", SAMPLE,
+                   "--port", 0, "--device", "cpu", "--min_length", 4096, *flags]
+        with open(self.log, "w") as output:
+            self.process = subprocess.Popen(
+                list(map(str, command)), cwd=folder, stdout=output, stderr=subprocess.STDOUT,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
+                     "GRADIO_TEMP_DIR": str(folder / "gradio")}, start_new_session=True)
+        share_alike(self.process)
+        start = time.monotonic()
+        while not (found := re.search(r"Open (http://\S+) in a browser", self.output())):
+            if self.process.poll() is not None or time.monotonic() - start > WAIT:
+                raise SystemExit(self.output())
+            time.sleep(0.1)
+        self.address = found[1]
+        self.host, self.port = self.address.removeprefix("http://").split(":")
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def memory(self) -> int:
+        """MiB that the process has in memory."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+    def end(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(WAIT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def make_model(folder: Path, layers: int = 2) -> None:
+    """A model that never ends a reply by itself, with room for long contexts."""
+    checkpoint = make_checkpoint(folder / "model", n_positions=8704, n_embd=32, n_head=2, n_layer=layers,
+                                 vocab_size=TINY_TOKENS + 5, initializer_range=0.3)
+    torch.manual_seed(5)
+    save_model(PostNormDoubleHeadsModel(PostNormConfig.from_pretrained(checkpoint, num_labels=1)), checkpoint)
+
+
+def talk(text: str = "hello", **options) -> dict:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 20, **options}
+
+
+class Events:
+    """The page's events by what they do, read from its configuration."""
+
+    def __init__(self, address: str):
+        config = httpx.get(f"{address}/config", timeout=WAIT).json()
+        blocks = {block["id"]: block for block in config["components"]}
+        self.all = [(event["id"], [blocks[number]["type"] for number in event["inputs"]], event["queue"])
+                    for event in config["dependencies"] if event["backend_fn"]]
+        self.values = {number: block["props"].get("value") for number, block in blocks.items()}
+        self.dependencies = {event["id"]: event for event in config["dependencies"]}
+
+    def turn(self, text: str = "hello", session: str = "somebody", **changed) -> dict:
+        """The page's request for a reply. ``changed``: other values for the first slider, ``temperature``, and more."""
+        number, kinds, _ = next(event for event in self.all if event[2] and "chatbot" in event[1])
+        values = [self.values[block] for block in self.dependencies[number]["inputs"]]
+        values[0], values[kinds.index("chatbot")] = text, []
+        if "temperature" in changed:
+            values[kinds.index("slider")] = changed["temperature"]
+        return {"data": values, "fn_index": number, "session_hash": session}
+
+    def sharing(self, first: object) -> dict:
+        """The request that has a conversation packed, with something else as its first value."""
+        number, kinds, _ = next(event for event in self.all if event[1] == ["textbox", "textbox", "chatbot", "textbox"])
+        return {"data": [first, "", [], "x"], "fn_index": number, "session_hash": "somebody"}
+
+
+async def until_done(client: httpx.AsyncClient, session: str) -> list[str]:
+    """What Gradio sends to a page until its event is over."""
+    lines = []
+    async with client.stream("GET", f"/gradio_api/queue/data?session_hash={session}") as response:
+        async for line in response.aiter_lines():
+            lines.append(line)
+            if "process_completed" in line or "unexpected_error" in line:
+                break
+    return lines or [""]
+
+
+class Honest:
+    """Four clients who ask one after the other, with keys of their own.
+
+    They talk for as long as an attack goes on, and in turns with that without it: on a machine that has other work to
+    do only neighbouring times can be compared.
+    """
+
+    def __init__(self, server: Server):
+        self.server, self.lost = server, []
+        self.rounds: list[tuple[list[float], list[float]]] = []  # seconds of replies, without the attack and with it
+
+    async def _ask(self, number: int) -> None:
+        async with httpx.AsyncClient(base_url=self.server.address, timeout=WAIT) as client:
+            while not self.over.is_set():
+                start = time.perf_counter()
+                try:
+                    response = await client.post("/v1/chat/completions", json=talk(f"hello {number}"),
+                                                 headers={"Authorization": f"Bearer honest {number}"})
+                    whole = response.status_code == 200 and response.json()["usage"]["completion_tokens"] == 20
+                    problem = "" if whole else response.text[:80]
+                except httpx.HTTPError as error:
+                    problem = repr(error)
+                if problem:
+                    self.lost.append(problem)
+                self.waits.append(time.perf_counter() - start)
+
+    async def __aenter__(self) -> "Honest":
+        self.quiet: list[float] = []
+        if Pace.judged:
+            await self._begin()
+            await asyncio.sleep(5)
+            await self._end()
+            self.quiet = self.waits
+        await self._begin()
+        return self
+
+    async def _begin(self) -> None:
+        self.over, self.waits = asyncio.Event(), []
+        self.tasks = [asyncio.create_task(self._ask(number)) for number in range(4)]
+
+    async def _end(self) -> None:
+        self.over.set()
+        await asyncio.gather(*self.tasks)
+
+    async def __aexit__(self, *_) -> None:
+        await self._end()
+        self.rounds.append((self.quiet, self.waits))
+
+    def judged(self) -> list[Attempt]:
+        replies = sum(len(waits) for _, waits in self.rounds)
+        attempts = [Attempt("honest replies lost", f"{len(self.lost)} of {replies} {self.lost[:1] or ''}",
+                            not self.lost and replies > 0)]
+        if Pace.judged:
+            p99s = [[sorted(waits)[int(0.99 * (len(waits) - 1))] for waits in both] for both in self.rounds]
+            without, during = (1000 * statistics.median(both) for both in zip(*p99s, strict=True))
+            ratio = statistics.median(with_it / alone for alone, with_it in p99s)
+            attempts.append(Attempt("honest p99", f"{without:.0f} ms without the attack, {during:.0f} with: "
+                                    f"{ratio:.1f} times, median of {len(p99s)} rounds", ratio <= 2))
+        return attempts
