@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import utils
+from cli import positive_number, whole_number
 from inputs import TurnDataset, get_loader
 from tokenization import get_tokenizer
 from weights import add_special_tokens_, load_model
@@ -89,9 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--model_checkpoint", required=True)
-    parser.add_argument("--turns", type=int, nargs="+", default=[20_000, 1_000_000])
-    parser.add_argument("--batches", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--turns", type=positive_number, nargs="+", default=[20_000, 1_000_000])
+    parser.add_argument("--batches", type=positive_number, default=1000)
+    parser.add_argument("--seed", type=whole_number, default=42)
     parser.add_argument("--of", help=argparse.SUPPRESS)  # internal: the folder of one size, measured in its own process
     args, _ = parser.parse_known_args()
     if args.of:

@@ -20,6 +20,7 @@ import torch
 import transformers
 
 import utils
+from cli import positive_number, whole_number
 from inputs import Specials, TurnDataset, build_input_from_segments
 from model import PostNormDoubleHeadsModel
 from tokenization import get_tokenizer
@@ -35,10 +36,11 @@ def parse_args(description: str, **defaults: int | str) -> argparse.Namespace:
     shared = ROOT.parent / "shared"
     parser.add_argument("--data", default=str(shared / "data/personachat/personachat_self_original.json"))
     parser.add_argument("--tokenizer", default=str(shared / "tokenizers/openai-gpt"), help="vocab.json and merges.txt")
-    parser.add_argument("--repeats", type=int, default=5, help="timings per side; the median counts")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--repeats", type=positive_number, default=5, help="timings per side; the median counts")
+    parser.add_argument("--seed", type=whole_number, default=42)
     for name, value in defaults.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+        kind = str if isinstance(value, str) else positive_number if value else whole_number
+        parser.add_argument(f"--{name}", type=kind, default=value)
     return parser.parse_args()
 
 

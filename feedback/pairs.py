@@ -40,6 +40,8 @@ def append_json_lines(path: Path, records: list[dict]) -> None:
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
     """Yield line numbers, from 1, and JSON objects; None if a line is not a JSON object. Empty lines are skipped."""
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe may have no end
+            raise InputError(f"{path}: is no ordinary file; name a file of JSON lines")
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); name a file of JSON lines") from None

@@ -13,7 +13,6 @@ from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
-from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from cli import InputError, command, positive_real
 from dialogs import Utterance, merge_utterances
 from feedback.pairs import append_json_lines, read_json_lines, report_left_out
 
+LARGEST_RATING = 1e9  # beyond, sums of squares lose what differs
 OVERALL = ("overall", "rating", "score")  # names of the overall quality; the first that exists is used
 logger = logging.getLogger("feedback.ratings")
 
@@ -120,7 +120,7 @@ def _sentences(record: dict, field: str) -> list[str]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_RATING
 
 
 # ---------------------------------------------------------------------------------------------------------- pairs

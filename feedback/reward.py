@@ -85,7 +85,10 @@ class RewardModel:
         try:
             self.scale = json.loads(Path(folder, SCALE).read_text("utf-8"))
             self.mean, self.deviation = float(self.scale["mean"]), float(self.scale["deviation"])
-        except (OSError, ValueError, KeyError, TypeError):
+            self.utterances = int(self.scale.get("utterances", 0))  # missing in models of earlier versions
+            if not math.isfinite(self.mean) or not 0 < self.deviation < math.inf or self.utterances < 0:
+                raise ValueError("numbers that no training has written")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise InputError(f"{folder}: is not a finished reward model, because {SCALE} is missing or damaged; make "
                              "one with python -m feedback.reward") from None
         self.model, self.tokenizer = load_checkpoint(folder, device)
@@ -96,8 +99,7 @@ class RewardModel:
 
         The model reads as much of the history as its training pairs had.
         """
-        utterances = self.scale.get("utterances", 0)  # missing in files of earlier versions
-        turns = [(persona, history[-utterances:], replies) for persona, history, replies in turns]
+        turns = [(persona, history[-self.utterances:], replies) for persona, history, replies in turns]
         return [[(score - self.mean) / self.deviation for score in row]
                 for row in raw_scores(self.model, self.tokenizer, turns, self.fp16)]
 
@@ -105,7 +107,7 @@ class RewardModel:
         """Return the `beginnings` of the dialogs that the model was trained and tested on."""
         try:
             return json.loads(Path(self.folder, DIALOGS).read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             logger.warning("%s: %s is missing or damaged, so its training dialogs are unknown; policies may be tested "
                            "on some of them", self.folder, DIALOGS)
             return []
@@ -181,9 +183,12 @@ def train_reward(args: Namespace) -> dict:
     noted |= check_preferences(run, fingerprint(better))
     if (run / SCALE).exists():
         check_origin(run)
-        figures = json.loads((run / SCALE).read_text("utf-8"))
+        try:
+            figures = json.loads((run / SCALE).read_text("utf-8"))
+            _report_accuracy(figures, run)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise InputError(f"{run / SCALE}: is damaged; delete it, and the last steps are trained again") from None
         logger.info("%s is finished", run)
-        _report_accuracy(figures, run)
         return figures
     apart = held_out(pairs.values(), args.held_out, args.seed)
     kept = [one for one in better if one[0]["pair"] not in apart]

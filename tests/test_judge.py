@@ -12,7 +12,7 @@ from scipy import stats
 
 from cli import InputError
 from decoding import load_checkpoint
-from feedback import judge, ratings
+from feedback import judge, ratings, reward
 from feedback.preferences import read_preferences
 from inputs import Specials, build_context, build_reply
 from tables import tokenize
@@ -234,3 +234,26 @@ def test_the_command_prints_a_line_per_scorer_the_combination_last(tiny, tmp_pat
                 assert record["spearman"] == pytest.approx(stats.spearmanr(said, rated).statistic)
                 assert record["spearman_low"] <= record["spearman_high"]
     assert len(scores) == 24 and len(lines) == 2 + 1 + len(scores[0]["scores"])
+
+
+@pytest.mark.parametrize("rating", ["NaN", "Infinity", "1e400", "1" + "0" * 400, "true"])
+def test_a_rating_that_is_no_usable_number_is_left_out(rating, tmp_path, caplog):
+    path = tmp_path / "ratings.jsonl"
+    path.write_text(f'{{"history": ["hi ."], "reply": "no .", "rating": {rating}}}\n'
+                    '{"history": ["hi ."], "reply": "yes .", "rating": 3}\n')
+    assert [one.reply for one in ratings.read_ratings(path)] == ["yes ."]
+    assert "without a rating that is a number (line 1)" in caplog.text
+
+
+def test_a_device_is_not_read():
+    with pytest.raises(InputError, match="/dev/zero: is no ordinary file"):
+        ratings.read_ratings("/dev/zero")
+
+
+@pytest.mark.parametrize("scale", ["[" * 100_000, '{"mean": NaN, "deviation": 1}', '{"mean": 0, "deviation": 0}', "[1]",
+                                   '{"mean": 0, "deviation": 1, "utterances": "x"}',
+                                   '{"mean": 1' + "0" * 400 + ', "deviation": 1}'])
+def test_a_damaged_reward_model_is_told_in_a_line(scale, tmp_path):
+    (tmp_path / reward.SCALE).write_text(scale)
+    with pytest.raises(InputError, match="is not a finished reward model"):
+        reward.RewardModel(str(tmp_path))
