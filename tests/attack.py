@@ -138,7 +138,7 @@ async def faults(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
     attempts, events = [], Events(server.address)
     wrong = [{"temperature": value} for value in (1e-300, 1e-38, 1e-5, -1, 1e308)] + [
         {"top_k": 10**9}, {"top_p": 1e300}, {"num_beams": 10**6}, {"num_beams": 17}, {"max_tokens": 0},
-        {"max_tokens": 10**12}, {"seed": -1}, {"seed": 2**64}]
+        {"max_tokens": 10**12}, {"seed": -2**64}, {"seed": 2**64}, {"n": 10**6}]
 
     async def attack_v1(options: dict) -> Attempt:
         response = await client.post("/v1/chat/completions", json=talk(**options))
