@@ -264,10 +264,10 @@ def test_replies_with_cache_padding_samples_and_beams(pair, table, tokenizer):
     (transformers.GPTNeoConfig(vocab_size=400, hidden_size=32, num_layers=2, num_heads=2,
                                attention_types=[[["global", "local"], 1]]), "distances"),
     (transformers.BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                             intermediate_size=32), "differently than alone"),
+                             intermediate_size=32), "of the candidate alone"),
     (transformers.Llama4TextConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                                    intermediate_size=32, head_dim=16, num_local_experts=2), "chunked_attention"),
-    (transformers.T5Config(vocab_size=400, d_model=32, num_layers=1), "no decoder"),
+    (transformers.T5Config(vocab_size=400, d_model=32, num_layers=1), "not a decoder"),
 ], ids=lambda value: getattr(value, "model_type", ""))
 def test_models_that_cannot_read_a_packed_row_are_refused(config, why, tmp_path):
     config.save_pretrained(tmp_path)
