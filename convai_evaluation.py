@@ -35,7 +35,6 @@ from inputs import (
     IGNORED,
     LengthBatches,
     Row,
-    Specials,
     TurnDataset,
     build_reply,
     collate,
@@ -47,6 +46,7 @@ from metrics import choice_metrics, count_words, intervals, perplexities, reply_
 from model import DoubleHeadsModel, autocast, half_dtype
 from report import figure, write_report
 from tables import tokenize
+from templates import tokens_for_chat
 from tokenization import Tokenizer
 from utils import add_common_flags, open_dataset
 from words import UNSPACED, normalized
@@ -212,16 +212,25 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: Tokenizer,
             batch_size: int) -> Iterator[tuple[int, dict]]:
     """For each turn its number and the generated ``reply``; seeded by ``decoding.seed``, 0 as any other."""
     torch.manual_seed(decoding.seed)
+    special = tokens_for_chat(tokenizer)
     for start in range(0, len(dataset), batch_size):  # neighbours are turns of one dialog and share their beginning
         turns = range(start, min(start + batch_size, len(dataset)))
-        contexts = [fitted_context(model, *dataset.context(turn), dataset.special, decoding.max_length)
+        contexts = [fitted_context(model, *dataset.context(turn), special, decoding.max_length)
                     for turn in turns]
-        batch = generate_replies(model, contexts, dataset.special, decoding)
+        batch = generate_replies(model, contexts, special, decoding)
         for turn, reply in zip(turns, batch, strict=True):
             yield turn, {"reply": readable(tokenizer, reply)}
 
 
 # -------------------------------------------------------------------------------------------------- all of them
+
+
+def require_training(args: Namespace, tokenizer: Tokenizer) -> None:
+    """Refuse to measure what a model has never been trained for: to choose, and to predict behind control tokens."""
+    if tokenizer.own_names and args.eval_type != "f1":
+        raise InputError(f"--eval_type {args.eval_type}: {args.model_checkpoint} has never been trained with the "
+                         "control tokens of this project, nor has it a choice head; train it (train.py "
+                         "--model_checkpoint), or let --eval_type f1 ask it in its own chat template")
 
 
 def evaluate(args: Namespace) -> dict[str, float]:
@@ -234,6 +243,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
             Path(args.report).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
                                        max_history=args.max_history)
+    require_training(args, tokenizer)
     table = open_dataset(args, tokenizer)
     split = require_split(table, "valid", args.dataset or args.dataset_path)
     kinds = ["hits@1", "ppl", "f1"] if args.eval_type == "all" else [args.eval_type]
@@ -333,7 +343,8 @@ class TransformerAgent(Agent):
                                                          self.args.max_len, half, self.args.max_history)
             torch.manual_seed(self.args.seed)
             self.counted = Counter()  # of observations that cannot be scored as they should, by what is wrong
-        self.special, self.decoding = Specials.of(self.tokenizer), Decoding.of(self.args)
+        require_training(self.args, self.tokenizer)
+        self.special, self.decoding = tokens_for_chat(self.tokenizer), Decoding.of(self.args)
         self.reset()
 
     def share(self):

@@ -20,6 +20,7 @@ from cli import InputError, Number, printable
 from inputs import Segment, Specials, begin_reply, build_context, fit_context
 from model import HALF, DoubleHeadsModel, half_dtype
 from sequences import sequences_for
+from templates import OwnTemplate
 from tokenization import OpenAIGPTTokenizer, Tokenizer, get_tokenizer
 from weights import add_special_tokens_, load_model
 
@@ -477,6 +478,8 @@ def sample_sequence(personality, history, tokenizer: Tokenizer, model, args, cur
 def fitted_context(model: DoubleHeadsModel, persona, history, special: Specials, reply_length: int) -> Segment:
     """Build a context that leaves room for a reply of ``reply_length`` tokens; its oldest part is cut if necessary."""
     room, history_start = model.max_positions - reply_length - 1, model.history_start
+    if isinstance(special, OwnTemplate) and room > 0:
+        return special.context(persona, history, room)
     if room < max(2, history_start + 1):
         raise InputError(f"--max_length {reply_length}: the model has {room + reply_length + 1} positions for context "
                          "and reply together; choose a smaller --max_length")
@@ -500,6 +503,9 @@ def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0
         torch.default_generator.manual_seed(0)
         model = load_model(model_checkpoint)
         add_special_tokens_(model, tokenizer)
+    if tokenizer.own_names:
+        logger.info("%s has never been trained with the control tokens of this project: it is asked in its own chat "
+                    "template, with the personality as the system message", model_checkpoint)
     if max_len:
         model.config.max_len = max_len
     if max_history is not None:

@@ -35,10 +35,10 @@ from decoding import (  # noqa: F401  some for 2019 code, which imports them fro
     sample_sequence,
     top_filtering,
 )
-from inputs import Specials
 from model import DoubleHeadsModel
 from pretrained import published_or_persona
 from shapes import read_persona
+from templates import tokens_for_chat
 from tokenization import Tokenizer
 from utils import add_common_flags, open_dataset
 
@@ -82,7 +82,7 @@ class Conversation:
 
     def __init__(self, model: DoubleHeadsModel, tokenizer: Tokenizer, personality: list[str], decoding: Decoding):
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
-        self.special = Specials.of(tokenizer)
+        self.special = tokens_for_chat(tokenizer)
         self.become(personality)
 
     def become(self, personality: list[str]) -> None:

@@ -41,6 +41,7 @@ class Tokenizer(Protocol):
     added_tokens_decoder: dict[int, Any]
     chat_template: str | None
     control: frozenset[int]
+    own_names: dict[str, Any]
 
     def __call__(self, text: str | list[str], **kwargs) -> Any: ...
     def __len__(self) -> int: ...
@@ -51,6 +52,7 @@ class Tokenizer(Protocol):
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any: ...
     def add_special_tokens(self, special_tokens_dict: dict) -> int: ...
     def save_pretrained(self, save_directory: Any) -> Any: ...
+    def apply_chat_template(self, conversation: Any, **kwargs) -> Any: ...
     def encode_persona(self, sentences: Sequence[str]) -> list[list[int]]: ...
     def first_piece(self, word: str, after_space: bool) -> int | None: ...
 
@@ -65,6 +67,7 @@ class _PreparedTokenizer(_Library):
     """A mixin for tokenizers of transformers: it prepares each text, and no text becomes a control token."""
 
     control: frozenset[int] = frozenset()  # ids that no text may get
+    own_names: dict[str, Any] = {}  # where it brings a chat template and not our control tokens: its own ones' roles
 
     def prepare(self, text: str) -> str:
         """Change a text before it is tokenised; here only outer white space goes, as in 2019."""
@@ -226,6 +229,8 @@ def get_tokenizer(model_checkpoint: str) -> Tokenizer:
             with quiet_transformers():
                 tokenizer = _prepare_tokenizer(transformers.AutoTokenizer.from_pretrained(
                     **loading_arguments(checkpoint), split_special_tokens=True, trust_remote_code=False))
+            if tokenizer.chat_template and not set(SPECIAL_TOKENS) <= tokenizer.get_vocab().keys():
+                tokenizer.own_names = dict(tokenizer.special_tokens_map)
         tokenizer.add_tokens(_control_tokens_of_early_2019(checkpoint), special_tokens=True)
         tokenizer.encode("hello")
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files

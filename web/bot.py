@@ -13,8 +13,9 @@ from pathlib import Path
 from cli import InputError, printable
 from decoding import Decoding, decoded, fitted_context, joins, load_checkpoint
 from files import hash_tensors
-from inputs import Segment, Specials, build_context
+from inputs import Segment, build_context
 from pretrained import resolve_checkpoint
+from templates import OwnTemplate, tokens_for_chat
 from web.batching import NOBODY, PLAIN, Busy, Client, Decoder, Reply, Stopped, Stopping, Wish
 
 MAX_TEXT = 2_000  # characters of a message, and of a personality
@@ -32,7 +33,7 @@ class Bot:
         self.args, self.decoding = args, Decoding.of(args)
         self.model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16,
                                                      args.max_history)
-        self.special = Specials.of(self.tokenizer)
+        self.special = tokens_for_chat(self.tokenizer)
         self.encode = lru_cache(1_000)(self.tokenizer.encode)  # the same texts come again with each message
         self.encode_persona = lru_cache(1_000)(self.tokenizer.encode_persona)
         self.name = Path(resolve_checkpoint(args.model_checkpoint)).name
@@ -83,6 +84,9 @@ class Bot:
         if len(beginning) > MAX_TEXT:
             raise InputError(f"prompt: has {len(beginning):,} characters; write at most {MAX_TEXT:,}")
         context = build_context([], [], self.special, self.model.history_start)
+        if isinstance(self.special, OwnTemplate):  # such a model goes on with any text
+            begin = [] if self.encode(beginning) else [self.special.bos]
+            context = Segment(begin, begin, opened=True)
         room = self.model.max_positions - self.model.history_start - len(context.ids) - 1 - options.max_length
         wish = wish._replace(beginning=tuple(self.encode(beginning)[-max(room, 1):]))
         async with aclosing(self._replies(context, options, client, wish)) as replies:
