@@ -93,7 +93,7 @@ def test_what_was_written_is_what_is_read(tmp_path_factory, texts, worse, better
         return " ".join(text.split())
 
     if plain(worse) == plain(better):
-        with pytest.raises(InputError, match="none can be used"):
+        with pytest.raises(InputError, match="none of its preferences can be used"):
             read(folder, record)
     else:
         assert read(folder, record) == [([], list(map(plain, texts)), plain(worse), plain(better))]
@@ -113,7 +113,7 @@ def test_what_is_no_preference_is_named_and_counted(tmp_path, caplog):
                     "a message of another role than system, user and assistant, or without text (line 7)",
                     "that are no record (line 8)", "that repeat an earlier one (line 9)"]:
         assert problem in caplog.text
-    with pytest.raises(InputError, match="none can be used"):
+    with pytest.raises(InputError, match="none of its preferences can be used"):
         read(tmp_path, good | {"chosen": ""})
 
 
