@@ -286,8 +286,9 @@ def evaluate(args: Namespace) -> dict[str, float]:
         logger.info("95 %% intervals, dialogs drawn anew 1,000 times: %s",
                     ", ".join(f"{name} {figure(low)} to {figure(high)}" for name, (low, high) in ranges.items()))
     if args.predictions:
-        lines = [{name: value for record in turn for name, value in record.items()}
-                 for turn in zip(*records.values(), strict=True)]
+        lines = [{"context": split.texts("history", turn), "gold": split.texts("candidates", turn)[-1]} |
+                 {name: value for record in of_turn for name, value in record.items()}
+                 for turn, of_turn in enumerate(zip(*records.values(), strict=True))]
         with _writing(f"--predictions {args.predictions}"), open(args.predictions, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if args.report:

@@ -29,6 +29,12 @@ th { color: var(--faint); font-weight: normal; border-bottom: 1px solid var(--li
 .faint { color: var(--faint) }
 .bar { background: var(--bar); height: .9rem; min-width: 1px; border-radius: 2px }
 .gold { color: var(--gold); font-weight: 600 }
+.metric { margin: 1rem 0 } .metric p { margin: .2rem 0 } .value { font-size: 1.3rem; margin-inline-start: .5rem }
+.whole { background: var(--line); border-radius: 2px; margin: .2rem 0 }
+summary { cursor: pointer; padding: .5rem 0 }
+@media (max-width: 40rem) { td, th { padding: .2rem .3rem }
+        th.number { white-space: normal } td:last-child:has(.bar) { min-width: 5rem }
+        dl { grid-template-columns: 1fr } dd { margin-bottom: .5rem } td, dd { overflow-wrap: anywhere } }
 section { background: var(--tint); border-radius: 8px; padding: .8rem 1rem; margin: 1rem 0 }
 section p { margin: .2rem 0 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.5rem } dd { margin: 0 }
@@ -87,11 +93,12 @@ def write_report(folder: Path, figures: dict[str, float], settings: dict, split:
 
 
 def _page(report: dict) -> str:
-    figures = "".join(f"<dt>{escape(name)}</dt><dd>{figure(value)}</dd>" for name, value in report["figures"].items())
+    figures = "".join(_metric(name, value) for name, value in report["figures"].items())
     settings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
-                       for name, value in report["settings"].items() if value not in ("", None, False))
+                       for name, value in report["settings"].items()
+                       if not (value is None or value is False or value == ""))  # 0 is a setting
     parts = [f"<h1>Evaluation of {escape(str(report['settings']['model_checkpoint']))}</h1>"
-             f"<p class=faint>{report['turns']:,} validation turns</p><dl>{figures}</dl>"]
+             f"<p class=faint>{report['turns']:,} validation turns</p>{figures}"]
     if "ranks" in report:
         parts.append("<h2>Rank of the gold reply</h2>" + bars(
             ["rank", "turns"], [([str(rank), f"{count:,}"], count) for rank, count in enumerate(report["ranks"], 1)]))
@@ -107,6 +114,33 @@ def _page(report: dict) -> str:
         parts.append("<h2>Replies</h2><table><tr><th>to</th><th>gold</th><th>generated</th></tr>" + rows + "</table>")
     parts.append(f"<h2>Settings</h2><dl>{settings}</dl>")
     return html("Evaluation", parts)
+
+
+# A metric's name as it begins → whether it is a share of 1, and what it says.
+MEANINGS = {
+    "hits@": (True, "How often the gold reply is among so many candidates that the model ranks first. More is better."),
+    "Accuracy": (True, "How often the reply says exactly what the gold reply says. More is better."),
+    "F1 spread": (True, "By how much F1 differs from seed to seed: the standard deviation."),
+    "F1": (True, "How many words the reply shares with the gold reply, from 0 to 1. More is better."),
+    "MRR": (True, "The mean of 1 / rank of the gold reply: 1 where it is always first. More is better."),
+    "Token PPL": (False, "Between how many tokens the model wavers, on average, at each token of the gold replies. "
+                         "Less is better; it depends on the tokenizer."),
+    "Word PPL": (False, "The same by words, which models of different tokenizers have in common. Less is better."),
+    "distinct-": (True, "Which share of the words of all replies, or of their pairs, are different ones. Low means "
+                        "monotony."),
+    "Words per reply": (False, "How long the replies are on average."),
+    "Copied": (True, "Which share of the replies repeats the persona or the history word for word."),
+}
+
+
+def _metric(name: str, value: float | None) -> str:
+    """A figure with a bar, where it is a share of 1, and a sentence."""
+    shared, meaning = next((about for start, about in MEANINGS.items() if name.lower().startswith(start.lower())),
+                           (False, ""))
+    bar = f"<div class=whole><div class=bar style='width:{100 * value:.1f}%'></div></div>" \
+        if shared and value is not None and 0 <= value <= 1 else ""
+    return (f"<div class=metric><b>{escape(name)}</b> <span class=value>{figure(value)}</span>{bar}"
+            f"<p class=faint>{meaning}</p></div>")
 
 
 def html(title: str, parts: list[str]) -> str:
@@ -138,4 +172,5 @@ def _turn(turn: dict) -> str:
     rows = "".join(f"<tr{' class=gold' if one['gold'] else ''}><td class=number>{one['score']:.3f}</td>"
                    f"<td>{escape(one['text'])}</td></tr>" for one in turn["candidates"])
     return (f"<section><p><b>Turn {turn['turn']}</b>, dialog {turn['dialog']}: gold reply at rank {turn['rank']}, "
-            f"probability {turn['probability']:.4f}</p>{persona}{history}<table>{rows}</table></section>")
+            f"probability {turn['probability']:.4f}</p>{persona}{history}<details><summary>all candidates</summary>"
+            f"<table>{rows}</table></details></section>")

@@ -281,7 +281,8 @@ def test_f1_is_the_mean_over_the_replies_it_wrote_down(trained, small_corpus, tm
         return [word for word in words if word not in drop]
 
     total = 0.0
-    for record, (_, _, candidates) in zip(written, turns_of(small_corpus), strict=True):
+    for record, (_, history, candidates) in zip(written, turns_of(small_corpus), strict=True):
+        assert (record["context"], record["gold"]) == (history, candidates[-1])
         reply, gold = bag(record["reply"]), bag(candidates[-1])
         common, left = 0, list(gold)
         for word in reply:
