@@ -37,10 +37,11 @@ from utils import add_common_flags, open_dataset
 from web.api import PARAMETERS, client_of, openai_routes
 from web.batching import MEMORY, Busy
 from web.bot import Bot
+from web.collecting import Collector
 from web.connections import Connection, Server, allow_many_files, listen
 from web.events import check
 from web.guard import Guard, error
-from web.page import HEAD, STYLE, THEME, build_page
+from web.page import HEAD, THEME, build_page
 
 logger = logging.getLogger("demo")
 
@@ -48,14 +49,15 @@ logger = logging.getLogger("demo")
 # ------------------------------------------------------------------------------------------------------ the server
 
 
-def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str]) -> FastAPI:
+def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str],
+              collector: Collector | None = None) -> FastAPI:
     """Everything at one address.
 
     ``hosts``: the names under which browsers may know this server, so that no other site can pass for it by a name that
     it lets point here (DNS rebinding). ``origins``: of whose pages scripts may ask it.
     """
     app = FastAPI(title="TransferTransfo", version=bot.version, docs_url=None, redoc_url=None, openapi_url=None)
-    page = build_page(bot, table)
+    page = build_page(bot, table, collector)
     # The last added is asked first. Gradio leaves its own CORS out, which lets every page on this machine in, where it
     # finds Starlette's; without origins `Guard` answers before that is reached.
     cors = dict(allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
@@ -112,8 +114,8 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str])
             "seconds_since_last_step": round(silent, 1)}, 200 if status == "ok" else 503)
 
     openai_routes(app, bot)
-    return gr.mount_gradio_app(app, page, path="/", theme=THEME, css=STYLE, head=HEAD, ssr_mode=False,
-                               run_history=False, footer_links=["api"])
+    return gr.mount_gradio_app(app, page, path="/", theme=THEME, head=HEAD, ssr_mode=False,
+                               run_history=False, footer_links=[])
 
 
 def host_names(host: str, further: list[str]) -> list[str]:
@@ -151,6 +153,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--allow_origin", action="append", default=[], metavar="ORIGIN", type=_origin,
         help="let the scripts of other pages ask: https://name[:port], or * for all; may be given several times "
              "(default: none)")
+    add("--collect", metavar="FOLDER",
+        help="keep what visitors prefer, with the conversation, as pairs, answers and ratings for feedback/; the page "
+             "says so (default: nothing is kept)")
     return parser.parse_args(argv)
 
 
@@ -161,9 +166,9 @@ def main() -> int:
     with listen(args.host, args.port) as listening:  # before the model is loaded, which can take long
         args.model_checkpoint = published_or_persona(args.model_checkpoint)
         bot = Bot(args)
+        collector = Collector(args.collect, bot) if args.collect else None
         app = build_app(bot, open_dataset(args, bot.tokenizer), host_names(args.host, args.allow_host),
-                        args.allow_origin)
-
+                        args.allow_origin, collector)
         host, port = listening.getsockname()[:2]
         print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends.", flush=True)
         server = serve(bot, app, args.drain)

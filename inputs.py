@@ -163,9 +163,15 @@ def pack_turn(persona, history, candidates, special: Specials, max_positions: in
     candidates = [tuple(reply[:max_reply(max_positions, history_start)]) for reply in candidates]
     budget = max_positions - 2 - max(map(len, candidates))
     context = build_context(*fit_context(persona, history, budget, history_start), special, history_start)
+    return pack_candidates(context, candidates, special)
+
+
+def pack_candidates(context: Segment, candidates: Sequence[Sequence[int]], special: Specials) -> Row:
+    """Pack candidates, the gold one last, behind their context, each with its end; they must fit there."""
     length, start = len(context.ids), context.start + len(context.ids)
-    row = Row(context.ids, context.types, list(range(context.start, start)), [0] * length, [IGNORED] * length, [],
+    row = Row([*context.ids], [*context.types], list(range(context.start, start)), [0] * length, [IGNORED] * length, [],
               [length] * length)
+    candidates = list(map(tuple, candidates))
     last_token = {}  # candidate → where it ends in the row
     for candidate in dict.fromkeys(candidates):
         ids, types, *_ = build_reply(candidate, special)

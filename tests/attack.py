@@ -72,14 +72,13 @@ async def files(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
     places = {"a file": str(secret), "the repository's file": str(ROOT / "Makefile"), "a device": "/dev/zero",
               "a picture": "/x.svg", "an address": f"http://127.0.0.1:{elsewhere.server_port}/x"}
     for name, path in places.items():
-        sharing = events.sharing(file_of(path))
-        await attempt(f"{name} as a text of the page", "POST", "/gradio_api/run/share_it", json=sharing)
-        await attempt(f"{name} as a text, by number", "POST", "/gradio_api/run/predict", json=sharing)
+        drawing = events.drawing(file_of(path))
+        await attempt(f"{name} as a text of the page", "POST", "/gradio_api/run/mixed", json=drawing)
+        await attempt(f"{name} as a text, by number", "POST", "/gradio_api/run/predict", json=drawing)
         for kind in ({"type": "file", "file": file_of(path)},
                      {"type": "component", "component": "file", "value": file_of(path), "constructor_args": {},
                       "props": {"value": path}}):
-            call = events.sharing("")
-            call["data"][2] = [{"role": "user", "content": [kind]}]
+            call = events.drawing([{"role": "user", "content": [kind]}])
             await attempt(f"{name} in a conversation, as {kind['type']}", "POST", "/gradio_api/run/predict", json=call)
         turn = events.turn()
         turn["data"][0] = file_of(path)
@@ -279,7 +278,7 @@ async def pages(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
         for _ in range(800):
             nested = [nested]
         for value in (nested, {"a": 1}, 10**400, "\ud800", [None], True, 1.5):
-            for body in (events.sharing(value), events.turn() | {"data": [value] * 12}, {"data": value},
+            for body in (events.drawing(value), events.turn() | {"data": [value] * 12}, {"data": value},
                          events.turn() | {"fn_index": value}, events.turn() | {"session_hash": value}):
                 for path in ("/gradio_api/run/predict", "/gradio_api/queue/join", "/gradio_api/call/chat"):
                     response = await client.post(path, content=json.dumps(body).encode(),

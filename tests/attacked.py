@@ -1,5 +1,6 @@
 """What `attack.py` attacks, `demo.py` with a tiny model, and the honest clients beside."""
 
+import json
 import asyncio
 import contextlib
 import os
@@ -110,17 +111,17 @@ class Events:
 
     def turn(self, text: str = "hello", session: str = "somebody", **changed) -> dict:
         """The page's request for a reply. ``changed``: other values for the first slider, ``temperature``, and more."""
-        number, kinds, _ = next(event for event in self.all if event[2] and "chatbot" in event[1])
+        number, kinds, _ = next(event for event in self.all if event[2] and "checkbox" in event[1])
         values = [self.values[block] for block in self.dependencies[number]["inputs"]]
-        values[0], values[kinds.index("chatbot")] = text, []
+        values[0] = json.dumps({"turn": 1, "conversation": "x", "persona": [], "said": [text]})
         if "temperature" in changed:
             values[kinds.index("slider")] = changed["temperature"]
         return {"data": values, "fn_index": number, "session_hash": session}
 
-    def sharing(self, first: object) -> dict:
-        """The request that has a conversation packed, with something else as its first value."""
-        number, kinds, _ = next(event for event in self.all if event[1] == ["textbox", "textbox", "chatbot", "textbox"])
-        return {"data": [first, "", [], "x"], "fn_index": number, "session_hash": "somebody"}
+    def drawing(self, first: object) -> dict:
+        """The request that has sentences drawn for a personality, with something else as its value."""
+        number = next(event[0] for event in self.all if event[1] == ["textbox"] and not event[2])
+        return {"data": [first], "fn_index": number, "session_hash": "somebody"}
 
 
 async def until_done(client: httpx.AsyncClient, session: str) -> list[str]:

@@ -25,7 +25,6 @@ from inputs import Specials, build_context
 from model import DoubleHeadsModel, GPT2DoubleHeads, PostNormConfig, PostNormDoubleHeadsModel, decoder_class
 from web.batching import Busy, Decoder
 from web.bot import Bot
-from web.page import MAX_SHARED, pack, unpack
 
 
 def until(condition, what: str) -> None:
@@ -408,21 +407,3 @@ def test_a_port_in_use_and_other_places_that_cannot_be_listened_at():
         demo.listen("192.0.2.1", 0)
     with pytest.raises(SystemExit):
         demo.parse_args(["--port", "70000"])
-
-
-# ---------------------------------------------------------------------------------------------- shared addresses
-
-
-def test_a_shared_address_holds_the_conversation():
-    conversation = ["i like tea .", "\ud800 <b> ü"], [], ["hello", "<script>", ""]
-    personality, own, said = unpack(pack(*conversation))
-    assert (own, said) == conversation[1:] and personality == ["i like tea .", "? <b> ü"]
-
-
-def test_a_damaged_address_is_refused():
-    whole = pack(["i like tea ."], [], ["hello", "hi"])
-    bomb = pack([], [], ["a" * 50 * MAX_SHARED])
-    assert len(bomb) < MAX_SHARED
-    for fragment in (whole[:-5], whole[5:], "x", "%", "é", "eNoDAAAAAAE", bomb):
-        with pytest.raises(InputError, match="copy it again, whole"):
-            unpack(fragment)

@@ -14,6 +14,7 @@ from cli import InputError, printable
 from decoding import Decoding, decoded, fitted_context, joins, load_checkpoint
 from files import hash_tensors
 from inputs import Segment, build_context
+from model import half_dtype
 from pretrained import resolve_checkpoint
 from templates import OwnTemplate, tokens_for_chat
 from web.batching import NOBODY, PLAIN, Busy, Client, Decoder, Reply, Stopped, Stopping, Wish
@@ -31,13 +32,15 @@ class Bot:
 
     def __init__(self, args: Namespace):
         self.args, self.decoding = args, Decoding.of(args)
-        self.model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len, args.fp16,
-                                                     args.max_history)
+        self.model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
+                                                     max_history=args.max_history)
+        self.weights = hash_tensors(sorted(self.model.state_dict().items()))[:16]  # as feedback.collect names them
+        self.model.to(half_dtype(args.device, args.fp16))
         self.special = tokens_for_chat(self.tokenizer)
         self.encode = lru_cache(1_000)(self.tokenizer.encode)  # the same texts come again with each message
         self.encode_persona = lru_cache(1_000)(self.tokenizer.encode_persona)
         self.name = Path(resolve_checkpoint(args.model_checkpoint)).name
-        self.version = hash_tensors(self.model.state_dict().items())[:12]
+        self.version = self.weights[:12]
         self.options()  # what the flags say must be possible here
         self.decoder = Decoder(self.model, self.special, args.max_batch, args.max_waiting, args.memory)
 

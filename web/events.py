@@ -173,6 +173,8 @@ def check(page: gr.Blocks, path: str, query: str, body: bytes | None) -> bytes |
         if not isinstance(data, list) or len(data) != len(event.inputs):
             raise Refused(f"data: not a list of {len(event.inputs)} values")
         clean["data"] = [_input(block, value) for block, value in zip(event.inputs, data, strict=True)]
+        if event.collects_event_data:
+            clean["event_data"] = _event_data(sent.get("event_data"))
     elif None in (clean.get("session_hash"), clean.get("event_id"), clean.get("fn_index")):
         raise Refused("session_hash, event_id and fn_index are needed")
     return json.dumps(clean, ensure_ascii=False).encode(errors="replace")  # half letters, which no answer can hold
@@ -188,6 +190,14 @@ def _input(block: gr.components.Component, value: object) -> object:
     if kind and (not isinstance(value, kind) or isinstance(value, bool) and bool not in kind):
         raise Refused(f"data: {block.get_block_name()} does not hold this kind of value")
     return _plain(value)
+
+
+def _event_data(sent: object) -> dict:
+    """Which message of the conversation was rated, and how, or which choice was taken. Raises `Refused`."""
+    if not isinstance(sent, dict) or type(sent.get("index")) is not int or not isinstance(
+            sent.get("liked"), (bool, str, type(None))):
+        raise Refused("event_data: no place in the conversation, or no rating")
+    return {"index": sent["index"], "liked": sent.get("liked"), "value": ""}
 
 
 def _message(message: object) -> dict:

@@ -1,84 +1,74 @@
-"""The page: somebody's personality, the conversation, a suggestion what to say next, and what the model sees.
+"""The page: somebody's personality, the conversation, suggestions what to say next, and what the model sees.
 
-The conversation lives in the browser, which sends it along with each message. The page loads nothing from elsewhere,
-and nothing that a browser sends makes it open a file or an address.
-This file knows a `Bot` and a data set's personalities, and Gradio, which has the page; nothing of HTTP.
+The conversation lives in the browser (page.js), which sends it along with each message: `turn` answers it, and what the
+page then shows beside it, suggestions and what the model saw, comes from events of their own. The server keeps of an
+open page only what `Visit` says. The page loads nothing from elsewhere, and nothing that a browser sends makes it open
+a file or an address. This file knows a `Bot` and a data set's personalities, and Gradio, which has the page; nothing of
+HTTP.
 """
 
 import asyncio
-import base64
 import json
 import random
-import zlib
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
-from html import escape, unescape
+from contextlib import aclosing
+from dataclasses import replace
+from html import escape
+from pathlib import Path
 
 import gradio as gr
 
 from cli import InputError
-from corpora import check_corpus
 from tables import TokenTable
 from web.batching import Busy, Client, Reply
 from web.bot import MAX_TEXT, WIDEST, Bot
+from web.collecting import Collector, Compared, Heard
 from web.events import bounded_
+from web.insight import Spoken, note_attention_, what_it_saw
+from web.suggestions import Suggestions
 
-SHOWN = 10  # likeliest next tokens
-LINGER = 2  # s between a turn's last update and its end, for an update is lost that another follows at once
+CARDS = 5  # of a personality; what is longer stands in the last one
+TRIES = 4  # to decode two replies that differ
+OTHERS = 9  # replies of other dialogs with which the choice head compares the bot's
+CHOICES = (0, 1, "tie", "bad")  # of feedback.annotate, in the order of the buttons
 MOST_EVENTS, EVENT_SHARE = 200, 50  # replies to pages under way: all of them, those of one address
-MAX_SHARED = 256 * 1024  # bytes of a shared conversation, unpacked
 
 THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
                           ).set(button_primary_background_fill="*primary_600",
                                 button_primary_background_fill_hover="*primary_700",
                                 button_primary_background_fill_dark="*primary_600",
-                                button_primary_background_fill_hover_dark="*primary_700")
-STYLE = """
-.gradio-container { max-width: 70rem !important; margin: 0 auto !important }
-#suggestion { justify-content: start; text-align: start; white-space: normal; font-weight: normal }
-#notice p { border-inline-start: 4px solid #d9822b; padding: .2rem .6rem; margin: 0 }
-.seen { --persona: #3fa34d; --user: #3f83e0; --bot: #e08a2e }
-.seen ol { list-style: none; padding: 0; margin: 0 }
-.seen li { margin: .3rem 0; line-height: 2.2 }
-.seen li > b { display: inline-block; min-width: 5.5rem }
-.seen .token { background: color-mix(in srgb, var(--colour) 25%, transparent); border-radius: 4px;
-               padding: .15rem .3rem; white-space: pre }
-.seen sub { opacity: .75; font-size: .7em; margin-inline-start: .2em }
-.seen .persona { --colour: var(--persona) } .seen .user { --colour: var(--user) } .seen .bot { --colour: var(--bot) }
-.seen table { border-collapse: collapse; margin-top: 1rem; width: 100%; max-width: 40rem }
-.seen caption { text-align: start; padding-bottom: .3rem }
-.seen table, .seen table th, .seen table td, .seen table tr { border: none !important; text-align: start;
-                                                 padding: .1rem .6rem .1rem 0; font-variant-numeric: tabular-nums }
-.seen .bar { background: var(--user); height: .4rem; border-radius: 2px; min-width: 1px }
-.seen .bar + .bar { background: var(--bot); margin-top: 1px }
-"""
-# A shared address differs only behind its #, for which browsers do not load a page again.
-HEAD = '<script>addEventListener("hashchange", () => location.reload())</script>'
-FOCUS = '() => document.querySelector("#message textarea, #message input").focus()'
-SILENT = gr.HTML(visible=False)
-NO_SUGGESTION = gr.Button("Suggestion: none yet", interactive=False)
-# The box is emptied here and nowhere else, so that nothing is lost of what people write while a reply is coming.
-TAKE = '(text, busy) => busy || !text.trim() ? [text, "", busy] : ["", text, true]'
-DOWNLOAD = """text => {
-    if (!text) return;
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
-    link.download = "conversation.json";
-    link.click();
-}"""
+                                button_primary_background_fill_hover_dark="*primary_700",
+                                body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+                                block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+                                input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400")
+# Not as Gradio's css, which it rewrites and adds only when the page is there, so that it would jump.
+HEAD = "".join(f"<{tag}>{Path(__file__).with_name(name).read_text('utf-8')}</{tag}>"
+               for tag, name in (("style", "page.css"), ("script", "page.js")))
+TOP = """<header><h1>TransferTransfo</h1><p>Talk to a small language model that is whoever its five cards say.
+<span>What it says is made up.</span>{collecting}</p><nav>
+<button class=narrow-only data-drawer=rest aria-expanded=false>Menu</button>
+<button class=narrow-only data-drawer=right aria-expanded=false>Inside</button>
+<button id=theme data-act=theme aria-label="Other colours" title="Light or dark">◐</button></nav></header>"""
+COLLECTING = "<b>Replies that you rate or compare are kept for research, with what was said before.</b>"
+TOOLS = """<button class=small data-act=renew>New</button> <button class=small data-act=share>Share</button>
+<button class=small data-act=download>Export</button>"""
 
 
 class Visit:
-    """What the server knows of an open page: whether its current turn is over. Nothing of what was said."""
+    """What the server knows of an open page: what it was told, as hashes, its last reply, as token ids, and two replies
+    that wait for a choice."""
 
     def __init__(self):
         self.over: asyncio.Event | None = None  # set when the current turn is over
+        self.heard = Heard()
+        self.spoken: Spoken | None = None
+        self.compared: tuple[int, Compared] | None = None  # with the number of its turn
 
     def next_turn(self) -> asyncio.Event:
         """End the current turn and begin one. Returns the event that is set when it is over."""
         if self.over:
             self.over.set()
-        self.over = asyncio.Event()
+        self.over, self.compared = asyncio.Event(), None
         return self.over
 
 
@@ -86,239 +76,292 @@ def sentences(text: str | None) -> list[str]:
     return [line.strip() for line in (text or "").splitlines() if line.strip()]
 
 
-def as_chat(said: list[str]) -> list[dict]:
-    """Messages as Gradio's Chatbot has them, which takes texts for HTML."""
-    return [{"role": ("user", "assistant")[number % 2], "content": escape(text)} for number, text in enumerate(said)]
+def as_chat(said: list[str], options: list[str] | None = None) -> list[dict]:
+    """Messages as Gradio's Chatbot has them, which takes texts for markup: a mark that nobody sees (U+2060) makes these
+    letters text. page.js takes it out again. ``options``: what may be chosen instead of the last message."""
+    chat = [{"role": ("user", "assistant")[number % 2],
+             "content": text.replace("&", "&\u2060").replace("<", "<\u2060")} for number, text in enumerate(said)]
+    if options:
+        chat.append({"role": "assistant", "content": "Which reply is better?",
+                     "options": [{"value": str(number), "label": text} for number, text in enumerate(options)]})
+    return chat
 
 
-def said_in(chat: list[dict]) -> list[str]:
-    """The texts that `as_chat` was made of."""
-    return [unescape("".join(part["text"] for part in message["content"] if part["type"] == "text"))
-            for message in chat]
-
-
-def pack(personality: list[str], own: list[str], said: list[str]) -> str:
-    """A conversation as the part of an address behind its #."""
-    text = json.dumps({"personality": personality, "own": own, "said": said}, ensure_ascii=False)
-    return base64.urlsafe_b64encode(zlib.compress(text.encode(errors="replace"), 9)).decode().rstrip("=")
-
-
-def unpack(fragment: str) -> tuple[list[str], list[str], list[str]]:
-    """`pack`'s arguments. Raises `InputError` when it is damaged."""
+def asked(text: str, *lists: str) -> dict:
+    """What page.js sends: the number of the ``turn``, the ``conversation``'s name, ``persona``, ``said`` and more lists
+    of texts. Raises `InputError` when that is not what it is."""
     try:
-        packed = base64.urlsafe_b64decode(fragment + "=" * (-len(fragment) % 4))
-        unpacker = zlib.decompressobj()
-        shared = json.loads(unpacker.decompress(packed, MAX_SHARED))
-        lists = [shared[part] for part in ("personality", "own", "said")]
-        lists_of_texts = all(isinstance(texts, list) and all(isinstance(one, str) for one in texts) for texts in lists)
-        if unpacker.eof and lists_of_texts:
-            return tuple(lists)
-    except (ValueError, zlib.error, KeyError, TypeError, RecursionError):
+        sent = json.loads(text)
+        texts = all(isinstance(sent[name], list) and all(isinstance(one, str) for one in sent[name])
+                    for name in ("persona", "said", *lists))
+        if texts and type(sent["turn"]) is int and isinstance(sent["conversation"], str):
+            return sent
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise InputError("This address holds no conversation, or not all of it; copy it again, whole")
+    raise InputError("The page sent what is no conversation; load it again")
 
 
-def export(personality: list[str], said: list[str]) -> str:
-    """A conversation as a data file, whose splits both have it. Raises `InputError` when the bot has not spoken yet."""
-    turns = [{"history": said[:number], "candidates": [said[number]]} for number in range(1, len(said), 2)]
-    if not turns:
-        raise InputError("Nothing to export yet; talk first")
-    entry = {"personality": personality, "utterances": turns}
-    check_corpus(corpus := {"train": [entry], "valid": [entry]})
-    return json.dumps(corpus, indent=1, ensure_ascii=False) + "\n"
+async def until(over: asyncio.Event, replies: AsyncIterator[Reply]) -> AsyncIterator[Reply]:
+    """What comes of ``replies`` until ``over`` is set."""
+    ended = asyncio.ensure_future(over.wait())
+    try:
+        while not over.is_set():
+            step = asyncio.ensure_future(anext(replies, None))
+            await asyncio.wait((step, ended), return_when=asyncio.FIRST_COMPLETED)
+            if not step.done():
+                step.cancel()
+                await asyncio.wait((step,))
+                return
+            if (reply := step.result()) is None:
+                return
+            yield reply
+    finally:
+        ended.cancel()
 
 
-def what_it_saw(bot: Bot, reply: Reply) -> str:
-    """A finished reply's sequence and its last step, as HTML."""
-    names = {bot.special.speaker1: "bot", bot.special.speaker2: "user"}
-    ids = [*reply.context.ids, bot.special.speaker1, *reply.tokens]
-    types = [*reply.context.types, *[bot.special.speaker1] * (1 + len(reply.tokens))]
-    segments: list[tuple[str, list[str]]] = [("persona", [])]
-    for place, (token, role) in enumerate(zip(ids, types, strict=True)):
-        if token in names:
-            segments.append((names[token], []))
-        position = reply.context.start + place
-        segments[-1][1].append(
-            f"<span class=token title='token {token}, position {position}, type {escape(_word(bot, role))}'>"
-            f"{escape(_word(bot, token))}<sub>{position}</sub></span>")
-    items = "".join(f"<li class={name}><b>{'reply' if number == len(segments) else name}</b> {' '.join(tokens)}</li>"
-                    for number, (name, tokens) in enumerate(segments, 1))
-    return f"<div class=seen><ol>{items}</ol>{_last_step(bot, reply)}</div>"
-
-
-def _last_step(bot: Bot, reply: Reply) -> str:
-    if not reply.last_step:
-        return "<p>Beam search weighs whole replies; it has no last step to show.</p>"
-    before, after = (logits.softmax(-1) for logits in reply.last_step)
-    rows = ""
-    for token in before.topk(min(SHOWN, len(before))).indices.tolist():
-        pair = before[token].item(), after[token].item()
-        rows += (f"<tr><th scope=row>{escape(_word(bot, token))}</th>" + "".join(f"<td>{one:.1%}</td>" for one in pair)
-                 + "<td>" + "".join(f"<div class=bar style='width:{100 * one:.1f}%'></div>" for one in pair)
-                 + "</td></tr>")
-    return ("<table><caption>The likeliest tokens of the last step: as the model gave them, and after temperature "
-            "and filter</caption><tr><th scope=col>token</th><th scope=col>before</th><th scope=col>after</th>"
-            f"<td style='width:50%'></td></tr>{rows}</table>")
-
-
-def _word(bot: Bot, token: int) -> str:
-    return bot.tokenizer.decode([token]) or bot.tokenizer.convert_ids_to_tokens(token)
-
-
-def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
+def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None) -> gr.Blocks:
     """The page and its events. ``table``: whose personalities Random and Shuffle take."""
     people = [] if bot.model.no_persona else [
         (split, dialog) for split in table.values() for dialog in range(len(split))
         if len(split.strings("persona", dialog))]
+    note_attention_(bot.model)
 
     def somebody() -> list[str]:
         split, dialog = random.choice(people)
         return split.texts("persona", dialog)
 
+    class People:
+        """All personalities, looked up when one is asked for."""
+
+        def __len__(self) -> int:
+            return len(people)
+
+        def __getitem__(self, number: int) -> list[str]:
+            split, dialog = people[number]
+            return split.texts("persona", dialog)
+
+    suggestions = Suggestions(bot, table, People())
+
     # ------------------------------------------------------------------------------------------------ what there is
 
-    with gr.Blocks(title="TransferTransfo", analytics_enabled=False) as page:
-        gr.Markdown(f"# TransferTransfo\nTalk to `{bot.name}`, version `{bot.version}`")
-        with gr.Row():
-            with gr.Column(scale=2):
-                persona = gr.Textbox(label="The bot's personality, a sentence per line", lines=5, max_lines=12,
-                                     max_length=MAX_TEXT, elem_id="persona")
-                with gr.Row():
+    with gr.Blocks(title="TransferTransfo", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(TOP.format(collecting=COLLECTING if collector else ""), elem_id="top")
+        with gr.Row(elem_id="page"):
+            with gr.Column(elem_id="left"):
+                gr.HTML("<h2>Who the bot is</h2>", elem_id="who")
+                with gr.Column(elem_id="cards"):
+                    for number in range(1, CARDS + 1):
+                        gr.Textbox(label=f"Sentence {number} of the bot's personality", show_label=False,
+                                   container=False, lines=2, max_lines=2, max_length=MAX_TEXT, elem_classes="card", interactive=True,
+                                   placeholder="Another sentence about the bot")
+                with gr.Row(elem_id="drawing"):
                     anybody = gr.Button("Random", size="sm", min_width=80, interactive=bool(people))
                     shuffle = gr.Button("Shuffle", size="sm", min_width=80, interactive=bool(people))
-                start = gr.Button("Start chatting", variant="primary")
-                with gr.Accordion("Your personality, for suggestions", open=False):
-                    own = gr.Textbox(label="Who you are, a sentence per line; may be empty", lines=3, max_lines=12,
-                                     max_length=MAX_TEXT, elem_id="own")
-                with gr.Accordion("Decoding options", open=False):
-                    flags = bot.args
-                    suggests = gr.Checkbox(True, label="Suggest what to say")
-                    temperature = gr.Slider(0, 5, 0 if flags.no_sample else min(flags.temperature, 5), step=0.05,
-                                            label="Temperature", info="0: always the likeliest token")
-                    top_k = gr.Slider(0, max(200, flags.top_k), max(flags.top_k, 0), step=1, label="Top k",
-                                      info="0: off")
-                    top_p = gr.Slider(0, 1, min(max(flags.top_p, 0), 1), step=0.05, label="Top p", info="0: off")
-                    beams = gr.Slider(1, WIDEST, flags.num_beams, step=1, label="Beams",
-                                      info="more than 1: beam search, no sampling")
-                    length = gr.Slider(1, max(100, flags.max_length), flags.max_length, step=1,
-                                       label="Longest reply, in tokens")
-                    seed = gr.Number(flags.seed, precision=0, minimum=0, label="Seed", info="0: another each time")
-            with gr.Column(scale=3):
-                chat = gr.Chatbot(label="Conversation", height=420, render_markdown=False, buttons=[], elem_id="chat",
-                                  feedback_options=None, placeholder="Say hello.")
-                message = gr.Textbox(label="Your message", placeholder="Write, and press Enter", lines=1, max_lines=4,
-                                     max_length=MAX_TEXT, elem_id="message")
-                notice = gr.HTML(visible=False, elem_id="notice")
-                suggestion = gr.Button("Suggestion: none yet", size="sm", interactive=False, elem_id="suggestion")
-                with gr.Row():
-                    send = gr.Button("Send", variant="primary", size="sm", min_width=80)
-                    share = gr.Button("Share", size="sm", min_width=80)
-                    save = gr.Button("Export", size="sm", min_width=80)
-                address = gr.Textbox(label="The address of this conversation; nothing of it is kept here",
-                                     visible=False, buttons=["copy"], max_lines=3, elem_id="address")
-        with gr.Accordion("What the model sees", open=False, elem_id="seen"):
-            seen = gr.HTML("Nothing yet.")
-        visit, pending, busy = gr.State(Visit()), gr.Textbox(visible=False), gr.Checkbox(False, visible=False)
-        lost, file, fragment = (gr.Textbox(visible=False) for _ in range(3))
+                with gr.Column(elem_id="rest"):
+                    gr.HTML("<button class='small drawer-close' data-drawer=rest>Close</button>"
+                            f"<div class='tools narrow-only'>{TOOLS}</div>", elem_classes="narrow-only")
+                    with gr.Accordion("Your personality, for suggestions", open=False):
+                        own = gr.Textbox(label="Who you are, a sentence per line; drawn by chance where it is empty",
+                                         lines=3, max_lines=12, max_length=MAX_TEXT, elem_id="own", interactive=True)
+                    compare = gr.Checkbox(False, label="Compare two replies", elem_id="compare",
+                                          info="You see two replies to each message and say which is better.")
+                    with gr.Accordion("Decoding options", open=False):
+                        flags = bot.args
+                        gr.Checkbox(True, label="Suggest what to say", elem_id="suggests", interactive=True)
+                        temperature = gr.Slider(0, 5, 0 if flags.no_sample else min(flags.temperature, 5), step=0.05,
+                                                label="Temperature", info="0: always the likeliest token")
+                        top_k = gr.Slider(0, max(200, flags.top_k), max(flags.top_k, 0), step=1, label="Top k",
+                                          info="0: off")
+                        top_p = gr.Slider(0, 1, min(max(flags.top_p, 0), 1), step=0.05, label="Top p", info="0: off")
+                        beams = gr.Slider(1, WIDEST, flags.num_beams, step=1, label="Beams",
+                                          info="more than 1: beam search, no sampling")
+                        length = gr.Slider(1, max(100, flags.max_length), flags.max_length, step=1,
+                                           label="Longest reply, in tokens")
+                        seed = gr.Number(flags.seed, precision=0, minimum=0, label="Seed", info="0: another each time")
+                    gr.HTML(f"<p class=faint>Model <code>{escape(bot.name)}</code>, version <code>{bot.version}</code>. "
+                            "Programs talk to it at <code>/v1</code>.</p><h2>Conversations</h2>"
+                            "<ul id=conversations></ul>")
+            with gr.Column(elem_id="middle"):
+                gr.HTML(f"<div class=tools><h2>The conversation</h2>{TOOLS}</div>", elem_classes="wide-only")
+                gr.HTML("<div role=alert></div>", elem_id="notice")
+                chat = gr.Chatbot(label="Conversation", show_label=False, height=None, render_markdown=False,
+                                  elem_id="chat", buttons=["copy"], editable="user", group_consecutive_messages=False,
+                                  placeholder="Say hello, or take a suggestion.", container=True)
+                gr.HTML("<div id=chips role=group aria-label='Suggestions'></div>")
+                message = gr.Textbox(label="Your message", show_label=False, container=False, lines=1, max_lines=4,
+                                     placeholder="Your message", max_length=MAX_TEXT, elem_id="message",
+                                     submit_btn="Send", stop_btn=False, interactive=True)
+            with gr.Column(elem_id="right"):
+                gr.HTML("<button class='small drawer-close' data-drawer=right>Close</button>"
+                        "<h2>What the model sees</h2>")
+                seen = gr.HTML("<p class=faint>Nothing yet: it shows how the model read the conversation, and each token "
+                               "of the reply.</p>", elem_id="seen")
+        hidden = {"visible": "hidden"}
+        visit = gr.State(Visit())
+        ask, show, halt, fail, hint, look = (gr.Button(name, elem_id=name, **hidden)
+                                             for name in ("ask", "show", "halt", "fail", "hint", "look"))
+        question, told, drawn, hinted, marked = (gr.Textbox(**hidden) for _ in range(5))
 
         # ---------------------------------------------------------------------------------------- what happens when
 
-        async def turn(text, chat_now, persona_now, own_now, temperature_now, top_k_now, top_p_now, beams_now,
-                       length_now, seed_now, suggests_now, visit_now, request: gr.Request) -> AsyncIterator[dict]:
-            """Answer, then suggest.
-
-            A page handles the updates of each event in their order, but those of two events in any: so each tells
-            all that may have changed since the last turn, for something of that may yet arrive."""
-            nothing = {busy: gr.skip()}  # to end with, because Gradio sends an event's last update again when it ends
-            if not text:
-                yield nothing
-                return
+        async def turn(question_now, temperature_now, top_k_now, top_p_now, beams_now, length_now, seed_now,
+                       compare_now, visit_now, request: gr.Request) -> AsyncIterator[dict]:
+            """Answer. The last update tells the number of the turn and what was said, or what is wrong."""
             over = visit_now.next_turn()
-            said = [*said_in(chat_now), text]
-            now = {chat: as_chat(said), busy: True, suggestion: NO_SUGGESTION, lost: "", notice: SILENT}
-            yield now
+            number = None
             try:
+                sent = asked(question_now)
+                number, personality, said = sent["turn"], sent["persona"], sent["said"]
                 options = bot.options(temperature=temperature_now, top_k=top_k_now, top_p=top_p_now,
                                       num_beams=beams_now, max_length=length_now, seed=seed_now or 0)
                 client = Client.at(request.client.host)
-                async with aclosing(bot.reply(sentences(persona_now), said, options, client)) as replies:
-                    async for reply in replies:
-                        if over.is_set():
-                            yield nothing
-                            return
-                        yield now | {chat: as_chat([*said, bot.text(reply)])}
-                said.append(bot.text(reply))
-                now |= {chat: as_chat(said), busy: False, seen: what_it_saw(bot, reply)}
-                yield now
+                if compare_now:
+                    yield await two_replies(sent, options, client, over, visit_now)
+                    return
+                reply = None
+                async with aclosing(bot.reply(personality, said, options, client)) as replies:
+                    async for reply in until(over, replies):
+                        yield {chat: as_chat([*said, bot.text(reply)])}
+                text = bot.text(reply) if reply else ""
+                if not text and not (reply and reply.finish):
+                    yield {told: json.dumps({"turn": number, "error": "Stopped before the reply began."})}
+                    return
+                remember(visit_now, personality, [*said, text], reply.tokens, reply.finish == "stop", options)
+                yield {chat: as_chat([*said, text]), told: json.dumps({"turn": number, "said": [*said, text]})}
             except (InputError, Busy, RuntimeError) as error:
-                yield now | {chat: chat_now, busy: False, lost: text, notice: complaint(error)}
-                return
+                yield {told: json.dumps({"turn": number, "error": advice(error)})}
             finally:
                 events.keep_open(request.session_hash)
-            if suggests_now and (hint := await suggest(own_now, said, options, client, over)):
-                yield {suggestion: gr.Button(f"Suggestion: {hint}", interactive=True)}
-            with suppress(TimeoutError):
-                await asyncio.wait_for(over.wait(), LINGER)
-            yield nothing
 
-        async def suggest(own_now, said, options, client, over) -> str:
-            """What the user may say next; empty when that fails, which is not worth a complaint, or comes too late."""
+        async def two_replies(sent, options, client, over, visit_now) -> dict:
+            """Two replies that differ, for a choice."""
+            personality, said = sent["persona"], sent["said"]
+            if options.no_sample or options.num_beams > 1:
+                raise InputError("Compare: without sampling both replies are the same; choose a temperature above 0 and "
+                                 "1 beam, or turn Compare off")
+
+            async def one(number: int) -> Reply | None:
+                its = replace(options, seed=options.seed + number if options.seed else 0)
+                last = None
+                async with aclosing(bot.reply(personality, said, its, client)) as replies:
+                    async for last in until(over, replies):  # noqa: B007
+                        pass
+                return last if last and last.finish else None
+
+            replies = await asyncio.gather(one(0), one(1))
+            for number in range(2, TRIES):
+                if None not in replies and bot.text(replies[0]) == bot.text(replies[1]):
+                    replies = [replies[0], await one(number)]
+            if None in replies:
+                return {told: json.dumps({"turn": sent["turn"], "error": "Stopped before both replies were there."})}
+            texts = [bot.text(reply) for reply in replies]
+            if texts[0] == texts[1]:
+                remember(visit_now, personality, [*said, texts[0]], replies[0].tokens, replies[0].finish == "stop",
+                         options)
+                return {chat: as_chat([*said, texts[0]]), told: json.dumps(
+                    {"turn": sent["turn"], "said": [*said, texts[0]],
+                     "note": "Both replies say the same, so there is nothing to compare."})}
+            visit_now.compared = sent["turn"], Compared(
+                sent["conversation"], personality, said,
+                [(bot.text(reply), reply.tokens, reply.finish == "stop") for reply in replies], options)
+            return {chat: as_chat(said, [*texts, "Equally good", "Both bad"]),
+                    told: json.dumps({"turn": sent["turn"], "choosing": True})}
+
+        def remember(visit_now, personality, said, tokens, ended, options) -> None:
+            """Keep what may be looked at, or rated, later."""
+            visit_now.heard.add(personality, said)
+            context = bot.context(personality, said[:-1], options)
+            visit_now.spoken = Spoken(list(bot.encode_persona(tuple(personality))), context, tokens, ended, options)
+
+        def choose(visit_now, event: gr.SelectData, request: gr.Request) -> str:
+            """Take one of two replies. Runs in a thread of its own: it waits for the disk."""
+            if not visit_now.compared or event.index not in range(len(CHOICES)):
+                return json.dumps({"turn": None, "error": "The server no longer has these two replies; ask again."})
+            number, compared = visit_now.compared
+            visit_now.compared = None
+            choice, note = CHOICES[event.index], ""
+            if collector:
+                collector.compare(compared, choice, visitor(request))
+                note = "Your choice is kept for research."
+            text, tokens, ended = compared.replies[choice if choice in (0, 1) else 0]
+            remember(visit_now, compared.personality, [*compared.said, text], tokens, ended, compared.options)
+            return json.dumps({"turn": number, "said": [*compared.said, text], "note": note})
+
+        def rate(question_now, visit_now, event: gr.LikeData, request: gr.Request) -> str:
+            """Take a thumb, up or down."""
+            sent = asked(question_now)
+            place, note = event.index, ""
+            known = type(place) is int and 0 < place < len(sent["said"]) and place % 2
+            if collector and known and event.liked in (True, False):
+                if (sent["persona"], sent["said"][:place + 1]) in visit_now.heard:
+                    collector.rate(sent["persona"], sent["said"][:place + 1], event.liked, visitor(request))
+                    note = "Your rating is kept for research."
+                else:
+                    note = "Kept in this browser alone: the server no longer knows that reply."
+            return json.dumps({"place": place if known else -1, "note": note,
+                               "liked": event.liked if isinstance(event.liked, bool) else None})
+
+        async def suggest(question_now, temperature_now, top_k_now, top_p_now, length_now, seed_now, visit_now,
+                          request: gr.Request) -> str:
+            """What the user may say next. Nothing is said of what goes wrong: nobody asked for it."""
             try:
-                async with aclosing(bot.reply(sentences(own_now), said, options, client)) as replies:
-                    async for reply in replies:  # noqa: B007  the last one is the whole
-                        if over.is_set():
-                            return ""
+                sent = asked(question_now, "own")
+                options = bot.options(temperature=temperature_now, top_k=top_k_now, top_p=top_p_now,
+                                      max_length=length_now, seed=seed_now or 0, num_beams=1)
+                if len(bot.decoder.waiting) or len(bot.decoder.decoding) > bot.decoder.max_batch // 2:
+                    return json.dumps({"turn": sent["turn"], "texts": []})  # others wait for replies
+                texts = await suggestions.offer(sent["conversation"], sent["own"], sent["said"], options,
+                                                Client.at(request.client.host), visit_now.over or asyncio.Event())
+                return json.dumps({"turn": sent["turn"], "texts": texts})
             except (InputError, Busy, RuntimeError):
                 return ""
-            return bot.text(reply)
+            finally:
+                events.keep_open(request.session_hash)
 
-        def begin(visit_now) -> dict:
-            visit_now.next_turn()
-            return {chat: [], busy: False, suggestion: NO_SUGGESTION, notice: SILENT, seen: "Nothing yet.",
-                    address: gr.Textbox(visible=False)}
+        async def inside(visit_now):
+            """What the model saw, of the page's last reply."""
+            if not visit_now.spoken:
+                return gr.skip()
+            drawn_from = [split for split in table.values() if split.num_turns]
+            others = [list(split.token_ids("candidates", random.randrange(split.num_turns))[-1])
+                      for split in random.choices(drawn_from, k=OTHERS)] if drawn_from else []
+            spoken = visit_now.spoken
+            return await asyncio.to_thread(what_it_saw, bot, spoken, others)
 
-        def mixed(text) -> str:
+        def mixed(question_now) -> str:
             """As many sentences, each of somebody else."""
-            return "\n".join(random.choice(somebody()) for _ in range(len(sentences(text)) or 4))
-
-        def restore(fragment_now) -> dict:
-            try:
-                if not fragment_now:
-                    return {persona: "\n".join(somebody()) if people else ""}
-                personality, own_then, said = unpack(fragment_now)
-            except InputError as error:
-                return restore("") | {notice: complaint(error)}
-            return {persona: "\n".join(personality), own: "\n".join(own_then), chat: as_chat(said)}
-
-        def share_it(persona_now, own_now, chat_now, here) -> dict:
-            packed = pack(sentences(persona_now), sentences(own_now), said_in(chat_now))
-            return {address: gr.Textbox(f"{here}#{packed}", visible=True)}
-
-        def save_it(persona_now, chat_now) -> dict:
-            try:
-                return {file: export(sentences(persona_now), said_in(chat_now)), notice: SILENT}
-            except InputError as error:
-                return {file: "", notice: complaint(error)}
+            return json.dumps([random.choice(somebody()) for _ in asked(question_now)["persona"] or range(4)])
 
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        said_it = gr.on([message.submit, send.click], None, [message, busy], [message, pending, busy], js=TAKE, **quick)
-        answered = said_it.then(
-            turn, [pending, chat, persona, own, temperature, top_k, top_p, beams, length, seed, suggests, visit],
-            [chat, busy, suggestion, seen, lost, notice], show_progress="hidden", trigger_mode="multiple",
-            concurrency_limit=None, api_visibility="private",
-        )
-        answered.then(None, [message, lost], message, js="(text, lost) => text || lost", **quick)
-        answered.failure(None, [message, pending], [message, busy], js="(text, lost) => [text || lost, false]", **quick)
-        suggestion.click(None, suggestion, message, js="label => label.replace(/^Suggestion: /, '')", **quick
-                         ).then(None, js=FOCUS, **quick)
-        gr.on([start.click, chat.clear], begin, visit, [chat, busy, suggestion, seen, notice, address], **quick
-              ).then(None, js=FOCUS, **quick)
-        anybody.click(lambda: "\n".join(somebody()), None, persona, **quick)
-        shuffle.click(mixed, persona, persona, **quick)
-        share.click(share_it, [persona, own, chat, fragment], address, **quick,
-                    js="(...all) => [...all.slice(0, 3), location.origin + location.pathname]")
-        save.click(save_it, [persona, chat], [file, notice], **quick).then(None, file, js=DOWNLOAD, **quick)
-        page.load(restore, fragment, [persona, own, chat, notice], js="() => location.hash.slice(1)", **quick)
+        slow = {"concurrency_limit": None, "trigger_mode": "multiple", "api_visibility": "private"}
+        asked_it = ask.click(None, None, [question, chat, message], js="() => page.ask()", **quick)
+        answered = asked_it.then(turn, [question, temperature, top_k, top_p, beams, length, seed, compare, visit],
+                                 [chat, told], show_progress="minimal", **slow)
+        answered.success(None, told, [chat, message], js="told => page.settle(told)", **quick)
+        answered.failure(None, None, [chat, message], js="() => page.failed()", **quick)
+        fail.click(None, None, [chat, message], js="() => page.failed()", **quick)
+        halt.click(lambda visit_now: visit_now.next_turn() and None, visit, None, **quick)
+        show.click(None, None, chat, js="() => page.show()", **quick)
+        message.submit(None, None, None, js="() => page.send()", **quick)
+        message.stop(None, None, None, js="() => page.stop()", **quick)
+        chat.retry(None, None, None, js="() => page.retry()", **quick)
+        chat.undo(None, None, None, js="() => page.undo()", **quick)
+        chat.edit(None, chat, None, js="chat => page.edit(chat)", **quick)
+        chat.clear(None, None, None, js="() => page.clear()", **quick)
+        chat.like(rate, [question, visit], marked, js="(question, visit) => [page.hinted(), visit]", **quick
+                  ).then(None, marked, chat, js="told => page.mark(told)", **quick)
+        chat.option_select(choose, visit, told, **quick
+                           ).then(None, told, [chat, message], js="told => page.settle(told)", **quick)
+        hint.click(suggest, [question, temperature, top_k, top_p, length, seed, visit], hinted, show_progress="hidden",
+                   js="(question, ...rest) => [page.hinted(), ...rest]", **slow
+                   ).success(None, hinted, None, js="told => page.suggested(told)", **quick)
+        look.click(inside, visit, seen, **quick).then(None, None, None, js="() => page.looked()", **quick)
+        anybody.click(lambda: json.dumps(somebody()), None, drawn, **quick
+                      ).success(None, drawn, None, js="told => page.drawn(told)", **quick)
+        shuffle.click(mixed, question, drawn, **quick, js="() => page.hinted()"
+                      ).success(None, drawn, None, js="told => page.drawn(told)", **quick)
+        page.load(lambda: json.dumps(somebody() if people else []), None, drawn, **quick
+                  ).then(None, drawn, None, js="told => page.drawn(told || '[]')", **quick)
 
         # --------------------------------------------------------------------------------------------- for programs
 
@@ -343,6 +386,12 @@ def build_page(bot: Bot, table: TokenTable) -> gr.Blocks:
     return page
 
 
-def complaint(error: Exception) -> gr.HTML:
-    """An error as the page shows it, and screen readers read it at once."""
-    return gr.HTML(f"<p role=alert>{escape(str(error))}</p>", visible=True)
+def visitor(request: gr.Request) -> str:
+    """A name for who visits the page, as an annotator has one; the same until the page is loaded again."""
+    return f"page {(request.session_hash or '')[:12]}"
+
+
+def advice(error: Exception) -> str:
+    """An error as the page shows it: what is wrong, and what to do."""
+    return f"{str(error).rstrip('.')}." if isinstance(error, (InputError, Busy)) else \
+        f"{str(error).rstrip('.')}. Your message is in the box again: press Enter to try once more."
