@@ -33,7 +33,7 @@ from cli import InputError, command, port_number, positive_number, whole_number
 from decoding import add_decoding_flags
 from pretrained import published_or_persona
 from tables import TokenTable
-from utils import add_common_flags, open_dataset
+from utils import add_common_flags, open_dataset, other_data
 from web.api import PARAMETERS, client_of, openai_routes
 from web.batching import MEMORY, Busy
 from web.bot import Bot
@@ -50,14 +50,14 @@ logger = logging.getLogger("demo")
 
 
 def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str],
-              collector: Collector | None = None) -> FastAPI:
+              collector: Collector | None = None, pairing: str = "") -> FastAPI:
     """Everything at one address.
 
     ``hosts``: the names under which browsers may know this server, so that no other site can pass for it by a name that
     it lets point here (DNS rebinding). ``origins``: of whose pages scripts may ask it.
     """
     app = FastAPI(title="TransferTransfo", version=bot.version, docs_url=None, redoc_url=None, openapi_url=None)
-    page = build_page(bot, table, collector)
+    page = build_page(bot, table, collector, pairing)
     # The last added is asked first. Gradio leaves its own CORS out, which lets every page on this machine in, where it
     # finds Starlette's; without origins `Guard` answers before that is reached.
     cors = dict(allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
@@ -167,8 +167,10 @@ def main() -> int:
         args.model_checkpoint = published_or_persona(args.model_checkpoint)
         bot = Bot(args)
         collector = Collector(args.collect, bot) if args.collect else None
+        if pairing := other_data(args):
+            logger.warning(pairing)
         app = build_app(bot, open_dataset(args, bot.tokenizer), host_names(args.host, args.allow_host),
-                        args.allow_origin, collector)
+                        args.allow_origin, collector, pairing)
         host, port = listening.getsockname()[:2]
         print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends.", flush=True)
         server = serve(bot, app, args.drain)

@@ -145,6 +145,19 @@ def open_dataset(args: Namespace, tokenizer: Tokenizer, from_run: bool = True) -
                        args.distractors, args.train_frac, args.keep_repeated, args.format, args.columns)
 
 
+def other_data(args: Namespace) -> str:
+    """A sentence for people where the flags name other data than the run was trained on; else, or if its config does
+    not say, nothing."""
+    try:
+        trained = _trained_on(resolve_checkpoint(args.model_checkpoint))
+    except InputError:  # its data are not here
+        return ""
+    first, second = ((data.get("dataset") or data.get("dataset_path") or "") for data in (trained, vars(args)))
+    if not first or not second or os.path.realpath(first) == os.path.realpath(second):
+        return ""
+    return f"The model was trained on {short(first)}; the personalities here are of {short(second)}."
+
+
 def _trained_on(checkpoint: str) -> dict:
     """Return the data flags in a run's config. Raises `InputError` for values that name no data."""
     if not os.path.exists(checkpoint) or is_gguf(checkpoint):

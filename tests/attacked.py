@@ -1,8 +1,8 @@
 """What `attack.py` attacks, `demo.py` with a tiny model, and the honest clients beside."""
 
-import json
 import asyncio
 import contextlib
+import json
 import os
 import re
 import statistics

@@ -28,7 +28,7 @@ def imported(path: str) -> set[str]:
 def test_imports_follow_the_table_of_files():
     table = Path(ROOT, "docs", "architecture.md").read_text("utf-8").partition("## Files")[2]
     floors = {path: floor for floor, path in enumerate(dict.fromkeys(re.findall(r"\]\(\.\./([\w/]+\.py)\)", table)))}
-    ours = [path for path in SOURCES if not path.startswith("feedback/")]
+    ours = [path for path in SOURCES if not path.startswith("feedback/") or path in floors]
     assert set(ours) == set(floors), "each file has its line in docs/architecture.md, and each line its file"
     backwards = [f"{path} imports {module}" for path in ours for module in imported(path)
                  if floors.get(module, len(floors)) >= floors[path]]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from decoding import Decoding, allowed_scores
-from inputs import IGNORED, Segment, Specials, collate, pack_candidates, places_before
+from inputs import IGNORED, Segment, Specials, collate, find_gold_places, pack_candidates
 from layers import extend_attention_, usual_attention
 from model import DoubleHeadsModel
 from web.bot import Bot
@@ -83,7 +83,7 @@ def read(model: DoubleHeadsModel, special: Specials, context: Segment, candidate
     ids, segments = batch["input_ids"], batch["segment_ids"]
     within = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
     batch["labels"][:, 1:] = torch.where(within, ids[:, 1:], IGNORED)
-    places = batch["gold_places"] = places_before(batch["labels"])
+    places = batch["gold_places"] = find_gold_places(batch["labels"])
     with _one_at_a_time:
         _notes.weights = [] if attention else None
         try:
@@ -121,8 +121,8 @@ def what_it_saw(bot: Bot, spoken: Spoken, others: Sequence[list[int]]) -> str:
     for step, row in zip(steps, weights if weights is not None else [None] * len(steps), strict=False):
         step |= _draws(bot, row, sentences, context)
     segments = _segments(bot, spoken, said, sentences, steps)
-    return (f"<div class=seen>{_choice(readings)}<h3>The sequence</h3><p class=faint>Choose a token of the reply to see "
-            f"what else it could have been, and on which sentence it draws.</p><ol>{segments}</ol><p class=draws "
+    return (f"<div class=seen>{_choice(readings)}<h3>The sequence</h3><p class=faint>Choose a token of the reply to see"
+            f" what else it could have been, and on which sentence it draws.</p><ol>{segments}</ol><p class=draws "
             "role=status></p><table><caption></caption><thead><tr><th scope=col>token</th><th scope=col>before</th>"
             "<th scope=col>after</th><td></td></tr></thead><tbody></tbody></table></div>")
 

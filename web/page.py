@@ -79,8 +79,9 @@ def sentences(text: str | None) -> list[str]:
 def as_chat(said: list[str], options: list[str] | None = None) -> list[dict]:
     """Messages as Gradio's Chatbot has them, which takes texts for markup: a mark that nobody sees (U+2060) makes these
     letters text. page.js takes it out again. ``options``: what may be chosen instead of the last message."""
-    chat = [{"role": ("user", "assistant")[number % 2],
-             "content": text.replace("&", "&\u2060").replace("<", "<\u2060")} for number, text in enumerate(said)]
+    chat: list[dict] = [{"role": ("user", "assistant")[number % 2],
+                         "content": text.replace("&", "&\u2060").replace("<", "<\u2060")}
+                        for number, text in enumerate(said)]
     if options:
         chat.append({"role": "assistant", "content": "Which reply is better?",
                      "options": [{"value": str(number), "label": text} for number, text in enumerate(options)]})
@@ -119,8 +120,9 @@ async def until(over: asyncio.Event, replies: AsyncIterator[Reply]) -> AsyncIter
         ended.cancel()
 
 
-def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None) -> gr.Blocks:
-    """The page and its events. ``table``: whose personalities Random and Shuffle take."""
+def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, pairing: str = "") -> gr.Blocks:
+    """The page and its events. ``table``: whose personalities Random and Shuffle take; ``pairing``: what is to be said
+    of model and data."""
     people = [] if bot.model.no_persona else [
         (split, dialog) for split in table.values() for dialog in range(len(split))
         if len(split.strings("persona", dialog))]
@@ -130,17 +132,14 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None) 
         split, dialog = random.choice(people)
         return split.texts("persona", dialog)
 
-    class People:
-        """All personalities, looked up when one is asked for."""
+    def always_somebody(name: str) -> list[str]:
+        """The same personality for the same name."""
+        if not people:
+            return []
+        split, dialog = random.Random(name).choice(people)
+        return split.texts("persona", dialog)
 
-        def __len__(self) -> int:
-            return len(people)
-
-        def __getitem__(self, number: int) -> list[str]:
-            split, dialog = people[number]
-            return split.texts("persona", dialog)
-
-    suggestions = Suggestions(bot, table, People())
+    suggestions = Suggestions(bot, table, always_somebody)
 
     # ------------------------------------------------------------------------------------------------ what there is
 
@@ -152,8 +151,8 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None) 
                 with gr.Column(elem_id="cards"):
                     for number in range(1, CARDS + 1):
                         gr.Textbox(label=f"Sentence {number} of the bot's personality", show_label=False,
-                                   container=False, lines=2, max_lines=2, max_length=MAX_TEXT, elem_classes="card", interactive=True,
-                                   placeholder="Another sentence about the bot")
+                                   container=False, lines=2, max_lines=2, max_length=MAX_TEXT, interactive=True,
+                                   placeholder="Another sentence about the bot", elem_classes="card")
                 with gr.Row(elem_id="drawing"):
                     anybody = gr.Button("Random", size="sm", min_width=80, interactive=bool(people))
                     shuffle = gr.Button("Shuffle", size="sm", min_width=80, interactive=bool(people))
@@ -161,8 +160,8 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None) 
                     gr.HTML("<button class='small drawer-close' data-drawer=rest>Close</button>"
                             f"<div class='tools narrow-only'>{TOOLS}</div>", elem_classes="narrow-only")
                     with gr.Accordion("Your personality, for suggestions", open=False):
-                        own = gr.Textbox(label="Who you are, a sentence per line; drawn by chance where it is empty",
-                                         lines=3, max_lines=12, max_length=MAX_TEXT, elem_id="own", interactive=True)
+                        gr.Textbox(label="Who you are, a sentence per line; drawn by chance where it is empty",
+                                   lines=3, max_lines=12, max_length=MAX_TEXT, elem_id="own", interactive=True)
                     compare = gr.Checkbox(False, label="Compare two replies", elem_id="compare",
                                           info="You see two replies to each message and say which is better.")
                     with gr.Accordion("Decoding options", open=False):
@@ -178,8 +177,8 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None) 
                         length = gr.Slider(1, max(100, flags.max_length), flags.max_length, step=1,
                                            label="Longest reply, in tokens")
                         seed = gr.Number(flags.seed, precision=0, minimum=0, label="Seed", info="0: another each time")
-                    gr.HTML(f"<p class=faint>Model <code>{escape(bot.name)}</code>, version <code>{bot.version}</code>. "
-                            "Programs talk to it at <code>/v1</code>.</p><h2>Conversations</h2>"
+                    gr.HTML(f"<p class=faint>Model <code>{escape(bot.name)}</code>, version <code>{bot.version}</code>."
+                            f" {escape(pairing)} Programs talk to it at <code>/v1</code>.</p><h2>Conversations</h2>"
                             "<ul id=conversations></ul>")
             with gr.Column(elem_id="middle"):
                 gr.HTML(f"<div class=tools><h2>The conversation</h2>{TOOLS}</div>", elem_classes="wide-only")
@@ -194,8 +193,8 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None) 
             with gr.Column(elem_id="right"):
                 gr.HTML("<button class='small drawer-close' data-drawer=right>Close</button>"
                         "<h2>What the model sees</h2>")
-                seen = gr.HTML("<p class=faint>Nothing yet: it shows how the model read the conversation, and each token "
-                               "of the reply.</p>", elem_id="seen")
+                seen = gr.HTML("<p class=faint>Nothing yet: it shows how the model read the conversation, and each "
+                               "token of the reply.</p>", elem_id="seen")
         hidden = {"visible": "hidden"}
         visit = gr.State(Visit())
         ask, show, halt, fail, hint, look = (gr.Button(name, elem_id=name, **hidden)
@@ -237,8 +236,8 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None) 
             """Two replies that differ, for a choice."""
             personality, said = sent["persona"], sent["said"]
             if options.no_sample or options.num_beams > 1:
-                raise InputError("Compare: without sampling both replies are the same; choose a temperature above 0 and "
-                                 "1 beam, or turn Compare off")
+                raise InputError("Compare: without sampling both replies are the same; choose a temperature above 0 "
+                                 "and 1 beam, or turn Compare off")
 
             async def one(number: int) -> Reply | None:
                 its = replace(options, seed=options.seed + number if options.seed else 0)
@@ -248,7 +247,7 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None) 
                         pass
                 return last if last and last.finish else None
 
-            replies = await asyncio.gather(one(0), one(1))
+            replies = list(await asyncio.gather(one(0), one(1)))
             for number in range(2, TRIES):
                 if None not in replies and bot.text(replies[0]) == bot.text(replies[1]):
                     replies = [replies[0], await one(number)]

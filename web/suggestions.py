@@ -3,7 +3,7 @@
 import asyncio
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import aclosing
 
 from cli import InputError
@@ -20,10 +20,10 @@ OF_THE_SPEAKER = re.compile(r"\b(i|me|my|mine|we|us|our|ours)\b", re.I)  # it is
 
 
 class Suggestions:
-    """Suggestions for one bot. ``people``: personalities, of which the user gets one where none is given."""
+    """Suggestions for one bot. ``somebody``: gives a conversation's user a personality, by the conversation's name."""
 
-    def __init__(self, bot: Bot, table: TokenTable, people: Sequence[list[str]]):
-        self.bot, self.people = bot, people
+    def __init__(self, bot: Bot, table: TokenTable, somebody: Callable[[str], list[str]]):
+        self.bot, self.somebody = bot, somebody
         openings, questions = {}, {}
         for split in table.values():
             for turn in random.sample(range(split.num_turns), min(LOOKED_AT, split.num_turns)):
@@ -41,8 +41,7 @@ class Suggestions:
         """
         if not said:
             return random.sample(self.openings, min(OFFERED, len(self.openings)))
-        if not own and self.people:
-            own = random.Random(conversation).choice(self.people)
+        own = own or self.somebody(conversation)
         known = {text_key(text) for text in said}
         questions = [text for text in random.sample(self.questions, min(ASKED, len(self.questions)))
                      if text_key(text) not in known]
