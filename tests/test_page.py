@@ -93,6 +93,10 @@ def visit(chromium, address):
     """Opens an address in a fresh browser context, and sees to it that nothing comes from elsewhere or goes wrong."""
     contexts, complaints = [], []
 
+    def complain(text: str) -> None:
+        if "AbortError" not in text and "Connection errored out" not in text:  # Gradio's, of a page that is left
+            complaints.append(text)
+
     def open_page(where: str = address, **settings):
         context = chromium.new_context(**{"viewport": DESKTOP} | settings)
         contexts.append(context)
@@ -101,9 +105,8 @@ def visit(chromium, address):
         playwright.expect.set_options(timeout=WAIT)
         page.on("request", lambda request: request.url.startswith((address, "data:", "blob:"))
                 or complaints.append(f"asks {request.url}"))
-        page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
-        page.on("pageerror", lambda error: "AbortError" in str(error)  # Gradio's, of a page that is loaded again
-                or complaints.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and complain(message.text))
+        page.on("pageerror", lambda error: complain(str(error)))
         page.on("dialog", lambda dialog: (complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
         page.goto(where)
         playwright.expect(page.locator("#cards textarea").first).not_to_have_value("")

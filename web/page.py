@@ -49,7 +49,7 @@ TOP = """<header><h1>TransferTransfo</h1><p>Talk to a small language model that 
 <button class=narrow-only data-drawer=rest aria-expanded=false>Menu</button>
 <button class=narrow-only data-drawer=right aria-expanded=false>Inside</button>
 <button id=theme data-act=theme aria-label="Other colours" title="Light or dark">◐</button></nav></header>"""
-COLLECTING = "<b>Replies that you rate or compare are kept for research, with what was said before.</b>"
+COLLECTING = " <b>Replies that you rate or compare are kept for research, with what was said before.</b>"
 TOOLS = """<button class=small data-act=renew>New</button> <button class=small data-act=share>Share</button>
 <button class=small data-act=download>Export</button>"""
 
