@@ -76,6 +76,8 @@ class Suggestions:
         try:
             for persona in (own, []):
                 context = bot.context(persona, said, bot.options())
+                if context.opened:  # a chat template of the model's own, which the choice head does not know
+                    return texts[-OFFERED:]
                 if len(context.ids) + sum(len(one) + 2 for one in ids) > min(LONGEST, 4 * bot.model.max_positions):
                     return texts[:OFFERED]
                 for one, reading in zip(ids, read(bot.model, bot.special, context, list(ids))[0], strict=True):
