@@ -110,7 +110,8 @@ def what_it_saw(bot: Bot, spoken: Spoken, others: Sequence[list[int]]) -> str:
     ``others``: replies to other dialogs, with which the choice head compares this one.
     """
     if spoken.context.opened:
-        return "<div class=seen><p>This model is asked in its own chat template, into which the page cannot look.</p></div>"
+        return ("<div class=seen><p>This model is asked in its own chat template, into which the page cannot look."
+                "</p></div>")
     context, said = spoken.context, [*spoken.tokens, *[bot.special.eos] * spoken.ended]
     others = [other for other in others if other != spoken.tokens]
     length = len(context.ids) + sum(len(one) + 2 for one in (*others, spoken.tokens))
