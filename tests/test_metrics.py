@@ -225,7 +225,8 @@ def test_the_report_shows_the_worst_turns_and_no_markup_of_others(tmp_path):
     split = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))["valid"]
     records = [{"scores": [0.0, n - 10.0], "reply": "<i>"} for n in range(30)]
     folder = tmp_path / "deep" / "report"
-    write_report(folder, {"Hits@1": 19 / 30}, {"model_checkpoint": "<run>", "top_k": 0, "fp16": ""}, split, 2, records, records)
+    flags = {"model_checkpoint": "<run>", "top_k": 0, "fp16": ""}
+    write_report(folder, {"Hits@1": 19 / 30}, flags, split, 2, records, records)
     page = (folder / "report.html").read_text()
     assert "<dt>top_k</dt><dd>0</dd>" in page and "<dt>fp16" not in page and "among so many candidates" in page
     assert "<script>" not in page and "<b>i" not in page and "<run>" not in page and "&lt;script&gt;" in page
