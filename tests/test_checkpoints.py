@@ -395,7 +395,7 @@ def test_a_checkpoint_from_before_there_were_hashes_still_resumes(undisturbed, t
     header = read_header(last)
     del header["config"]
     save_file(load_file(last), last, {"state": json.dumps(header | {"format": "transfertransfo checkpoint 1"})})
-    assert "does not say which model it is of" in error_line("interact.py", "--model_checkpoint", last, cwd=tmp_path)
+    assert "does not describe its model" in error_line("interact.py", "--model_checkpoint", last, cwd=tmp_path)
     script("train.py", "--resume", run, "--keep_checkpoints", 99, cwd=tmp_path)
     assert "Going on after step 4" in script.stderr
     assert_equal_tensors(run / "model.safetensors", undisturbed / "model.safetensors")
