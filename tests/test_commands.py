@@ -449,7 +449,7 @@ def test_a_mistyped_run_folder_is_no_hub_name(trained, tmp_path):
         line = error_line("interact.py", "--model_checkpoint", name, "--personality", "i am .", cwd=tmp_path)
         assert f"{name}: no such folder; " in line and cure in line
     line = error_line("interact.py", "--model_checkpoint", "persnoa", "--personality", "i am .", cwd=tmp_path)
-    assert "nor a model the hub would give" in line and "did you mean persona?" in line
+    assert "nor a model that the hub provides" in line and "did you mean persona?" in line
 
 
 def test_a_hub_that_does_not_answer_is_given_up_after_one_try(monkeypatch):
@@ -470,7 +470,7 @@ def test_a_text_file_where_the_data_format_is_wanted_is_pointed_to_convert(tmp_p
     assert "looks like plain text; convert it with --convert talk.txt" in error_line(
         "example_entry.py", "talk.txt", cwd=tmp_path)
     (tmp_path / "talk.json").write_text("hello there\n")
-    assert "mend the JSON there" in error_line("example_entry.py", "talk.json", cwd=tmp_path)
+    assert "correct the JSON there" in error_line("example_entry.py", "talk.json", cwd=tmp_path)
 
 
 def test_an_unreachable_hub_names_the_flag(tmp_path):
