@@ -89,7 +89,7 @@ def _cell(value: object) -> str:
 
 
 def _by_dialog(path: str | Path, rows: Iterator[Row], uses: dict[str, int]) -> Iterator[list[Row]]:
-    """The rows of each dialog; an exchange each where dialogs have no names. Of one dialog they may lie apart."""
+    """Yield the rows of each dialog, which need not be adjacent; without names of dialogs, each row is one."""
     key: Callable[[Row], object]
     if "dialog" in uses:
         def key(row: Row) -> object:

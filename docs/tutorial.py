@@ -441,13 +441,13 @@ say("The lines are means, the shades the middle half of the replies. The tokens 
 looks = {name: reply_metrics([{"reply": readable(tokenizer, reply)} for reply in of_way], valid, model.max_history)
          for name, of_way in written.items()}
 looks["people"] = reply_metrics([{"reply": gold} for gold in golds], valid, model.max_history)
-kinds = {"Words a reply": "words per reply", "Distinct-2": "different pairs of words", "Copied": "copied replies"}
+kinds = {"Words per reply": "words per reply", "Distinct-2": "different pairs of words", "Copied": "copied replies"}
 pictures.compare({name: {title: of[kind] for kind, title in kinds.items()} for name, of in looks.items()}, "people")
 
 # %%
 likeliest, nucleus, boldest, people = (looks[name] for name in ("beams", "nucleus", "no filter", "people"))
 assert boldest["Distinct-2"] > likeliest["Distinct-2"]
-say(f"Beams write {likeliest['Words a reply']:.1f} words per reply, and people {people['Words a reply']:.1f}. Of "
+say(f"Beams write {likeliest['Words per reply']:.1f} words per reply, and people {people['Words per reply']:.1f}. Of "
     f"all pairs of neighbouring words, {likeliest['Distinct-2']:.0%} are different ones in the replies of the "
     f"beams, {boldest['Distinct-2']:.0%} in those of sampling without a filter, and {people['Distinct-2']:.0%} in "
     f"those of people: beams repeat themselves from reply to reply. {likeliest['Copied']:.0%} of their replies "

@@ -103,7 +103,7 @@ def asked(text: str, *lists: str) -> dict:
 
 
 async def until(over: asyncio.Event, replies: AsyncIterator[Reply]) -> AsyncIterator[Reply]:
-    """What comes of ``replies`` until ``over`` is set."""
+    """Yield from ``replies`` until ``over`` is set."""
     ended = asyncio.ensure_future(over.wait())
     try:
         while not over.is_set():
