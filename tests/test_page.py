@@ -317,7 +317,7 @@ SHIFTS = """() => { window.shifts = []; window.away = 0;
     // "What the model sees" shows another reply each time, and may.
     const inside = node => (node?.closest ? node : node?.parentElement)?.closest("#seen");
     new PerformanceObserver(list => window.shifts.push(...list.getEntries()
-        .filter(one => one.value > 1e-5 && !one.sources.every(source => inside(source.node)))
+        .filter(one => one.value > 1e-4 && !one.sources.every(source => inside(source.node)))
         .map(one => [one.value, one.sources.map(source => source.node?.id || source.node?.className)])))
         .observe({type: "layout-shift", buffered: true});
     const look = () => { const place = document.querySelector("#message textarea").getBoundingClientRect();
@@ -327,7 +327,7 @@ SHIFTS = """() => { window.shifts = []; window.away = 0;
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("device", [DESKTOP], ids=["desktop"])
+@pytest.mark.parametrize("device", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_the_page_lies_still_and_is_usable(visit, device, scheme):
     phone = device is PHONE
     page = visit(viewport=device, color_scheme=scheme, has_touch=phone, is_mobile=phone)
@@ -506,7 +506,6 @@ def test_a_shared_address_that_is_damaged_or_a_bomb_is_refused(visit, address):
     assert said(page) == ["hello", "hi"] and cards(page) == ["i like tea ."]
 
 
-@pytest.mark.skip(reason="did not end within 75 s when it was run last; its cause is not known yet")
 def test_a_lost_server_is_noticed_and_comes_back(visit, server):
     page = visit()
     say(page, "hello")

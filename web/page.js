@@ -89,7 +89,7 @@ const page = (() => {
     try {
       if (now.said.length) localStorage[KEPT + now.id] = JSON.stringify(now);
       else localStorage.removeItem(KEPT + now.id);
-      sessionStorage[KEPT] = JSON.stringify({...now, draft: box()?.value ?? ""});
+      sessionStorage[KEPT] = JSON.stringify({...now, draft: box()?.value ?? "", lost: lost !== null});
     } catch {
       notice("This browser has no room for the conversation; it is lost when the page is closed. Export keeps it.");
     }
@@ -421,16 +421,19 @@ const page = (() => {
   }
 
   function missing() {
-    if (lost) return;
     notice("The server cannot be reached. Your text and the conversation are kept; this page looks for it every two seconds.");
+    if (lost) return;
     lost = setInterval(async () => {
       if (!await alive()) return;
-      clearInterval(lost);
-      lost = null;
-      notice("The server is back.");
-      hint();
+      save();
+      location.reload();  // Gradio takes no events any more; what is written comes back with the conversation
     }, CHECK);
   }
+
+  /** Gradio passes nothing on once its connection is lost, and does not say so. */
+  const see_whether_it_went = () => setTimeout(async () => {
+    if (started && !busy() && box().value.trim() && !await alive()) missing();
+  }, 300);
 
   /** While a reply is awaited, see whether there is still somebody who may give it. */
   async function watch() {
@@ -439,7 +442,10 @@ const page = (() => {
       await new Promise(done => setTimeout(done, CHECK));
       if (!asking || turn !== mine) return;
       asking.failed = await alive() ? 0 : asking.failed + 1;
-      if (asking?.failed > 1) return button("fail").click();
+      if (asking?.failed > 1) {
+        failed();
+        return button("fail").click();  // for the chat and the buttons, if Gradio still takes it
+      }
     }
   }
 
@@ -481,6 +487,7 @@ const page = (() => {
     now = before;
     if (!box().value) write(box(), before.draft ?? "");
     enter();
+    if (before.lost) notice("The server is back.");
   }
 
   async function before_reload() {
@@ -504,6 +511,7 @@ const page = (() => {
   addEventListener("offline", () => started && missing());
 
   document.addEventListener("click", event => {
+    if (event.target.closest?.("#message .submit-button")) see_whether_it_went();
     const clicked = event.target.closest?.("[data-act], [data-drawer], button.token");
     if (!clicked) return;
     if (clicked.matches(".token")) token(clicked);
@@ -525,6 +533,7 @@ const page = (() => {
 
   document.addEventListener("keydown", event => {
     if (event.key === "Escape") drawer("");
+    if (event.key === "Enter" && event.target === box()) see_whether_it_went();
     if (event.target !== box() || event.isComposing || !["ArrowUp", "ArrowDown"].includes(event.key)) return;
     const mine = now.said.filter((_, place) => place % 2 === 0), field = box();
     const back = (recalled ?? 0) + (event.key === "ArrowUp" ? 1 : -1);
