@@ -13,10 +13,13 @@ from web.bot import Bot
 from web.insight import LONGEST, read
 from words import text_key, words
 
-GENERATED, ASKED, OFFERED = 6, 10, 3  # suggestions that are decoded, that are taken from the data, that are offered
+GENERATED, ASKED, OFFERED = 8, 10, 3  # suggestions that are decoded, that are taken from the data, that are offered
 LONGEST_QUESTION = 10  # words
 LOOKED_AT = 3_000  # turns of a split, for questions
-OF_THE_SPEAKER = re.compile(r"\b(i|me|my|mine|we|us|our|ours)\b", re.I)  # it is about who asked
+# A question with these is about its first speaker, or about what was said before it.
+BOUND = re.compile(r"\b(i|me|my|mine|we|us|our|ours|he|him|his|she|her|hers|they|them|their|it|its|that|this|those|"
+                   r"these|one|ones|there|then|no|yes|so|when|why|how can)\b", re.I)
+CALMER = 0.7  # a suggestion's temperature, as a part of a reply's
 
 
 class Suggestions:
@@ -45,6 +48,9 @@ class Suggestions:
         known = {text_key(text) for text in said}
         questions = [text for text in random.sample(self.questions, min(ASKED, len(self.questions)))
                      if text_key(text) not in known]
+        options = options if options.no_sample else options.over(temperature=max(CALMER * options.temperature, 0.01))
+        if said[-1].rstrip().endswith("?"):
+            questions = []  # who was asked answers
         spoken = await asyncio.gather(*(self._speak(own, said, options.over(seed=seed), client, over)
                                         for seed in self._seeds(options)))
         if over.is_set():
@@ -88,16 +94,17 @@ class Suggestions:
         for one in sorted(ids, key=scores.__getitem__, reverse=True):
             if not any(_alike(ids[one], other) for other in [*best, *said]):
                 best.append(ids[one])
-        if best and not any("?" in text for text in best[:OFFERED]):  # a question always goes on
+        answers = said[-1].rstrip().endswith("?")
+        if best and not answers and not any("?" in text for text in best[:OFFERED]):  # a question always goes on
             best[OFFERED - 1:] = [text for text in best[OFFERED - 1:] if "?" in text]
         return best[:OFFERED]
 
 
 def _is_plain_question(text: str) -> bool:
-    return text.rstrip().endswith("?") and len(words(text)) <= LONGEST_QUESTION and not OF_THE_SPEAKER.search(text)
+    return text.rstrip().endswith("?") and len(words(text)) <= LONGEST_QUESTION and not BOUND.search(text)
 
 
 def _alike(one: str, other: str) -> bool:
     """Whether most words of the shorter text are in the other one, too."""
     first, second = set(words(one)), set(words(other))
-    return 3 * len(first & second) > 2 * min(len(first), len(second))
+    return 3 * len(first & second) >= 2 * min(len(first), len(second))
