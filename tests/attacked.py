@@ -44,8 +44,8 @@ def share_alike(process: subprocess.Popen) -> None:
     Attackers come from machines of their own: what they compute is not to be taken from the server's part.
     """
     with contextlib.suppress(OSError):
-        nice = Path("/proc/self/autogroup").read_text().split()[-1]
-        Path(f"/proc/{process.pid}/autogroup").write_text(nice)
+        if ours := Path("/proc/self/autogroup").read_text().split():  # nothing where the cores are shared out otherwise
+            Path(f"/proc/{process.pid}/autogroup").write_text(ours[-1])
 
 
 class Server:

@@ -19,7 +19,8 @@ import hypothesis
 import pytest
 import warm
 
-hypothesis.settings.register_profile("project", deadline=None, derandomize=True)  # no timed assertions
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True,  # no timed assertions
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("project")
 
 ROOT = Path(__file__).parents[1]

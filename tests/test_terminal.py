@@ -11,7 +11,7 @@ import sys
 import termios
 import time
 
-from conftest import ROOT, script
+from conftest import LONG, ROOT, make_checkpoint, script
 
 
 def test_a_terminal_session_with_labels_commands_and_quiet_endings(trained, tmp_path):
@@ -39,15 +39,16 @@ def test_a_terminal_session_with_labels_commands_and_quiet_endings(trained, tmp_
     assert "well-formed" in script("example_entry.py", "talk.json", cwd=tmp_path)
 
 
-def test_ctrl_c_stops_the_reply_and_then_ends_the_chat(trained, tmp_path):
+def test_ctrl_c_stops_the_reply_and_then_ends_the_chat(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "talker", n_layer=2, n_embd=64, n_positions=2 * LONG)
     screen, status = in_a_terminal(
-        ["interact.py", "--model_checkpoint", trained, "--personality", "i am .", "--seed", "2",
-         "--min_length", "200", "--max_length", "200"],
+        ["interact.py", "--model_checkpoint", checkpoint, "--personality", "i am .", "--seed", "2",
+         "--min_length", LONG, "--max_length", LONG],
         [(b"you: ", b"hello\r"), (b"bot: ", None), (b" ", b"\x03"), (b"(stopped)", b""), (b"you: ", b"/save it.json\r"),
          (b"you: ", b"\x03")], tmp_path)
     assert status == 0 and "Traceback" not in screen, screen
     (turn,) = json.loads((tmp_path / "it.json").read_text())["valid"][0]["utterances"]
-    assert turn["history"] == ["hello"] and 0 < len(turn["candidates"][0].split()) < 200
+    assert turn["history"] == ["hello"] and 0 < len(turn["candidates"][0].split()) < LONG // 2
 
 
 def test_ctrl_c_while_the_model_is_loaded_ends_quietly(trained, tmp_path):

@@ -89,7 +89,8 @@ const page = (() => {
     try {
       if (now.said.length) localStorage[KEPT + now.id] = JSON.stringify(now);
       else localStorage.removeItem(KEPT + now.id);
-      sessionStorage[KEPT] = JSON.stringify({...now, draft: box()?.value ?? "", lost: lost !== null});
+      const draft = [asking?.text, box()?.value].filter(Boolean).join("\n");  // also what is not answered yet
+      sessionStorage[KEPT] = JSON.stringify({...now, draft, lost: lost !== null});
     } catch {
       notice("This browser has no room for the conversation; it is lost when the page is closed. Export keeps it.");
     }
@@ -423,6 +424,7 @@ const page = (() => {
   function missing() {
     notice("The server cannot be reached. Your text and the conversation are kept; this page looks for it every two seconds.");
     if (lost) return;
+    document.body.classList.add("lost");
     lost = setInterval(async () => {
       if (!await alive()) return;
       save();

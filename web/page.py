@@ -129,6 +129,8 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
     note_attention_(bot.model)
 
     def somebody() -> list[str]:
+        if not people:
+            return []
         split, dialog = random.choice(people)
         return split.texts("persona", dialog)
 
@@ -288,7 +290,10 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
 
         def rate(question_now, visit_now, event: gr.LikeData, request: gr.Request) -> str:
             """Take a thumb, up or down."""
-            sent = asked(question_now)
+            try:
+                sent = asked(question_now)
+            except InputError:  # not sent by our page
+                return ""
             place, note = event.index, ""
             known = type(place) is int and 0 < place < len(sent["said"]) and place % 2
             if collector and known and event.liked in (True, False):
@@ -329,7 +334,11 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
 
         def mixed(question_now) -> str:
             """As many sentences, each of somebody else."""
-            return json.dumps([random.choice(somebody()) for _ in asked(question_now)["persona"] or range(4)])
+            try:
+                wanted = len(asked(question_now)["persona"]) or 4
+            except InputError:  # not sent by our page
+                wanted = 4
+            return json.dumps([random.choice(somebody()) for _ in range(wanted)] if people else [])
 
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         slow = {"concurrency_limit": None, "trigger_mode": "multiple", "api_visibility": "private"}
@@ -359,7 +368,7 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
                       ).success(None, drawn, None, js="told => page.drawn(told)", **quick)
         shuffle.click(mixed, question, drawn, **quick, js="() => page.hinted()"
                       ).success(None, drawn, None, js="told => page.drawn(told)", **quick)
-        page.load(lambda: json.dumps(somebody() if people else []), None, drawn, **quick
+        page.load(lambda: json.dumps(somebody()), None, drawn, **quick
                   ).then(None, drawn, None, js="told => page.drawn(told || '[]')", **quick)
 
         # --------------------------------------------------------------------------------------------- for programs
