@@ -110,6 +110,7 @@ def visit(chromium, address):
         page.on("dialog", lambda dialog: (complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
         page.goto(where)
         playwright.expect(page.locator("#cards textarea").first).not_to_have_value("")
+        playwright.expect(page.locator("#cards")).to_be_visible()
         return page
 
     open_page.complaints = complaints
@@ -521,6 +522,7 @@ def test_a_lost_server_is_noticed_and_comes_back(visit, server):
         free.bind(("127.0.0.1", server.port))
     server.start()
     expect(page.locator("#notice")).to_contain_text("is back")
+    expect(box(page)).to_be_focused()
     box(page).press("Enter")
     ready(page, 2)
     assert said(page)[:3] == [*conversation, "are you there ?"]

@@ -472,8 +472,11 @@ const page = (() => {
   async function start(sentences) {
     started = true;
     shade_as_chosen();
-    setTimeout(() => document.body.classList.add("ready"), 100);
     const before = await before_reload(), fragment = location.hash.slice(1);
+    setTimeout(() => {
+      document.body.classList.add("ready");
+      if (before?.lost) box().focus();
+    }, 100);
     if (fragment) {
       try {
         begin(...await shared(fragment));
@@ -522,7 +525,10 @@ const page = (() => {
     else { acts[clicked.dataset.act](); drawer(""); }
   });
   for (const kind of ["mouseover", "focusin"])
-    document.addEventListener(kind, event => { if (event.target.matches?.("button.token")) token(event.target); });
+    document.addEventListener(kind, event => {
+      const over = event.target.closest?.("button.token");  // the number in it, too
+      if (over) token(over);
+    });
 
   const acts = {
     share, download,
