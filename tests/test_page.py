@@ -27,7 +27,7 @@ CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 QUIETLY = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
            "--disable-component-update", "--disable-sync"]
-WAIT = 240_000  # ms; only a broken page ever takes as long
+WAIT = 120_000  # ms; only a broken page ever takes as long
 PEOPLE = [entry["personality"] for split in read_corpus(SAMPLE).values() for entry in split]
 SENTENCES = {sentence for person in PEOPLE for sentence in person}
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
