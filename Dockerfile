@@ -1,6 +1,6 @@
 # docker build -t transfertransfo . && docker run -it transfertransfo
 #
-# The image contains the project with its default bot, and chats with it. To use other models and data:
+# The image contains the project and chats with the default bot. To use other models and data:
 # docker run -it -v "$PWD/runs:/app/runs" transfertransfo python interact.py --model_checkpoint runs/…
 FROM python:3.11-slim
 

@@ -1,25 +1,26 @@
 # make demo          evaluate the default bot, fine-tune it on the embedded sample, chat with it; needs no model hub
 # make web           open the default bot on a web page, at http://127.0.0.1:7860
-# make tutorial      make docs/tutorial.ipynb and docs/tutorial.html by running docs/tutorial.py: some minutes; installs
-#                    Jupyter (in Korean: make tutorial TUTORIALS=docs/tutorial.ko.md)
+# make tutorial      install Jupyter and run docs/tutorial.py to make docs/tutorial.ipynb and docs/tutorial.html: some
+#                    minutes (in Korean: make tutorial TUTORIALS=docs/tutorial.ko.md)
 # make install       only install, into .venv
 # make test          run the whole test suite
-# make test-fast     run the tests that take less than two minutes together
+# make test-fast     run the fast tests, which take less than two minutes together
 # make lint          check style and types
-# make faults        kill a training run 40 times, resume it and compare the weights: some minutes; if stopped, it continues
+# make faults        kill a training run 40 times, resume it each time and compare the weights: some minutes; can be
+#                    stopped and continued
 # make attack        attack a running server while honest clients use it: a quarter of an hour
 # make fuzz          fuzz the readers and tokenizers, guided by coverage: some minutes
-# make bench         compare the speed with the textbook path and write benchmarks/RESULTS.md; needs real data, see
-#                    `python benchmarks/training.py --help`
+# make bench         compare the speed with the textbook path and write benchmarks/RESULTS.md; needs real data (see
+#                    `python benchmarks/training.py --help`)
 # make parlai        install the real ParlAI into .venv-parlai
-# make docker-check  build the Dockerfile without a Docker daemon, chat in its image and check what it holds: some
-#                    minutes, as root, with buildah and debootstrap
+# make docker-check  build the Dockerfile without a Docker daemon, chat in its image and check its contents: some
+#                    minutes; needs root, buildah and debootstrap
 # make clean         remove the environments and caches
 
 PYTHON ?= python3
 VENV := .venv
 TUTORIALS ?= docs/tutorial.py
-TEST_PROCESSES := 2  # each of them computes on one thread, see tests/conftest.py
+TEST_PROCESSES := 2  # each computes on one thread, see tests/conftest.py
 BIN := $(VENV)/bin
 
 .PHONY: attack bench clean demo docker-check faults fuzz install lint parlai test test-fast tutorial web

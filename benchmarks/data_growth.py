@@ -1,10 +1,9 @@
-"""Compare a million turns with few: memory and time to build the token table and to train from it.
+"""Measure memory and time to build the token table and to train from it, with few turns and with a million.
 
     PYTHONPATH=. python benchmarks/data_growth.py --data_dir FOLDER --model_checkpoint TOKENIZER_AND_CONFIG
 
 FOLDER holds DailyDialog's release. Data of each size consist of its dialogs, drawn with replacement; a fifth of the
-utterances get another dialog's utterance appended, so that there is always new text. Each size runs in its own
-processes.
+utterances get another utterance appended, so that new text keeps coming. Each size runs in its own processes.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from weights import add_special_tokens_, load_model
 
 
 def write_release(folder: Path, source: Path, turns: int, seed: int) -> None:
-    """DailyDialog's layout with about ``turns`` turns to train on and a dialog to validate on."""
+    """Write about ``turns`` training turns and one validation dialog in DailyDialog's layout."""
     dialogs = [line.split("__eou__")[:-1] for line in source.read_text("utf-8").splitlines()]
     sentences = [text for dialog in dialogs for text in dialog]
     rng, written = random.Random(seed), 0
@@ -43,7 +42,7 @@ def write_release(folder: Path, source: Path, turns: int, seed: int) -> None:
 
 
 def memory(field: str) -> float:
-    """MiB of this process: ``Rss`` with the mapped file's pages, ``Anonymous`` without."""
+    """Return the memory of this process in MiB: ``Rss`` includes the mapped file's pages, ``Anonymous`` does not."""
     lines = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     return int(lines[field].split()[0]) / 1024
 
@@ -56,7 +55,7 @@ def run(folder: str, checkpoint: str, batches: int) -> dict:
         utils.get_dataset(tokenizer, "", f"{folder}/cache", "dailydialog", folder)
         peak = int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines()
                         if line.startswith("VmHWM"))) / 1024
-        return {"build, s": time.perf_counter() - start, "build, peak MiB more": peak - before}
+        return {"build, s": time.perf_counter() - start, "build, MiB added at the peak": peak - before}
     model = load_model(checkpoint)
     add_special_tokens_(model, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -82,8 +81,8 @@ def run(folder: str, checkpoint: str, batches: int) -> dict:
         optimizer.zero_grad()
         stepped.append((time.process_time() - start) / int((batch["segment_ids"] >= 0).sum()))
     return figures | {"a batch of 16, ms of CPU": 1e3 * statistics.median(took),
-                      "training, µs of CPU a token": 1e6 * statistics.median(stepped),
-                      "private memory more, MiB": memory("Anonymous") - before, "Rss, MiB": memory("Rss")}
+                      "training, µs of CPU per token": 1e6 * statistics.median(stepped),
+                      "private memory added, MiB": memory("Anonymous") - before, "Rss, MiB": memory("Rss")}
 
 
 def main() -> None:

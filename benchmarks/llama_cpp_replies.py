@@ -38,7 +38,7 @@ def served(file: Path) -> Iterator[str]:
 
 
 def as_messages(persona: list[str], said: list[str]) -> list[dict]:
-    """Convert a conversation to OpenAI's messages; the last of ``said`` is the user's."""
+    """Convert a conversation to OpenAI's messages; the user says the last text of ``said``."""
     return [{"role": "system", "content": "\n".join(persona)}] * bool(persona) + [
         {"role": "user" if turns_back % 2 else "assistant", "content": text}
         for turns_back, text in zip(range(len(said), 0, -1), said, strict=True)]

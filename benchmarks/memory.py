@@ -50,7 +50,7 @@ def measure(args: Namespace) -> float:
 
 def main() -> None:
     args = parse_args(__doc__.splitlines()[0], turns=4, side="")
-    if args.side:  # in a process of its own
+    if args.side:  # in its own process
         print(measure(args))
         return
     names = {"training": f"memory of a training step, {args.turns} turns of 2 candidates",

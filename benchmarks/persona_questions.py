@@ -3,9 +3,9 @@
     PYTHONPATH=. python benchmarks/persona_questions.py --model_checkpoint runs/<your run> [--by_kind]
     PYTHONPATH=. python benchmarks/persona_questions.py --model_checkpoint runs/<your run> --no_persona
 
-The questions beside this file are written for this project; consistency.py judges the replies. Decoding is greedy
-unless --sample or --num_beams says otherwise. ``--no_persona`` is the control: how often a model without the persona is
-right by chance.
+The questions in persona_questions.jsonl were written for this project; consistency.py judges the replies. Decoding is
+greedy unless --sample or --num_beams says otherwise. ``--no_persona`` is the control: it measures how often a model
+without the persona is right by chance.
 """
 
 import argparse
@@ -53,12 +53,12 @@ def line(name: str, verdicts: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model_checkpoint", required=True, metavar="CHECKPOINT", help="as in the other scripts")
+    parser.add_argument("--model_checkpoint", required=True, metavar="MODEL", help="a run folder or a model's name")
     parser.add_argument("--questions", type=Path, default=QUESTIONS, metavar="FILE",
                         help="JSON lines as consistency.py describes them (default: %(default)s)")
     parser.add_argument("--no_persona", action="store_true", help="hide the persona from the model, as a control")
-    parser.add_argument("--by_kind", action="store_true", help="print a line for each kind of question too")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write a JSON line per question there")
+    parser.add_argument("--by_kind", action="store_true", help="also print a line per kind of question")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write one JSON line per question there")
     parser.add_argument("--batch_size", type=positive_number, default=32, help="default: %(default)s")
     parser.add_argument("--sample", action="store_true", help="sample as the chat does; default: greedy")
     add_device_flag(parser.add_argument)

@@ -32,8 +32,8 @@ def main() -> None:
             low, high = figures["accuracy_interval"]
             print(f"reward model of {who}: {figures['accuracy']:.3f} of {figures['held_out_pairs']} held-out pairs, "
                   f"95 % {low:.3f} to {high:.3f}; calibration error {figures['calibration_error']:.3f}")
-    print("\n| answers | algorithm | gain in deviations, seeds 1, 2, 3 (KL, nats a reply) | mean | replies that end |\n"
-          "|---|---|---|---|---|")
+    print("\n| answers | algorithm | gain in deviations, seeds 1, 2, 3 (KL, nats per reply) | mean | replies that end "
+          "|\n|---|---|---|---|---|")
     curves = {}
     for annotator in ("rule", "coin"):
         for algorithm in ALGORITHMS:
@@ -70,7 +70,7 @@ def draw(curves: dict[tuple[str, str], list[list[dict]]], path: Path) -> None:
         axes[0][column].axhline(0, color="black", linewidth=0.5)
         axes[1][column].set_xlabel("step")
     axes[0][0].set_ylabel("true reward, gain\nin deviations")
-    axes[1][0].set_ylabel("KL from the baseline,\nnats a reply")
+    axes[1][0].set_ylabel("KL from the baseline,\nnats per reply")
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100)

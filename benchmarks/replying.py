@@ -41,7 +41,7 @@ def main() -> None:
         contexts = [build_context(*dataset.context(turn), bench.special) for turn in turns]
         return generate_replies(model, contexts, bench.special, decoding, samples=samples)
 
-    with torch.inference_mode(False):  # as where the scripts load it: weights made in that mode compute twice as slowly
+    with torch.inference_mode(False):  # as in the scripts: inference mode would make slow weights
         half = copy.deepcopy(bench.ours).to(half_dtype("cpu", "bf16"))
     checked = [7, 777, 2222]
     if ours(checked, greedy) != [reference(turn, greedy) for turn in checked]:

@@ -46,7 +46,7 @@ def server(folder: str, precision: str):
 
 async def converse(client: httpx.AsyncClient, number: int, persona: list[str], lines: list[str], waits: list[float]
                    ) -> list[str]:
-    """Hold a conversation and return the replies; the seconds of each are added to ``waits``."""
+    """Hold a conversation, return the replies, and append the seconds of each reply to ``waits``."""
     mark = f"my number is {number} ."
     messages = [{"role": "system", "content": "\n".join([*persona, mark])}]
     for line in lines:
@@ -74,7 +74,7 @@ async def measure(address: str, dialogs: list[tuple[list[str], list[str]]], alon
         crowd = await asyncio.gather(*(converse(client, number, *dialog, waits)
                                        for number, dialog in enumerate(dialogs)))
         seconds = time.perf_counter() - start
-    for number, (first, *_) in enumerate(single):  # after a near tie, later turns read another reply
+    for number, (first, *_) in enumerate(single):  # compare first replies; a near tie may change later ones
         likest = max(range(len(crowd)), key=lambda other: len(os.path.commonprefix([first, crowd[other][0]])))
         if likest != number:
             raise SystemExit(f"conversation {number} got another's reply, {crowd[number][0]!r}; alone {first!r}")

@@ -29,7 +29,7 @@ print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_m
 
 
 def variant(sentences: list[str], copy: int) -> dict[str, str]:
-    """Replace each last word by that of the sentence 1000 · ``copy`` places later; copy 0 is the text itself."""
+    """Replace a sentence's last word by that of the sentence 1000 · ``copy`` places later; copy 0 changes nothing."""
     if not copy:
         return {sentence: sentence for sentence in sentences}
     words = [sentence.rsplit(" ", 1) for sentence in sentences]
@@ -38,7 +38,7 @@ def variant(sentences: list[str], copy: int) -> dict[str, str]:
 
 
 def full_size(corpus: dict, seed: int) -> dict:
-    """Make the data described above."""
+    """Make the data that the module's docstring describes."""
     rng, full = random.Random(seed), {}
     for split, entries in corpus.items():
         sentences = list(dict.fromkeys(

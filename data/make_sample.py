@@ -1,7 +1,7 @@
-"""Write data/sample_personachat.json, in PERSONA-CHAT's JSON format, of the dialogs in data/sample/.
+"""Convert the dialogs in data/sample/ to data/sample_personachat.json, in PERSONA-CHAT's JSON format.
 
-The dialogs, 72 for training and 18 for validation, were written by hand for this project: two people who have a
-persona each get to know each other. Both sides become entries. Validation turns have PERSONA-CHAT's 19 distractors;
+The dialogs, 72 for training and 18 for validation, were written by hand for this project: two people, each with a
+persona, get to know each other. Both sides become entries. Validation turns have 19 distractors, as in PERSONA-CHAT;
 training turns have seven, which keeps the file small.
 
     python data/make_sample.py [--out data/sample_personachat.json]
@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 from example_entry import add_distractors  # noqa: E402
 from readers import read_any  # noqa: E402
 
-CANDIDATES = {"train": 8, "valid": 20}  # per turn, the right reply among them
+CANDIDATES = {"train": 8, "valid": 20}  # per turn, including the right reply
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         add_distractors(entries, "random", seed=42)
         for turn in (turn for entry in entries for turn in entry["utterances"]):
             del turn["candidates"][:-CANDIDATES[split]]
-        # An entry per line, so that a diff shows which dialogs have changed.
+        # One entry per line, so that a diff shows which dialogs have changed.
         lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in entries)
         parts.append(f'"{split}": [\n{lines}\n]')
     args.out.write_text("{\n" + ",\n".join(parts) + "\n}\n", "utf-8")

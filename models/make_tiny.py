@@ -1,7 +1,8 @@
 """Write models/tiny: the configuration and tokenizer of a GPT small enough to train in two minutes on a laptop.
 
-No weights: training starts at random. The tokenizer is a GPT-1 byte-pair encoding learnt from the training split of
-what tiny_corpus.py writes; every printable ASCII character is in it, so that whatever is typed in English can be spelt.
+The folder has no weights, so training starts at random. The tokenizer is a GPT-1 byte-pair encoding, learnt from the
+training split that tiny_corpus.py writes. It contains every printable ASCII character, so that it can spell any English
+input.
 
     python models/tiny_corpus.py --out .demo/tiny_corpus.json
     python models/make_tiny.py .demo/tiny_corpus.json
@@ -20,7 +21,7 @@ VOCABULARY = 2000
 
 
 def sentences_of(corpus: Path) -> list[str]:
-    """Each distinct sentence of the training split."""
+    """Return each distinct sentence of the training split."""
     sentences = {}
     for entry in json.loads(corpus.read_text("utf-8"))["train"]:
         sentences |= dict.fromkeys(entry["personality"])

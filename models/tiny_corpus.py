@@ -1,22 +1,21 @@
-"""Write what the tiny model is trained on: dialogs made of templates, in PERSONA-CHAT's JSON format.
+"""Write the tiny model's training data: dialogs made from templates, in PERSONA-CHAT's JSON format.
 
-Natural dialogs, such as those of data/sample/, are beyond a transformer that small: from random weights it learns
-nothing of the persona from them. These dialogs it learns in a minute or two on a CPU, and yet they reward the model
-for the right thing, which is to read the persona.
+From natural dialogs, such as those in data/sample/, so small a transformer with random weights learns nothing about the
+persona. It learns these dialogs in a minute or two on a CPU, and they still reward the right skill, which is to read
+the persona.
 
-How it is made. The tables below hold fourteen topics (job, pets, food, ...) with ten values each (a baker, a nurse,
-...), of which the sample takes seven and five. A persona is four or five values from different topics. In a dialog the
-user (who speaks first) asks about those topics, and the bot answers with facts that belong to its value: a baker talks
-of bread and ovens. So the question alone tells only the topic; which of the possible answers is right can be seen in
-the persona alone.
+The tables below hold fourteen topics (job, pets, food, ...) with ten values each (a baker, a nurse, ...); by default
+seven topics with five values are used. A persona consists of four or five values from different topics. In a dialog the
+user, who speaks first, asks about those topics, and the bot answers with facts that belong to its value: a baker talks
+about bread and ovens. The question alone tells only the topic, so the right answer depends on the persona.
 
     {"train": [entry, ...], "valid": [entry, ...]}
     entry     = {"personality": [sentence, ...], "utterances": [turn, ...]}
     turn      = {"history": [user, bot, user, ...], "candidates": [distractor, ..., the right reply]}
 
-No two dialogs in the file have the same set of persona values, so no persona of `valid` was seen in `train`. The
-sentences and the facts do recur: what has to generalise is the combination, not the vocabulary. All text was written
-for this project.
+No two dialogs in the file have the same set of persona values, so no persona of `valid` occurs in `train`. Sentences
+and facts do recur: the model has to generalise to new combinations, not to new words. All text was written for this
+project.
 
     python models/tiny_corpus.py --out FILE.json [--seed 42]
 """
@@ -32,8 +31,8 @@ from pathlib import Path
 #   ask      questions of the user about the topic            reply ways to answer, with a value {v} and a fact {f}
 #   more     follow-up questions, each with the words that may open the answer
 #   values   value -> two facts that go with the first answer (upper line), two that answer a follow-up (lower line)
-# A fact must fit every question of its topic, and must not name another value of it or claim anything about another
-# topic (a fact on hobbies that mentions "my dog" would contradict the persona of a cat owner).
+# A fact must fit every question of its topic. It must not name another value of the topic or claim anything about
+# another topic (a fact about hobbies that mentions "my dog" would contradict the persona of a cat owner).
 # ---------------------------------------------------------------------------------------------------------------------
 TOPICS = {
     "job": {
@@ -492,7 +491,7 @@ TOPICS = {
     },
 }
 
-# Small talk does not depend on the persona, so it teaches the model nothing about it: we keep it rare.
+# Small talk is rare, because it does not depend on the persona and teaches nothing about it.
 GREETINGS = {"hi , how are you ?": ["i am fine , thanks !", "hi ! i am doing well .", "i am great today !"],
              "hello , how was your day ?": ["it was good , thanks !", "hello ! it was fine .", "not bad at all !"]}
 GOODBYES = {"i have to go , bye !": ["bye , talk to you soon !", "goodbye , take care !"],
@@ -506,7 +505,7 @@ CANDIDATES = {"train": 2, "valid": 20}
 
 
 def pick(rng, options, used):
-    """A random one of the options used least so far: by chance alone, some facts would never come up in `train`."""
+    """Choose among the options used least so far; by chance alone, `train` would lack some facts."""
     least = min(used[option] for option in options)
     choice = rng.choice([option for option in options if used[option] == least])
     used[choice] += 1
@@ -514,7 +513,7 @@ def pick(rng, options, used):
 
 
 def draw_persona(rng, seen, used):
-    """Four or five values of different topics, as {topic: value}; never the same set twice in the file."""
+    """Draw four or five values of different topics as {topic: value}, never the same set twice per file."""
     while True:
         topics = rng.sample(sorted(TOPICS), rng.choice([4, 4, 5]))
         persona = {topic: pick(rng, list(TOPICS[topic]["values"]), used) for topic in topics}
@@ -525,7 +524,7 @@ def draw_persona(rng, seen, used):
 
 
 def plan_dialog(rng, persona):
-    """What happens in each turn: a list of (kind, topic), where a "more" always comes right after its "main"."""
+    """Plan the turns as a list of (kind, topic), where a "more" always comes right after its "main"."""
     n_turns = rng.choices([4, 5, 6], weights=[6, 3, 1])[0]
     n_main = min(len(persona), n_turns - rng.choice([1, 1, 2]))
     main = rng.sample(sorted(persona), n_main)
@@ -540,7 +539,7 @@ def plan_dialog(rng, persona):
 
 
 def make_dialog(rng, persona, used):
-    """Return (persona sentences, turns); a turn is (user utterance, bot reply, label of what the reply is about)."""
+    """Return (persona sentences, turns); a turn is (user utterance, bot reply, label of the topic and value)."""
     turns, owed = [], None      # owed: the topic on which the bot has just asked the user's opinion
     plan = plan_dialog(rng, persona)
     for i, (kind, topic) in enumerate(plan):
@@ -557,7 +556,7 @@ def make_dialog(rng, persona, used):
             reply = f"{rng.choice(openings)} {pick(rng, facts[2:], used)} .".strip()
         elif kind == "main":
             told = owed is None and rng.random() < 0.25
-            if told:        # the user talks about himself first, and the right answer must not be taken from that
+            if told:        # the user states his own value, which is not the bot's
                 user = f"{tell(rng, topic, value)} {rng.choice(RETURN)}"
             else:
                 user = rng.choice(table["ask"])
@@ -566,7 +565,7 @@ def make_dialog(rng, persona, used):
             user = f"{tell(rng, owed, persona[owed])} {user}"
         elif kind == "main" and rng.random() < 0.4:
             user = f"{rng.choice(REACTIONS if i else HELLO)} {user}"
-        # The bot asks back only where the user's next utterance has room for the answer.
+        # The bot asks back only if the plan leaves room for an answer in the user's next utterance.
         owed = topic if kind == "main" and not told and plan[i + 1:i + 2] != [("more", topic)] \
             and i + 1 < len(plan) and rng.random() < 0.3 else None
         if owed:
@@ -577,13 +576,13 @@ def make_dialog(rng, persona, used):
 
 
 def tell(rng, topic, not_value):
-    """The user states a value of his own, another one than the bot's."""
+    """Let the user state his own value, which differs from the bot's."""
     value = rng.choice([v for v in TOPICS[topic]["values"] if v != not_value])
     return rng.choice(TOPICS[topic]["tell"]).format(v=value)
 
 
 def make_split(rng, n_dialogs, n_candidates, seen, used):
-    """A list of entries in PERSONA-CHAT form, with the distractors drawn from the other dialogs of the split."""
+    """Make entries in PERSONA-CHAT's form, with distractors from other dialogs of the split."""
     dialogs = [make_dialog(rng, draw_persona(rng, seen, used), used) for _ in range(n_dialogs)]
     pool = [(reply, label, d) for d, (_, turns) in enumerate(dialogs) for _, reply, label in turns]
     entries = []
@@ -595,10 +594,10 @@ def make_split(rng, n_dialogs, n_candidates, seen, used):
             distractors = set()
             while len(distractors) < n_candidates - 1:
                 reply, other_label, other_d = rng.choice(pool)
-                # Another answer about the same value would be just as right, and so would be no distractor.
+                # Another answer about the same value would be just as right, so it is no distractor.
                 if other_d != d and other_label != label and reply not in own:
                     distractors.add(reply)
-            candidates = sorted(distractors)    # a set has no fixed order from one run to the next
+            candidates = sorted(distractors)    # sets have no fixed order between runs
             rng.shuffle(candidates)
             utterances.append({"history": history, "candidates": candidates + [gold]})
             history = history + [gold]
@@ -607,7 +606,7 @@ def make_split(rng, n_dialogs, n_candidates, seen, used):
 
 
 def strings_of(data):
-    """All strings in a nest of dicts and lists (the keys are not text, so they do not count)."""
+    """Return all strings in nested dicts and lists; keys are not text."""
     if isinstance(data, str):
         return [data]
     parts = data.values() if isinstance(data, dict) else data
@@ -617,7 +616,7 @@ def strings_of(data):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=42)
-    # All of the tables are more than a tiny model learns to tell apart in two minutes; a larger one may have them all.
+    # A tiny model cannot learn to distinguish all values in two minutes; a larger model can.
     parser.add_argument("--topics", type=int, default=7, help="how many of the 14 topics (default: %(default)s)")
     parser.add_argument("--values", type=int, default=5, help="how many of their 10 values (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True)
@@ -631,7 +630,7 @@ def main():
     data = {"train": make_split(rng, N_TRAIN, CANDIDATES["train"], seen, used),
             "valid": make_split(rng, N_VALID, CANDIDATES["valid"], seen, used)}
 
-    # One dialog a line, no spaces: small, and a diff still shows which dialogs changed.
+    # One dialog per line without spaces: the file is small, and a diff still shows which dialogs changed.
     lines = {split: ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in data[split]) for split in data}
     text = '{"train":[\n' + lines["train"] + '\n],"valid":[\n' + lines["valid"] + "\n]}\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)

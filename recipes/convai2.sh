@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# The recipe of the published figures (hits@1 over 79, perplexity 20.5, F1 16.5) on PERSONA-CHAT, then all three metrics.
+# Train with the recipe of the published figures (hits@1 over 79, perplexity 20.5, F1 16.5) on PERSONA-CHAT, then
+# measure all three.
 #
 #   recipes/convai2.sh [CHECKPOINT [DATA_FOLDER]]
 #
-# CHECKPOINT: openai-gpt by default; any other, or a model's folder. DATA_FOLDER: where personachat/ with the published
-# JSON is; by default it is downloaded. In one process, whose batch of 16 turns is that of the eight GPUs of 2019.
+# CHECKPOINT: a model's name or folder; default: openai-gpt. DATA_FOLDER: the folder that contains personachat/ with
+# the published JSON; by default the file is downloaded. One process uses the 16 turns per batch that eight GPUs had
+# in 2019.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-openai-gpt} data=${2:+$2/personachat/personachat_self_original.json}

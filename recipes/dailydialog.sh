@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# As recipes/multi_turn.sh, whose arguments it takes, on DailyDialog alone: a row of the table in docs/results.md.
+# Run recipes/multi_turn.sh on DailyDialog alone, for a row of the table in docs/results.md.
 #
 #   recipes/dailydialog.sh CHECKPOINT DATA_FOLDER
 exec "$(dirname "$0")/multi_turn.sh" "$1" "$2" dailydialog

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Evaluate the default bot, fine-tune it a little further, evaluate it again and talk to it, in a few minutes.
-# Where its pretrained base could not be installed, recipes/tiny.sh trains a tiny model from random weights instead.
+# Evaluate the default bot, fine-tune it a little further, evaluate it again and talk to it, in a few minutes. If the
+# pretrained base is not installed, recipes/tiny.sh trains a tiny model from random weights instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

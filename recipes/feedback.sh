@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Learning from preferences on EmpatheticDialogues, end to end, with a simulated annotator. A small GPT-2 is fine-tuned; a
-# rule (longer answers that ask a question win, 10 % noise) compares pairs of its replies; a reward model learns what the
-# rule prefers; PPO, RLOO and DPO follow it, three seeds each. The control does the same with coin flips, others for each
-# seed. benchmarks/preferences.py prints the table and draws the curves.
+# Learn from preferences on EmpatheticDialogues, end to end, with a simulated annotator. A small GPT-2 is fine-tuned.
+# A rule compares pairs of its replies: longer answers that ask a question win, with 10 % noise. A reward model learns
+# what the rule prefers, and PPO, RLOO and DPO learn from it with three seeds each. The control replaces the rule by
+# coin flips, drawn anew for each seed. benchmarks/preferences.py prints the table and draws the curves.
 #
 #   recipes/feedback.sh EMPATHETIC_DIALOGUES_FOLDER
 #
-# The tokenizer is made of the corpus, so that nearly every word is one token: a model tells lengths by positions, the
-# rule counts words. Stopped and started again, it goes on where it was. People instead of the rule:
-# python -m feedback.annotate --web.
+# The tokenizer is trained on the corpus, so that nearly every word is one token: the rule counts words, and the model
+# knows lengths only by positions. If the script is stopped and started again, it continues. To ask people instead of
+# the rule, use `python -m feedback.annotate --web`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 corpus=$(realpath "${1:?name the folder of EmpatheticDialogues, ../shared/data/empatheticdialogues for example}")
@@ -41,12 +41,12 @@ if [ ! -f $work/baseline ]; then
 fi
 run=$(cat $work/baseline)
 
-# 2. pairs of its replies: five to a context, each two of them; the policies are evaluated on the validation split, of
-# whose dialogs neither reward models nor DPO learn anything
+# 2. all pairs among five replies per context. They come from the test split, because the policies are evaluated on the
+# validation split, which neither reward models nor DPO may learn from
 python -m feedback.collect --model_checkpoint "$run" $data --split test --pairs $work/pairs.jsonl --contexts 5170 \
     --replies 5 --seed 1 --max_length 30 --temperature 1 --top_p 0 --batch_size 64
 
-policy() {  # who answers, seed, algorithm and its flags
+policy() {  # arguments: annotator, seed, algorithm and its flags
     python -m feedback.policy --model_checkpoint "$run" $data --max_history 0 --max_length 30 --rule --seed "$2" \
         --pairs $work/pairs.jsonl --answers $work/"$1".jsonl --reward_model $work/reward_"$1" \
         --policy $work/"$1"_"$3"_"$2" --evaluate_every 10 --evaluation_contexts 192 --algorithm "${@:3}"

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Does it help to begin the dialog history at the same position whatever the persona's length? The small GPT of
-# recipes/small_personachat.sh, from random weights, one epoch of PERSONA-CHAT, with and without, three seeds: the table of
-# docs/results.md. About an hour on two cores.
+# Measure whether it helps to begin the dialog history at the same position, whatever the persona's length. The small
+# GPT of recipes/small_personachat.sh learns one epoch of PERSONA-CHAT from random weights, with and without
+# --history_first, with three seeds each: the table of docs/results.md. It takes about an hour on two cores.
 #
 #   recipes/history_first.sh TOKENIZER_FOLDER DATA.json
 #
-# TOKENIZER_FOLDER: a folder with openai-gpt's vocab.json and merges.txt. Started again, it goes on with what is missing.
+# TOKENIZER_FOLDER: a folder with openai-gpt's vocab.json and merges.txt. If started again, the script runs only what
+# is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tokenizer=$(realpath "$1") data=$(realpath "$2")

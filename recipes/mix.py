@@ -1,9 +1,9 @@
-"""Write the dialogs of several data files into one.
+"""Write the dialogs of several data files into one file.
 
     python recipes/mix.py OUT.json FILE.json FILE.json:200 FILE.json:200:64
 
-FILE takes all dialogs of a file, FILE:N a random N of its training dialogs, FILE:N:M also only its first M validation
-dialogs. FILE::M takes all training dialogs and the first M validation dialogs.
+FILE takes all dialogs of a file, and FILE:N takes N random training dialogs and all validation dialogs. FILE:N:M also
+takes only the first M validation dialogs. FILE::M takes all training dialogs and the first M validation dialogs.
 """
 
 import json

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The multi-turn system: language modelling on four corpora mixed, five utterances, no persona; here with a budget that a
-# CPU has: a row of the table in docs/results.md.
+# Train the multi-turn system (language modelling on a mix of four corpora, five utterances, no persona) with a budget
+# that suits a CPU, for a row of the table in docs/results.md.
 #
 #   recipes/multi_turn.sh CHECKPOINT DATA_FOLDER [CORPORA]
 #
-# CHECKPOINT: a folder with gpt2's vocab.json and merges.txt, for a small GPT-2 from random weights; or a model's folder.
-# DATA_FOLDER: where the releases are, as for --data_dir; what is not there is downloaded. CORPORA: others, with commas
-# between. Started again, it goes on where it was stopped. The system itself fine-tuned GPT-2 for ten epochs:
+# CHECKPOINT: a model's folder, or a folder with only gpt2's vocab.json and merges.txt for a small GPT-2 with random
+# weights. DATA_FOLDER: the folder of the releases, as in --data_dir; missing releases are downloaded. CORPORA: other
+# corpora, separated by commas. If the script is stopped and started again, it continues. The original system
+# fine-tuned GPT-2 for ten epochs:
 #
 #   train.py --model_checkpoint gpt2 --dataset dailydialog,empathetic_dialogues,personachat,blended_skill_talk \
 #       --no_persona --mc_coef 0 --target second --max_turns 5 --n_epochs 10 --lr 2e-5 --warmup_ratio 0.1 \
@@ -33,7 +34,7 @@ python train.py --model_checkpoint "$model" --dataset "$corpora" $common --seed 
     --lr 2e-3 --warmup_ratio 0.1 --lr_decay polynomial --checkpoint_every 100 ${stopped:+--resume "$stopped"}
 [[ $corpora == *,* ]] || exit 0
 run=$(ls -td runs/*_"$name" | head -n 1)
-for corpus in ${corpora//,/ }; do  # a mix, validated on each of its parts
+for corpus in ${corpora//,/ }; do  # validate a mix on each corpus
     echo "$corpus:"
     python train.py --model_checkpoint "$run" --dataset $corpus $common --n_epochs 0
 done

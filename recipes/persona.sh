@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Make the default bot, models/persona: SmolLM2-135M, which `make install` brings, adapted to PERSONA-CHAT.
+# Make the default bot, models/persona: adapt SmolLM2-135M, which `make install` installs, to PERSONA-CHAT.
 #
 #   recipes/persona.sh PERSONA_CHAT.json [FOLDER]
 #
-# PERSONA_CHAT.json: the published file, or one of its layout. FOLDER: where the adapter goes, .demo/persona/adapter by
-# default. Stopped and started again, it goes on from its last checkpoint.
+# PERSONA_CHAT.json: the published file, or another file in its layout. FOLDER: the folder for the adapter; default:
+# .demo/persona/adapter. If the script is stopped and started again, it continues from the last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$(realpath "${1:?name the JSON file of PERSONA-CHAT}") work=.demo/persona
 folder=${2:-$work/adapter}
 mkdir -p $work
 
-train() {  # the name of the stage, then flags of train.py; the run folder's name goes to $work/NAME
+train() {  # arguments: the stage's name, then flags of train.py; writes the run folder's name to $work/NAME
     local name=$1 begun=""
     shift
     if [ -f "$work/$name" ]; then return; fi
@@ -27,11 +27,11 @@ train() {  # the name of the stage, then flags of train.py; the run folder's nam
     find runs -maxdepth 1 -mindepth 1 -newer "$work/$name.begun" | sort | tail -n 1 > "$work/$name"
 }
 
-# 1. PERSONA-CHAT: each row is a dialog, each of its turns has three of the distractors, others for each permutation
+# 1. PERSONA-CHAT: each row is a dialog, and each turn has three distractors, which differ between permutations
 [ -f $work/chat.json ] || python recipes/mix.py $work/chat.json "$data::64"
 train chat --model_checkpoint smollm2 --dataset_path $work/chat.json --lr 8e-4
 
-# 2. dialogs of our own, which ask about the persona, among some of PERSONA-CHAT's
+# 2. our own dialogs, which ask about the persona, mixed with some of PERSONA-CHAT's
 [ -f $work/talk.json ] || python example_entry.py --convert data/persona_talk.jsonl $work/talk.json --target second \
     --train_frac 0.99
 [ -f $work/mixed.json ] || python recipes/mix.py $work/mixed.json $work/talk.json data/sample_personachat.json "$data:250:64"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A small GPT from random weights on PERSONA-CHAT: the figures of docs/results.md. About half an hour on two cores.
+# Train a small GPT from random weights on PERSONA-CHAT, for the figures of docs/results.md. It takes about half an hour
+# on two cores.
 #
 #   recipes/small_personachat.sh TOKENIZER_FOLDER DATA.json
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A tiny model, from random weights to some small talk in a minute or two, on dialogs made of templates.
+# Train a tiny model from random weights on dialogs made from templates, until it can talk a little: a minute or two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

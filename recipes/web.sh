@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The model of `make demo`, or else the default bot, on a web page. Where its pretrained base could not be installed, a tiny model, trained first if there is
-# none. Flags are demo.py's.
+# Open the default bot on a web page. If its pretrained base is not installed, open a tiny model, which is trained first
+# if necessary. The flags are those of demo.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-run=$(cat .demo/run 2> /dev/null || true)  # the model that `make demo` has made, by its name
+run=$(cat .demo/run 2> /dev/null || true)  # the tiny model of an earlier call
 if python -c "from pretrained import find_smollm2; find_smollm2()" 2> /dev/null; then
     [ -f "$run/config.json" ] || run=persona
     echo "The page opens $run."

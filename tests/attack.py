@@ -1,10 +1,10 @@
-"""Attacks on a running server, with honest clients beside them: `make attack`.
+"""Attack a running server while honest clients use it (`make attack`).
 
     python tests/attack.py [files hosts …] [--short] [--soak MINUTES]
 
-Each attack is tried on `demo.py` as people start it, with a tiny model of random weights, on a free port of 127.0.0.1;
-no other address is asked anything, and requests and seconds are bounded. Prints a table of attempts and what came of
-them; the exit status is 1 if one has succeeded.
+The server is `demo.py` with a tiny model of random weights, on a free port of 127.0.0.1. No other address is contacted,
+and the numbers of requests and seconds are bounded. The script prints a table of attempts and outcomes; the exit status
+is 1 if an attempt succeeded.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SECRET = "what only the server may read"
 
 
 async def files(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
-    """Let the server open a file, or ask an address."""
+    """Make the server open a file or request an address."""
     folder = server.log.parent
     secret = folder / "secret.txt"
     secret.write_text(SECRET)
@@ -104,7 +104,7 @@ async def files(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 
 
 async def hosts(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
-    """Pass for the server under another name, or from another page."""
+    """Reach the server under another host name, or from another website."""
     attempts = []
 
     def note(what: str, response: httpx.Response, withstood: bool) -> None:
@@ -133,7 +133,7 @@ async def hosts(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 
 
 async def faults(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
-    """Spoil the replies of others by options that make numbers that are none."""
+    """Spoil the replies of other clients with options that lead to NaN."""
     attempts, events = [], Events(server.address)
     wrong = [{"temperature": value} for value in (1e-300, 1e-38, 1e-5, -1, 1e308)] + [
         {"top_k": 10**9}, {"top_p": 1e300}, {"num_beams": 10**6}, {"num_beams": 17}, {"max_tokens": 0},
@@ -162,13 +162,13 @@ async def faults(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 
 
 async def contexts(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
-    """Hold others up by contexts as long as may be, with the widest search."""
+    """Delay others with the longest possible contexts and the widest search."""
     text = "🤯!" * 990
     messages = [{"role": "system", "content": text}, *({"role": ("user", "assistant")[number % 2], "content": text}
                                                        for number in range(5))]
 
     async def gaps() -> list[float]:
-        """Seconds between the words of a long reply."""
+        """Return the seconds between the words of a long reply."""
         times = []
         body = talk(max_tokens=100 if Pace.short else 300, stream=True)
         async with client.stream("POST", "/v1/chat/completions", json=body,
@@ -190,7 +190,7 @@ async def contexts(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
             async with honest:
                 neighbour, *answers = await asyncio.gather(gaps(), *(read(beams) for _ in range(4)))
             beside.append(neighbour)
-        # What other programs hold up only makes gaps longer, and what a context holds up is there in every round.
+        # Other programs lengthen gaps in some rounds; a delay by contexts shows in all rounds, and so in the minimum.
         ratios = [[max(one) / statistics.median(one) for one in rounds] for rounds in (alone, beside)]
         attempts.append(Attempt(
             f"{answers[0][1]:,} tokens four times, beams {beams}",
@@ -202,7 +202,7 @@ async def contexts(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 
 
 async def memory(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
-    """Make the server take memory beyond --memory, or keep it."""
+    """Make the server use more memory than --memory allows, or keep it afterwards."""
     await asyncio.gather(*(client.post("/v1/chat/completions", json=talk()) for _ in range(8)))
     before, most, stated = server.memory(), 0, 0
 
@@ -230,12 +230,12 @@ async def memory(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
     kept = (await client.get("/healthz")).json()["memory_mib"]
     return [Attempt("30 long replies at once", f"{ {one: statuses.count(one) for one in statuses} }, at most {most} of "
                     f"{stated} MiB set aside", most <= stated),
-            Attempt("and afterwards", f"{kept} MiB set aside; process {before} MiB before, {server.memory()} after",
+            Attempt("memory afterwards", f"{kept} MiB set aside; process {before} MiB before, {server.memory()} after",
                     kept <= 8 and server.memory() < before + 200), *honest.judged()]
 
 
 async def pages(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
-    """Stop the page for others: thousands of events, idle visitors, events that nobody fetches."""
+    """Block the page with thousands of events, idle visitors and events that nobody fetches."""
     attempts, events = [], Events(server.address)
 
     async def visit(session: str, text: str = "hello") -> float:
@@ -261,7 +261,7 @@ async def pages(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
         await asyncio.gather(*map(join, range(200 if Pace.short else 2200)))
         state = await client.get("/healthz")
         wait, start = float("inf"), time.monotonic()
-        while wait == float("inf") and time.monotonic() < start + 60:  # as people do who are told to try again
+        while wait == float("inf") and time.monotonic() < start + 60:  # try again, as people do
             wait = await visit("honest", "still there ?")
             await asyncio.sleep(1)
         wait = time.monotonic() - start
@@ -289,7 +289,7 @@ async def pages(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 
 
 def attackers(server: Server, clients: int, body: dict, *flags: object) -> subprocess.Popen:
-    """Clients in a process of their own, which ask again at once; see attackers.py."""
+    """Start clients in their own process that send the next request at once; see attackers.py."""
     process = subprocess.Popen(
         [sys.executable, ROOT / "tests/attackers.py", f"{server.host}:{server.port}", str(clients), json.dumps(body),
          *map(str, flags)], stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -303,7 +303,7 @@ async def until_idle(client: httpx.AsyncClient) -> None:
 
 
 async def crowd(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
-    """Push honest clients aside by number: 200 streams of one."""
+    """Crowd out honest clients with 200 streams from one client."""
     honest = Honest(server)
     for _ in range(5 if Pace.judged else 1):
         await until_idle(client)
@@ -316,7 +316,7 @@ async def crowd(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 
 
 async def hanging(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
-    """Keep connections from others: hundreds of them half open."""
+    """Keep others from connecting with hundreds of half-open connections."""
     honest, attempts = Honest(server), []
     for _ in range(3 if Pace.judged else 1):
         open_ones = []
@@ -338,7 +338,7 @@ async def hanging(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 
 
 async def overload(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
-    """Spend the server's time on refusals: twice as many clients as are accepted, each with a key."""
+    """Waste the server's time on refusals: twice as many clients as it accepts, each with its own key."""
     rates = {96: [], 192: []}
     for number in range(12 if Pace.judged else 2):
         clients = (96, 192, 192, 96)[number % 4]
@@ -350,11 +350,11 @@ async def overload(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
     accepted, twice = (statistics.mean(rates[clients]) for clients in rates)
     ratio = twice / accepted
     return [Attempt("twice the load that is accepted", f"{accepted:.1f} good replies per second, then {twice:.1f}: "
-                    f"{ratio:.2f} of it, in {len(rates[96])} turns", not Pace.judged or ratio >= 0.9)]
+                    f"ratio {ratio:.2f}, {len(rates[96])} rounds each", not Pace.judged or ratio >= 0.9)]
 
 
 async def stopping(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
-    """Lose replies, or tracebacks, when the server is told to stop."""
+    """Lose replies, or cause tracebacks, while the server shuts down."""
     async def stream() -> bool:
         body = talk(max_tokens=100, stream=True)
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -374,9 +374,10 @@ async def stopping(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
     status = await asyncio.to_thread(server.process.wait, WAIT)
     with contextlib.suppress(httpx.HTTPError):
         await idle
-    return [Attempt("4 replies under way at SIGTERM", f"{whole} whole, exit status {status}",
+    return [Attempt("4 replies in progress at SIGTERM", f"{whole} whole, exit status {status}",
                     whole == 4 and status == 143),
-            Attempt("requests after it", f"{[one.status_code for one in late]} {[one.text[:60] for one in late[:1]]}",
+            Attempt("requests after SIGTERM",
+                    f"{[one.status_code for one in late]} {[one.text[:60] for one in late[:1]]}",
                     all(one.status_code == 503 and one.json()["error"]["message"] for one in late))]
 
 
@@ -392,15 +393,15 @@ async def attack(server: Server, name: str) -> list[Attempt]:
         if name != "stopping":
             alive = await client.get("/healthz")
             reply = await client.post("/v1/chat/completions", json=talk(max_tokens=3))
-            attempts.append(Attempt("afterwards it lives and replies", f"{alive.status_code} {reply.status_code}",
+            attempts.append(Attempt("the server still replies", f"{alive.status_code} {reply.status_code}",
                                     alive.status_code == reply.status_code == 200))
     log = server.output()
-    attempts.append(Attempt("its log has no traceback", f"{log.count('Traceback')} of them", "Traceback" not in log))
+    attempts.append(Attempt("no traceback in the log", f"{log.count('Traceback')} tracebacks", "Traceback" not in log))
     return attempts
 
 
 async def soak(server: Server, minutes: float) -> list[Attempt]:
-    """Six users whose conversations grow, for so many minutes; memory is looked at every half minute."""
+    """Let six users hold growing conversations for ``minutes`` minutes, and read the memory every half minute."""
     start, seen, lost, replies = time.monotonic(), [], 0, 0
 
     async def user(number: int) -> None:
@@ -416,7 +417,7 @@ async def soak(server: Server, minutes: float) -> list[Attempt]:
                 else:
                     lost += 1
                     messages = messages[:1]
-                if len(json.dumps(messages)) > 200_000:  # as long as a request may be
+                if len(json.dumps(messages)) > 200_000:  # a request may not be longer
                     messages = messages[:1]
 
     async def watch() -> None:
@@ -432,7 +433,7 @@ async def soak(server: Server, minutes: float) -> list[Attempt]:
 
 
 def tell(attempts: list[Attempt]) -> int:
-    """Print a line for each; return how many have succeeded."""
+    """Print one line per attempt, and return how many attempts succeeded."""
     for attempt in attempts:
         outcome = "withstood" if attempt.withstood else "SUCCEEDED"
         print(f"  {outcome:10} {attempt.what:50} {attempt.outcome}", flush=True)
@@ -441,9 +442,9 @@ def tell(attempts: list[Attempt]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("attacks", nargs="*", default=list(ATTACKS), help=f"of {', '.join(ATTACKS)} (default: all)")
-    parser.add_argument("--short", action="store_true", help="fewer requests, and no judgement of times")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="only let six users talk for so long")
+    parser.add_argument("attacks", nargs="*", default=list(ATTACKS), help=f"among {', '.join(ATTACKS)} (default: all)")
+    parser.add_argument("--short", action="store_true", help="send fewer requests, and judge no times")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="only let six users talk for this long")
     args = parser.parse_args()
     Pace.short, Pace.judged = args.short, not args.short
     succeeded = 0

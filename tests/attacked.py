@@ -1,4 +1,4 @@
-"""What `attack.py` attacks, `demo.py` with a tiny model, and the honest clients beside."""
+"""Run the server that attack.py attacks, `demo.py` with a tiny model, and honest clients that use it meanwhile."""
 
 import asyncio
 import contextlib
@@ -23,11 +23,11 @@ from conftest import SAMPLE, TINY_TOKENS, make_checkpoint  # noqa: E402
 from model import PostNormConfig, PostNormDoubleHeadsModel  # noqa: E402
 from weights import save_model  # noqa: E402
 
-WAIT = 120  # s; only a broken server ever takes as long
+WAIT = 120  # seconds; only a broken server takes this long
 
 
 class Pace:
-    """How the attacks are run: ``short`` with fewer requests, ``judged`` by the clock. Set by `main` and the tests."""
+    """Hold how attacks run: ``short`` with fewer requests, ``judged`` by the clock. `main` and the tests set both."""
 
     short = judged = False
 
@@ -39,17 +39,17 @@ class Attempt(NamedTuple):
 
 
 def share_alike(process: subprocess.Popen) -> None:
-    """Give a process of another session our own priority, where Linux shares the cores out by sessions.
+    """Give another session's process our own priority on systems where Linux shares the cores out by session.
 
-    Attackers come from machines of their own: what they compute is not to be taken from the server's part.
+    Real attackers compute on their own machines, so their work must not be taken out of the server's share.
     """
     with contextlib.suppress(OSError):
-        if ours := Path("/proc/self/autogroup").read_text().split():  # nothing where the cores are shared out otherwise
+        if ours := Path("/proc/self/autogroup").read_text().split():  # empty where Linux does not group by session
             Path(f"/proc/{process.pid}/autogroup").write_text(ours[-1])
 
 
 class Server:
-    """`demo.py` in a process of its own."""
+    """Run `demo.py` in its own process."""
 
     def __init__(self, folder: Path, *flags: object):
         self.log = folder / f"log-{time.monotonic_ns()}"
@@ -73,7 +73,7 @@ class Server:
         return self.log.read_text(errors="replace")
 
     def memory(self) -> int:
-        """MiB that the process has in memory."""
+        """Return the resident memory of the process in MiB."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") >> 20
 
@@ -87,7 +87,7 @@ class Server:
 
 
 def make_model(folder: Path, layers: int = 2) -> None:
-    """A model that never ends a reply by itself, with room for long contexts."""
+    """Make a model that never ends a reply by itself, with room for long contexts."""
     checkpoint = make_checkpoint(folder / "model", n_positions=8704, n_embd=32, n_head=2, n_layer=layers,
                                  vocab_size=TINY_TOKENS + 5, initializer_range=0.3)
     torch.manual_seed(5)
@@ -99,7 +99,7 @@ def talk(text: str = "hello", **options) -> dict:
 
 
 class Events:
-    """The page's events by what they do, read from its configuration."""
+    """The page's events, read from its configuration and identified by what they do."""
 
     def __init__(self, address: str):
         config = httpx.get(f"{address}/config", timeout=WAIT).json()
@@ -110,7 +110,7 @@ class Events:
         self.dependencies = {event["id"]: event for event in config["dependencies"]}
 
     def turn(self, text: str = "hello", session: str = "somebody", **changed) -> dict:
-        """The page's request for a reply. ``changed``: other values for the first slider, ``temperature``, and more."""
+        """Build the page's request for a reply; ``changed`` may hold a ``temperature`` for the first slider."""
         number, kinds, _ = next(event for event in self.all if event[2] and "checkbox" in event[1])
         values = [self.values[block] for block in self.dependencies[number]["inputs"]]
         values[0] = json.dumps({"turn": 1, "conversation": "x", "persona": [], "said": [text]})
@@ -119,13 +119,13 @@ class Events:
         return {"data": values, "fn_index": number, "session_hash": session}
 
     def drawing(self, first: object) -> dict:
-        """The request that has sentences drawn for a personality, with something else as its value."""
+        """Build the page's request to draw sentences for a personality, with ``first`` as its value."""
         number = next(event[0] for event in self.all if event[1] == ["textbox"] and not event[2])
         return {"data": [first], "fn_index": number, "session_hash": "somebody"}
 
 
 async def until_done(client: httpx.AsyncClient, session: str) -> list[str]:
-    """What Gradio sends to a page until its event is over."""
+    """Return the lines that Gradio sends to a page until its event is over."""
     lines = []
     async with client.stream("GET", f"/gradio_api/queue/data?session_hash={session}") as response:
         async for line in response.aiter_lines():
@@ -136,15 +136,14 @@ async def until_done(client: httpx.AsyncClient, session: str) -> list[str]:
 
 
 class Honest:
-    """Four clients who ask one after the other, with keys of their own.
+    """Four clients with their own keys, each of which asks one question after the other.
 
-    They talk for as long as an attack goes on, and in turns with that without it: on a machine that has other work to
-    do only neighbouring times can be compared.
+    They run during an attack and, alternately, without it: on a busy machine only neighbouring times can be compared.
     """
 
     def __init__(self, server: Server):
         self.server, self.lost = server, []
-        self.rounds: list[tuple[list[float], list[float]]] = []  # seconds of replies, without the attack and with it
+        self.rounds: list[tuple[list[float], list[float]]] = []  # seconds per reply: without the attack, with it
 
     async def _ask(self, number: int) -> None:
         async with httpx.AsyncClient(base_url=self.server.address, timeout=WAIT) as client:

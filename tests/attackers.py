@@ -1,8 +1,8 @@
-"""Clients who ask again at once, whatever the answer: `attack.py` starts them in a process of their own.
+"""Send requests without a pause, whatever the answers; attack.py runs this in its own process.
 
     python tests/attackers.py ADDRESS CLIENTS BODY [--keys each] [--seconds S]
 
-Prints how many replies were good. They speak HTTP over bare sockets, which costs them little.
+The script prints the number of good replies. Its clients speak HTTP over bare sockets, which costs little computing.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> bool:
-    """Send a request and read the whole answer. Returns whether it was a reply."""
+    """Send a request, read the whole answer, and return whether it was a reply."""
     writer.write(request)
     head = await reader.readuntil(b"\r\n\r\n")
     if length := re.search(rb"content-length: (\d+)", head):
@@ -42,7 +42,7 @@ async def attack(host: str, port: int, clients: int, body: bytes, keys: str, sec
 
     tasks = [asyncio.create_task(client(number)) for number in range(clients)]
     await asyncio.wait(tasks, timeout=None if seconds == math.inf else seconds)
-    for task in tasks:  # what is under way now is not counted
+    for task in tasks:  # replies still in progress do not count
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     return good
@@ -52,8 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("address", help="HOST:PORT")
     parser.add_argument("clients", type=int)
-    parser.add_argument("body", help="JSON of the request")
-    parser.add_argument("--keys", default="crowd", help="the key that all give; each: one of its own (default: crowd)")
+    parser.add_argument("body", help="the request's JSON")
+    parser.add_argument("--keys", default="crowd", help="all clients' API key; each: one per client (default: crowd)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="default: until it is stopped")
     args = parser.parse_args()
     host, _, port = args.address.partition(":")

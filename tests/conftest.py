@@ -1,4 +1,4 @@
-"""What several tests need: the material beside the repository, runs of our scripts, small checkpoints."""
+"""Share what several tests need: material beside the repository, script runs, small checkpoints, a server."""
 
 import contextlib
 import functools
@@ -10,8 +10,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-# Tests run beside each other (pytest-xdist), each on one thread: threads that wait for each other by spinning would
-# slow the neighbours tenfold. Before torch is imported, and for every process that the tests start.
+# pytest-xdist runs tests in parallel, so each process computes on one thread: more threads would spin and slow down
+# the other processes tenfold. torch reads this when it is imported, and processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,20 +28,20 @@ SHARED = ROOT.parent / "shared"
 FAMILIES = ["openai-gpt", "gpt2"]
 SAMPLE = ROOT / "data" / "sample_personachat.json"
 TINY = ROOT / "models" / "tiny"
-pytest_plugins = ["feedback_world"]  # fixtures of several files
-WAIT = 240  # s; only a broken server ever takes as long
-LONG = 4096  # tokens: far more than are decoded while a test looks
+pytest_plugins = ["feedback_world"]  # fixtures for feedback/
+WAIT = 240  # seconds; only a broken server takes this long
+LONG = 4096  # tokens; a reply of this length is still being decoded when a test looks at it
 TINY_TOKENS = json.loads((TINY / "config.json").read_text())["vocab_size"]  # without the five control tokens
 
 
-# Files whose tests train, start servers or browsers, or compare with whole libraries: minutes together.
+# These test files train, start servers or browsers, or compare with whole libraries; together they take minutes.
 SLOW = {f"test_{name}.py" for name in (
     "attack", "checkpoints", "commands", "decoders", "demo", "distributed", "export", "hostile", "judge", "lora",
     "page", "parlai", "persona", "policy", "published", "reward", "serving", "sharing", "tutorial")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests, and begin with the demo: it takes minutes, and the other process would wait for it."""
+    """Mark the slow tests, and run the demo first: it takes minutes, and at the end one process would wait for it."""
     for item in items:
         if item.path.name in SLOW:
             item.add_marker(pytest.mark.slow)
@@ -49,9 +49,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def shared(path: str) -> Path:
-    """A path of the shared material; the test is skipped on machines without it."""
+    """Return a path within the shared material; skip the test on machines without it."""
     if not (SHARED / path).exists():
-        pytest.skip(f"needs {path} of ../shared, which is not on this machine")
+        pytest.skip(f"needs ../shared/{path}, which is not on this machine")
     return SHARED / path
 
 
@@ -62,20 +62,20 @@ def family(request) -> str:
 
 @pytest.fixture(scope="session")
 def golden(family) -> dict:
-    """What the 2019 stack recorded for one family."""
+    """Load what the software of 2019 recorded for one family."""
     return json.loads(shared(f"golden/{family}.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="session")
 def run_2019(family) -> Path:
-    """A run folder as the 2019 script left it."""
+    """Return a run folder that the 2019 script wrote."""
     return shared(f"golden/run-2019-{family}")
 
 
 @functools.cache
 def templates() -> Path:
-    """Dialogs made of templates, of one process: short, and so regular that a few steps of training show."""
-    templates.folder = tempfile.TemporaryDirectory()  # goes when the process ends
+    """Write dialogs made from templates, once per process; they are so regular that a few training steps learn much."""
+    templates.folder = tempfile.TemporaryDirectory()  # deleted when the process ends
     path = Path(templates.folder.name) / "corpus.json"
     script("models/tiny_corpus.py", "--out", path, cwd=path.parent)
     return path
@@ -83,7 +83,7 @@ def templates() -> Path:
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory) -> Path:
-    """Twelve training and four validation dialogs of these."""
+    """Write twelve training dialogs and four validation dialogs made from templates."""
     path = tmp_path_factory.mktemp("corpus") / "small.json"
     corpus = json.loads(templates().read_text("utf-8"))
     path.write_text(json.dumps({"train": corpus["train"][:12], "valid": corpus["valid"][:4]}))
@@ -91,7 +91,7 @@ def small_corpus(tmp_path_factory) -> Path:
 
 
 def make_checkpoint(folder: Path, **config) -> Path:
-    """models/tiny with a changed configuration, still without weights."""
+    """Copy models/tiny, which has no weights, and change its configuration."""
     shutil.copytree(TINY, folder, dirs_exist_ok=True)
     settings = json.loads((TINY / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps(settings))
@@ -100,7 +100,7 @@ def make_checkpoint(folder: Path, **config) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, small_corpus) -> Path:
-    """A run folder of train.py: two layers, two epochs over the small corpus."""
+    """Train two layers for two epochs on the small corpus, and return the run folder."""
     work = tmp_path_factory.mktemp("trained")
     checkpoint = make_checkpoint(work / "two-layers", n_layer=2, n_embd=64)
     script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 2,
@@ -110,7 +110,10 @@ def trained(tmp_path_factory, small_corpus) -> Path:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A web server; ``files`` maps paths to (body, headers), ``redirects`` to addresses; ``asked`` lists requests."""
+    """Start a web server.
+
+    ``files`` maps paths to (body, headers), ``redirects`` maps paths to addresses, and ``asked`` lists the requests.
+    """
     monkeypatch.setenv("TRANSFERTRANSFO_CACHE", str(tmp_path / "downloads"))
 
     class Handler(BaseHTTPRequestHandler):
@@ -145,8 +148,8 @@ def server(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def serving(bot, table):
-    """The whole server on a port of its own, in this process; yields its address."""
-    import demo  # which not all tests need
+    """Run the whole server in this process on a free port, and yield its address."""
+    import demo  # imported here, because few tests need it
 
     listening = demo.listen("127.0.0.1", 0)
     app = demo.build_app(bot, table, demo.host_names("127.0.0.1", []), [])
@@ -162,7 +165,7 @@ def serving(bot, table):
 
 @pytest.fixture(scope="module")
 def bot(tmp_path_factory):
-    """A model of random weights, whose replies are exactly as long as asked for."""
+    """Make a bot with random weights whose replies always have the requested length."""
     import torch
 
     import demo
@@ -180,7 +183,7 @@ def bot(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(bot, tmp_path_factory):
-    """Of a server of that model."""
+    """Run a server with this bot, and yield its address."""
     from utils import get_dataset
 
     table = get_dataset(bot.tokenizer, str(SAMPLE), str(tmp_path_factory.mktemp("table") / "cache"))
@@ -190,7 +193,7 @@ def address(bot, tmp_path_factory):
 
 @pytest.fixture
 def client(address):
-    """OpenAI's own, at that server."""
+    """Connect OpenAI's own client to this server."""
     import openai
 
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=WAIT) as client:
@@ -198,9 +201,9 @@ def client(address):
 
 
 def script(name: str, *args, cwd: Path, stdin: str | bytes = "", status: int = 0, env: dict | None = None) -> str:
-    """Run one of our scripts as a user would, offline, and return standard output; in a warm process, see warm.py.
+    """Run one of our scripts offline, as a user would, and return its standard output; warm.py starts the process.
 
-    Fails unless it exits with ``status`` and without a traceback; ``script.stderr`` keeps standard error.
+    Fails unless the script exits with ``status`` and without a traceback. ``script.stderr`` keeps the standard error.
     """
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
@@ -215,7 +218,7 @@ def script(name: str, *args, cwd: Path, stdin: str | bytes = "", status: int = 0
 
 
 def error_line(name: str, *args, cwd: Path, **kwargs) -> str:
-    """Run one of our scripts that must refuse with exit status 2, and return its one line of complaint."""
+    """Run a script that must refuse its arguments with exit status 2, and return its one-line error message."""
     script(name, *args, cwd=cwd, status=2, **kwargs)
     lines = [line for line in script.stderr.splitlines() if ": error: " in line]
     assert len(lines) == 1, script.stderr

@@ -1,11 +1,11 @@
-"""Kill a training run again and again, resume it each time, compare it with one never killed: `make faults`.
+"""Kill a training run repeatedly, resume it, and compare it with a run that was never killed (`make faults`).
 
     python tests/faults.py [--signal KILL|TERM] [--times 20] [--folder .demo/faults]
 
-A tiny model with dropout trains on the embedded sample, accumulating gradients, with a checkpoint every second step.
-The process gets SIGKILL at random moments, every third time just while a checkpoint is being written, or SIGTERM at
-random moments. Weights, optimizer and random streams at the end must be those of the undisturbed run to the last bit.
-Started again, the script goes on with what is missing.
+A tiny model with dropout trains on the embedded sample with gradient accumulation, and writes a checkpoint every second
+step. The process gets SIGKILL or SIGTERM at random moments; every third SIGKILL comes while a checkpoint is being
+written. At the end, weights, optimizer and random streams must equal those of the undisturbed run bit by bit. If this
+script is stopped and started again, it continues.
 """
 
 import argparse
@@ -22,11 +22,11 @@ import warm
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 600  # seconds that anything may take on a busy machine
+PATIENCE = 600  # seconds, enough for any step on a busy machine
 
 
 def start(folder: Path, *args: str):
-    """train.py in ``folder``, what it says in ``folder/log``; forked from a process that has imported torch."""
+    """Start train.py in ``folder``, forked from a process that has imported torch; messages go to ``folder/log``."""
     log, nothing = folder / "log", Path(os.devnull)
     log.unlink(missing_ok=True)
     log.touch()
@@ -35,11 +35,11 @@ def start(folder: Path, *args: str):
 
 def end(process) -> int:
     process.join(PATIENCE)
-    return process.exitcode if process.exitcode is not None else sys.exit(f"no end within {PATIENCE} s")
+    return process.exitcode if process.exitcode is not None else sys.exit(f"the process did not end in {PATIENCE} s")
 
 
 def until(process, condition, *args) -> None:
-    """Wait for ``condition(*args)`` or the process's end."""
+    """Wait until ``condition(*args)`` holds or the process ends."""
     deadline = time.monotonic() + PATIENCE
     while process.is_alive() and not condition(*args):
         if time.monotonic() > deadline:
@@ -52,7 +52,7 @@ def half_written(folder: Path) -> bool:
 
 
 def contents(path: Path) -> dict:
-    """Everything in a checkpoint, to compare it: the tensors' bytes and the header."""
+    """Read everything in a checkpoint for a comparison: the bytes of each tensor, and the header."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}
         return tensors | {"": json.loads(file.metadata()["state"])}
@@ -68,7 +68,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def disturbed(folder: Path, name: str, times: int, arguments: list[str]) -> dict:
-    """Train in ``folder`` under that many signals. Returns how often what happened."""
+    """Train in ``folder`` with ``times`` signals, and return counts of what the signals interrupted."""
     note = folder / "progress.json"
     done = json.loads(note.read_text()) if note.exists() else {"signals": 0, "while writing": 0, "before any step": 0}
     rng = random.Random(f"{name} {done['signals']}")
@@ -81,7 +81,7 @@ def disturbed(folder: Path, name: str, times: int, arguments: list[str]) -> dict
             step = (step_of(before) if before else 0) + rng.randint(0, 6)
             until(process, lambda step=step: last_checkpoint(folder) and step_of(last_checkpoint(folder)) >= step)
             time.sleep(rng.uniform(0, 0.1))
-            if name == "KILL" and done["signals"] % 3 == 0:  # a moment of milliseconds, which may be missed
+            if name == "KILL" and done["signals"] % 3 == 0:  # writing takes milliseconds, so this may miss it
                 step = step_of(last_checkpoint(folder))
                 until(process, lambda step=step: half_written(folder) or step_of(last_checkpoint(folder)) > step + 8)
             if process.is_alive():
@@ -95,15 +95,15 @@ def disturbed(folder: Path, name: str, times: int, arguments: list[str]) -> dict
         done["while writing"] += half_written(folder)
         done["before any step"] += last_checkpoint(folder) == before
         note.write_text(json.dumps(done))
-        print(f"SIG{name} {done['signals']}: goes on from {last_checkpoint(folder).stem}", flush=True)
+        print(f"SIG{name} {done['signals']}: continues from {last_checkpoint(folder).stem}", flush=True)
     if done["signals"] < times:
-        sys.exit(f"the run was over after {done['signals']} signals; give fewer --times")
+        sys.exit(f"the run ended after {done['signals']} signals; lower --times")
     return done
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--signal", choices=["KILL", "TERM"], help="default: first the one, then the other")
+    parser.add_argument("--signal", choices=["KILL", "TERM"], help="default: KILL, then TERM")
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--folder", type=Path, default=Path(".demo/faults"))
     args = parser.parse_args()
@@ -131,9 +131,9 @@ def main() -> None:
         done = disturbed(folder / name, name, args.times, arguments)
         found = contents(last_checkpoint(folder / name))
         different = [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]
-        print(f"SIG{name}: {done['signals']} times, {done['while writing']} of them left a half-written file, "
-              f"{done['before any step']} came before another checkpoint; step {expected['']['step']}: "
-              + ("all equal to the last bit" if not different else f"DIFFERENT: {different}"))
+        print(f"SIG{name}: {done['signals']} signals, of which {done['while writing']} left a half-written file and "
+              f"{done['before any step']} came before the next checkpoint; step {expected['']['step']}: "
+              + ("all equal bit by bit" if not different else f"DIFFERENT: {different}"))
         if different:
             sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""What the tests of learning from preferences share: a small run, pairs of its replies, answers, a reward model."""
+"""Share fixtures for learning from preferences: a small run, pairs of its replies, answers and a reward model."""
 
 import json
 import random
@@ -25,7 +25,7 @@ WORDS = ["hello there .", "how are you ?", "i like tea .", "that is sad .", "my 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A folder with a data set, ``data.json``, and a run that has learnt to say its sentences, ``run``."""
+    """Make a folder with a data set, ``data.json``, and a run that has learnt to say the data's sentences, ``run``."""
     folder = tmp_path_factory.mktemp("world")
     draw = random.Random(0)
 
@@ -55,7 +55,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def flags(world: Path, **changed) -> Namespace:
-    """collect's command line, small; ``changed``: arguments by name."""
+    """Parse collect's command line with small values; ``changed`` replaces arguments by name."""
     args = parse_collecting([str(word) for word in (
         "--model_checkpoint", world / "run", "--dataset_path", world / "data.json", "--dataset_cache", world / "cache",
         "--max_history", 1, "--device", "cpu", "--max_length", 6, "--temperature", 1.0, "--top_p", 0, "--seed", 7,
@@ -81,9 +81,9 @@ def answer(pair: str, choice, annotator: str = "anna", **more) -> dict:
 
 @pytest.fixture(scope="session")
 def two_sided(world, tmp_path_factory) -> Path:
-    """A folder with dialogs of two sides, ``data.json``, and ``pairs.jsonl`` of half of the validation turns.
+    """Make a folder with two-sided dialogs, ``data.json``, and ``pairs.jsonl`` from half of the validation turns.
 
-    Half of the dialogs open with the same two utterances; later ones name their dialog by a number.
+    Half of the dialogs open with the same two utterances; the later utterances contain the number of their dialog.
     """
     folder = tmp_path_factory.mktemp("two-sided")
     corpus = {}
@@ -99,13 +99,13 @@ def two_sided(world, tmp_path_factory) -> Path:
 
 
 def numbers(folder: Path) -> list[str]:
-    """Of each validation entry, the number that its dialog has."""
+    """Return the dialog number of each validation entry."""
     valid = json.loads((folder / "data.json").read_text())["valid"]
     return [re.search(r"[0-9]+", str(entry["utterances"][-1]))[0] for entry in valid]
 
 
 def reward_flags(world: Path, folder: Path, **changed) -> Namespace:
-    """feedback.reward's command line, small; ``changed``: arguments by name."""
+    """Parse feedback.reward's command line with small values; ``changed`` replaces arguments by name."""
     args = reward.parse_args([str(word) for word in (
         "--model_checkpoint", world / "run", "--pairs", world / "pairs.jsonl", "--answers", folder / "answers.jsonl",
         "--reward", folder / "reward", "--held_out", 0.3, "--n_epochs", 16, "--train_batch_size", 4, "--lr", 3e-3,
@@ -115,7 +115,7 @@ def reward_flags(world: Path, folder: Path, **changed) -> Namespace:
 
 @pytest.fixture(scope="session")
 def judged(world, pairs, tmp_path_factory) -> Path:
-    """A folder with answers that prefer the longer text, and the reward model learnt from them."""
+    """Make a folder with answers that prefer the longer text, and a reward model trained on them."""
     folder = tmp_path_factory.mktemp("judged")
     answered(folder, *(answer(name, int(len(pair["replies"][1]["text"]) > len(pair["replies"][0]["text"])))
                        for name, pair in pairs.items()))
@@ -129,7 +129,7 @@ class Killed(Exception):
 
 
 def killed_after(monkeypatch, module, count: int) -> None:
-    """The ``count``-th snapshot that ``module`` writes is its last."""
+    """Raise `Killed` when ``module`` has written its ``count``-th snapshot."""
     save, saved = module.save_snapshot, []
 
     def save_and_die(*args) -> None:
@@ -142,10 +142,10 @@ def killed_after(monkeypatch, module, count: int) -> None:
 
 
 def policy_flags(world: Path, folder: Path, judged: Path, *more) -> Namespace:
-    """feedback.policy's own command line, small."""
+    """Parse feedback.policy's command line with small values; ``more`` adds flags."""
     return policy.parse_args(list(map(str, [
         "--model_checkpoint", world / "run", "--dataset_path", world / "data.json", "--dataset_cache", world / "cache",
-        "--keep_repeated",  # few sentences make the same dialog twice
+        "--keep_repeated",  # with so few sentences, dialogs repeat
         "--max_history", 1, "--device", "cpu", "--policy", folder, "--max_length", 6, "--batch_size", 16, "--steps", 6,
         "--lr", 3e-3, "--evaluate_every", 3, "--evaluation_contexts", 20, "--save_every", 2, "--rule",
         "--reward_model", judged / "reward", "--pairs", world / "pairs.jsonl", "--answers", judged / "answers.jsonl",

@@ -1,11 +1,11 @@
-"""Coverage-guided fuzzing of what reads files and text from elsewhere, with atheris (libFuzzer for Python).
+"""Fuzz what reads foreign files and text, guided by coverage, with atheris (libFuzzer for Python).
 
-    make fuzz                                 all targets, some minutes, a line of figures each
+    make fuzz                                 all targets: some minutes, one line of figures per target
     python tests/fuzz.py json -runs=1000000   one target, with libFuzzer's own flags
 
-Each target asserts what must hold of any input whatever. An input that breaks it, or takes more than 20 seconds or
-2 GB, ends the run with an error and is kept in `.fuzz`, as are those that reach something new: the next run begins with
-them.
+Each target asserts what must hold for any input. An input that breaks the assertion, or takes more than 20 seconds or 2
+GB, ends the run with an error. It is kept in `.fuzz`, and so is every input that reaches new code; the next run starts
+from these inputs.
 """
 
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 WORK = ROOT / ".fuzz"
 
-# Words of the formats, which chance alone would take long to spell.
+# Words of the formats: random bytes would rarely spell them.
 WORDS = ["train", "valid", "personality", "utterances", "history", "candidates", "turns", "personas", "speakers",
          "dialog", "free_turker_utterance", "guided_turker_utterance", "your persona: ", "partner's persona: ",
          "__SILENCE__", "__eou__", "_comma_", "conv_id,utterance_idx,context,prompt,speaker_idx,utterance",
@@ -47,13 +47,13 @@ SEEDS = {
 
 
 def fuzz_json():
-    """A data file is refused in one printable line, or read as Python's own reader reads it."""
+    """Check that a data file is refused in one printable line, or read as Python's own reader reads it."""
     with atheris.instrument_imports(include=["corpora"]):
         import corpora
         from cli import InputError, printable
         from corpora import check_corpus, read_corpus
 
-    corpora.PIECE = 64  # values that lie in two pieces, too
+    corpora.PIECE = 64  # small pieces, so that values cross their borders
 
     def one(data: bytes, path: Path) -> None:
         path.write_bytes(data)
@@ -70,7 +70,7 @@ def fuzz_json():
 
 
 def fuzz_readers():
-    """A file of any layout is refused in one line, or each of its entries has the format."""
+    """Check that a file of any layout is refused in one line, or that each of its entries has the format."""
     with atheris.instrument_imports(include=["columns", "corpora", "dialogs", "records", "releases", "rows", "readers",
                                              "shapes", "texts"]):
         import dialogs
@@ -96,7 +96,7 @@ def fuzz_readers():
 
 
 def fuzz_tokens():
-    """No text becomes a control token, and a sequence has those that its structure asks for and no other."""
+    """Check that no text becomes a control token, and that a sequence has just the control tokens of its structure."""
     folders = [ROOT / "models" / "tiny", *(ROOT.parent / "shared" / "golden").glob("run-2019-*")]
     with atheris.instrument_imports(include=["utils", "inputs", "ftfy"]):
         from inputs import Specials, build_input_from_segments
@@ -108,7 +108,7 @@ def fuzz_tokens():
                 for tokenizer in tokenizers]
 
     def one(data: bytes, path: Path) -> None:
-        text = data.decode("utf-8", "surrogateescape")  # lone surrogates, which JSON can spell, for what is not UTF-8
+        text = data.decode("utf-8", "surrogateescape")  # bytes that are not UTF-8 become lone surrogates
         for tokenizer, control in zip(tokenizers, controls, strict=True):
             ids = tokenizer.encode(text)
             assert control.isdisjoint(ids), ids
@@ -125,13 +125,13 @@ TARGETS = {"json": fuzz_json, "readers": fuzz_readers, "tokens": fuzz_tokens}
 
 
 def fuzz(target: str, flags: list[str]) -> None:
-    """Run one target until libFuzzer's ``flags`` say enough."""
+    """Run one target until libFuzzer's ``flags`` end it."""
     corpus, words = WORK / target, WORK / "words"
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(SEEDS[target]):
         (corpus / f"seed-{number}").write_text(seed, "utf-8")
     words.write_text("".join(f'"{word}"\n' for word in WORDS))
-    memory = Path("/dev/shm")  # a disk would take most of the time
+    memory = Path("/dev/shm")  # in memory, because a disk would be slow
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         path, one = Path(folder, "input"), TARGETS[target]()
         atheris.Setup([sys.argv[0], "-timeout=20", "-rss_limit_mb=2048", "-max_len=2000", f"-dict={words}",
@@ -140,7 +140,7 @@ def fuzz(target: str, flags: list[str]) -> None:
 
 
 def fuzz_all(flags: list[str]) -> int:
-    """Run each target in a process of its own; print its figures, or the end of what it said where it failed."""
+    """Run each target in its own process; print its figures and, if it failed, the end of its output."""
     failed = 0
     for target in TARGETS:
         begun = time.monotonic()

@@ -1,6 +1,6 @@
-"""Runs our scripts in processes forked from one that has imported torch and the rest, which takes seconds each time.
+"""Run scripts in processes forked from a process that has already imported torch, which saves seconds per run.
 
-Such a process has its own working folder, environment, arguments and standard streams, as if started from a shell.
+Each process has its own working folder, environment, arguments and standard streams, as if a shell had started it.
 """
 
 import io
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-IMPORTED = ["train", "convai_evaluation", "example_entry", "spacy.lang.en", "ftfy"]  # the slow imports are in these
+IMPORTED = ["train", "convai_evaluation", "example_entry", "spacy.lang.en", "ftfy"]  # these import all slow modules
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.getenv("PYTHONPATH")]))
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(IMPORTED)
@@ -20,16 +20,16 @@ _context.set_forkserver_preload(IMPORTED)
 
 def start(path: Path, args: list[str], cwd: Path, env: dict[str, str],
           streams: list[Path]) -> multiprocessing.process.BaseProcess:
-    """Start a script, its standard input, output and error being the three files, which exist."""
+    """Start a script; ``streams`` are existing files for standard input, output and error."""
     process = _context.Process(target=_become, args=(path, args, cwd, env, streams))
     process.start()
     return process
 
 
 def run(path: Path, args: list[str], cwd: Path, env: dict[str, str], streams: list[Path], timeout: float) -> int:
-    """`start` a script and return its exit status.
+    """Start a script, wait for its end and return its exit status.
 
-    Raises ``TimeoutError`` after ``timeout`` seconds, when the process has been killed.
+    Raises ``TimeoutError`` after ``timeout`` seconds, and kills the process.
     """
     process = start(path, args, cwd, env, streams)
     process.join(timeout)
