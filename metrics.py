@@ -171,19 +171,21 @@ def reply_metrics(records: list[dict], split: "Split", max_history: int) -> dict
 
     ``Words per reply``: the mean length (Chinese and Japanese: in letters). ``Distinct-1`` and ``Distinct-2``: the
     share of distinct words and word pairs among all (Li et al. 2016). ``Copied``: the share of replies that occur word
-    for word in the persona or in the part of the history that the model saw.
+    for word in the persona or in the part of the history that the model saw. ``Stutters``: the share of replies with a
+    word three times in a row.
     """
-    copied, lengths, grams = [], [], {1: Counter(), 2: Counter()}
+    copied, stutters, lengths, grams = [], [], [], {1: Counter(), 2: Counter()}
     for turn, record in enumerate(records):
         reply = split_words(separate_letters(record["reply"]))
         seen = split.texts("persona", split.turn_dialog[turn]) + split.texts("history", turn)[-(2 * max_history + 1):]
         within = (f" {' '.join(split_words(separate_letters(text)))} ".lower() for text in seen)
         copied.append(bool(reply) and any(f" {' '.join(reply)} ".lower() in text for text in within))
+        stutters.append(any(len(set(words)) == 1 for words in zip(reply, reply[1:], reply[2:], strict=False)))
         lengths.append(len(reply))
         for n, counts in grams.items():
             counts.update(zip(*(reply[start:] for start in range(n)), strict=False))
     distinct = {f"Distinct-{n}": len(counts) / max(1, counts.total()) for n, counts in grams.items()}
-    looks = {"Words per reply": fmean(lengths), **distinct, "Copied": fmean(copied)}
+    looks = {"Words per reply": fmean(lengths), **distinct, "Copied": fmean(copied), "Stutters": fmean(stutters)}
     return text_metrics(records, split) | looks
 
 

@@ -130,6 +130,7 @@ MEANINGS = {
                         "monotony."),
     "Words per reply": (False, "How long the replies are on average."),
     "Copied": (True, "Which share of the replies repeats the persona or the history word for word."),
+    "Stutters": (True, "Which share of the replies has a word three times in a row."),
 }
 
 

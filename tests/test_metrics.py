@@ -201,12 +201,15 @@ def test_what_replies_look_like(tmp_path):
     table = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))
     records = [{"reply": "I love cats."}, {"reply": "older cats cats"}, {"reply": ""}]
     metrics = reply_metrics(records, table["valid"], max_history=1)
+    assert metrics["Stutters"] == 0
     assert metrics["F1"] == pytest.approx((2 * 1 / (3 + 3) + 2 * 1 / (3 + 1) + 0) / 3)
     assert metrics["Accuracy"] == 0
     assert metrics["Words per reply"] == pytest.approx((4 + 3 + 0) / 3)
     assert metrics["Distinct-1"] == pytest.approx(5 / 7)  # I love cats . older, of which cats three times
     assert metrics["Distinct-2"] == pytest.approx(5 / 5)
     assert metrics["Copied"] == pytest.approx(1 / 3)  # the first, from the persona, whatever the case
+    records[0] = {"reply": "cats cats cats . cats"}
+    assert reply_metrics(records, table["valid"], max_history=1)["Stutters"] == pytest.approx(1 / 3)
 
 
 def test_calibration_by_hand():
