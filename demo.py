@@ -1,9 +1,9 @@
-"""Talk to a model in the browser, or from a program: a page, OpenAI's interface and Gradio's own, at one address.
+"""Talk to a model in the browser, or from a program through OpenAI's interface or Gradio's, at one address.
 
     python demo.py --model_checkpoint runs/<your run>
 
-The replies of all visitors are decoded together (web/batching.py); the page is in web/page.py, what programs ask in
-web/api.py; this file starts the server.
+The replies of all visitors are decoded in one batch (web/batching.py). The page is in web/page.py, the interface for
+programs in web/api.py; this file starts the server.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from functools import partial
 
 try:
     import gradio as gr
-except ModuleNotFoundError:  # training and chat do without
+except ModuleNotFoundError:  # an optional package: training and chat do not need it
     print("demo.py: error: the page needs gradio; pip install -r requirements/web.txt", file=sys.stderr)
     sys.exit(2)
 import uvicorn
@@ -51,15 +51,15 @@ logger = logging.getLogger("demo")
 
 def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str],
               collector: Collector | None = None, pairing: str = "") -> FastAPI:
-    """Everything at one address.
+    """Build the application: the page, the interfaces for programs, and the checks before them.
 
-    ``hosts``: the names under which browsers may know this server, so that no other site can pass for it by a name that
-    it lets point here (DNS rebinding). ``origins``: of whose pages scripts may ask it.
+    ``hosts``: host names that requests may use; others are refused, so that no other site can let a name of its own
+    point here (DNS rebinding). ``origins``: sites whose scripts may send requests.
     """
     app = FastAPI(title="TransferTransfo", version=bot.version, docs_url=None, redoc_url=None, openapi_url=None)
     page = build_page(bot, table, collector, pairing)
-    # The last added is asked first. Gradio leaves its own CORS out, which lets every page on this machine in, where it
-    # finds Starlette's; without origins `Guard` answers before that is reached.
+    # The middleware added last runs first. Gradio has its own CORS rules, which allow every page on this machine, and
+    # leaves them out only if it finds Starlette's. Without origins, `Guard` answers before those are reached.
     cors = dict(allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     if not origins:
         app.add_middleware(CORSMiddleware, **cors)
@@ -101,7 +101,7 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str],
 
     @app.get("/healthz")
     def health() -> JSONResponse:
-        """What works and what does not: status 200 only when a reply can be had, or waited for."""
+        """Report the server's state, with status 200 only if requests for a reply are answered or queued."""
         decoder, events = bot.decoder, page._queue
         silent = time.monotonic() - decoder.stepped if decoder.decoding else 0
         status = ("stopping" if decoder.draining else "not decoding" if not decoder.thread.is_alive() or silent > 60
@@ -119,7 +119,7 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str],
 
 
 def host_names(host: str, further: list[str]) -> list[str]:
-    """What a browser may call a server that listens at ``host``: this machine, as others know it if they are let in."""
+    """Return the host names of a server that listens at ``host``, including this machine's if others may connect."""
     names = ["localhost", "127.0.0.1", "::1", host, *further]
     if host in ("0.0.0.0", "::", ""):
         own = socket.gethostname()
@@ -130,8 +130,8 @@ def host_names(host: str, further: list[str]) -> list[str]:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="Decoding flags are what the page begins with, "
-                            "and what programs get that ask for nothing else.")
+    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="The decoding flags set the first values on "
+                            "the page, and the defaults for programs.")
     add = parser.add_argument
     add_common_flags(parser, model_checkpoint="")
     add_decoding_flags(parser)
@@ -139,31 +139,31 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="address to listen at; 0.0.0.0 lets other machines in (default: %(default)s)")
     add("--port", type=port_number, default=7860, help="0: any free one (default: %(default)s)")
     add("--max_batch", type=positive_number, default=32, metavar="N",
-        help="replies decoded at once; a beam search counts as its beams and one (default: %(default)s)")
+        help="replies decoded at once; a beam search counts as the number of beams plus one (default: %(default)s)")
     add("--max_waiting", type=positive_number, default=64, metavar="N",
-        help="requests that may wait for their turn; more are refused (default: %(default)s)")
+        help="requests that may wait; further ones are refused (default: %(default)s)")
     add("--memory", type=positive_number, default=MEMORY, metavar="MIB",
-        help="memory for the keys and values of all replies under way; a request that needs more than is left waits "
+        help="memory for the keys and values of all replies under way; a request that needs more than is free waits "
              "(default: %(default)s)")
     add("--drain", type=whole_number, default=30, metavar="S",
         help="seconds that replies under way may still take after SIGTERM or Ctrl-C (default: %(default)s)")
     add("--allow_host", action="append", default=[], metavar="NAME", type=_host,
-        help="another name under which browsers reach this server, such as a proxy's; *.NAME: all below it; may be "
-             "given several times (default: this machine's names and --host)")
+        help="another host name of this server, such as a proxy's; *.NAME allows all its subdomains; repeatable "
+             "(default: this machine's names and --host)")
     add("--allow_origin", action="append", default=[], metavar="ORIGIN", type=_origin,
-        help="let the scripts of other pages ask: https://name[:port], or * for all; may be given several times "
+        help="allow requests from scripts of other sites: https://name[:port], or * for all; repeatable "
              "(default: none)")
     add("--collect", metavar="FOLDER",
-        help="keep what visitors prefer, with the conversation, as pairs, answers and ratings for feedback/; the page "
-             "says so (default: nothing is kept)")
+        help="save visitors' preferences, with the conversations, as pairs, answers and ratings for feedback/; the "
+             "page tells visitors (default: nothing is saved)")
     return parser.parse_args(argv)
 
 
 def main() -> int:
     args = parse_args()
-    sys.setswitchinterval(0.001)  # s: the decoding thread gets its turn sooner among many requests
+    sys.setswitchinterval(0.001)  # s: many requests delay the decoding thread less
     allow_many_files()
-    with listen(args.host, args.port) as listening:  # before the model is loaded, which can take long
+    with listen(args.host, args.port) as listening:  # before the slow loading of the model, to fail early
         args.model_checkpoint = published_or_persona(args.model_checkpoint)
         bot = Bot(args)
         collector = Collector(args.collect, bot) if args.collect else None
@@ -179,8 +179,7 @@ def main() -> int:
 
 
 def serve(bot: Bot, app: FastAPI, drain: float) -> Server:
-    """A server of ``app`` that, told to stop, goes on for at most ``drain`` seconds with what is being decoded."""
-
+    """Return a server of ``app`` that, after a signal, finishes replies under way for at most ``drain`` seconds."""
     config = uvicorn.Config(app, http=Connection, ws="none", proxy_headers=False, log_level="warning",
                             timeout_graceful_shutdown=3, timeout_keep_alive=30)
     return Server(config, drain, bot.decoder.drain, lambda: not bot.decoder.decoding, bot.decoder.close,
@@ -189,7 +188,7 @@ def serve(bot: Bot, app: FastAPI, drain: float) -> Server:
 
 def _host(text: str) -> str:
     if not re.fullmatch(r"(\*\.)?[\w.-]+|[0-9a-fA-F:]+", text):
-        raise ArgumentTypeError(f"{text!r} is not a host's name; write it without scheme and port: chat.example.org")
+        raise ArgumentTypeError(f"{text!r} is not a host name; write it without scheme and port: chat.example.org")
     return text
 
 

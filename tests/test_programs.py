@@ -261,7 +261,7 @@ def test_small_requests_that_came_out_wrong(address, bot):
     assert post("null_content").json()["usage"]["prompt_tokens"] == 1 + 2 + 1 + 1 + len(bot.encode("and ?")) + 1
     error = post("image_part").json()["error"]
     assert error["param"] == "messages.0.content"
-    assert "part 1 is 'image_url'; only text is read here" in error["message"]
+    assert "part 1 is 'image_url'; send only text" in error["message"]
 
 
 def test_a_request_that_does_not_say_that_it_is_json_is_told_so(address):

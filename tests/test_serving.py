@@ -231,7 +231,7 @@ def test_errors_with_the_openai_client(client):
     with pytest.raises(openai.BadRequestError, match="temperature: .* to 5") as refusal:
         client.chat.completions.create(model="parrot", messages=MESSAGES, temperature=9)
     assert refusal.value.param == "temperature"
-    with pytest.raises(openai.BadRequestError, match="the last one must be the user's"):
+    with pytest.raises(openai.BadRequestError, match="the last message must be the user's"):
         client.chat.completions.create(model="parrot", messages=MESSAGES[:-1])
 
 
@@ -257,10 +257,10 @@ def test_gradios_own_interface(address, bot):
 NESTED = b"[" * 100_000
 HOSTILE = {
     b"": "body", b"{": "not JSON at character 1", b"[]": "body", b'"\xff"': "", NESTED: "", b"null": "body",
-    b'{"messages": 3}': "messages", b'{"messages": []}': "last one must be the user's",
+    b'{"messages": 3}': "messages", b'{"messages": []}': "last message must be the user's",
     b'{"messages": [{"role": "king", "content": "x"}]}': "messages.0.role",
     b'{"messages": [{"role": "user", "content": ["x"]}]}': "messages.0.content",
-    b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}': "tools: not offered here",
+    b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}': "tools: not supported",
     b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -1}': "max_tokens",
     b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}': "temperature",
     b'{"messages": [{"role": "user", "content": "x"}], "num_beams": 1000000}': "num_beams",
@@ -401,9 +401,9 @@ def test_without_gradio_what_installs_it():
 def test_a_port_in_use_and_other_places_that_cannot_be_listened_at():
     with demo.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"--port {port}: in use by another program; choose another"):
+        with pytest.raises(InputError, match=f"--port {port}: another program uses this port; choose another"):
             demo.listen("127.0.0.1", port)
-    with pytest.raises(InputError, match="--host 192.0.2.1: cannot be listened at"):
+    with pytest.raises(InputError, match="--host 192.0.2.1: the server cannot listen there"):
         demo.listen("192.0.2.1", 0)
     with pytest.raises(SystemExit):
         demo.parse_args(["--port", "70000"])

@@ -10,7 +10,7 @@ from cli import InputError
 from decoding import generate_replies
 from inputs import build_context
 from web.batching import Busy, Client, Decoder, Stopping
-from web.keyvalues import KeyValues, Row, Work, let_attend_by_row_
+from web.keyvalues import BatchRow, KeyValues, Work, let_attend_by_row_
 
 SHORT = build_context([], [[3, 4]], SPECIAL)
 
@@ -67,8 +67,8 @@ def test_a_context_read_in_pieces_is_the_whole(family):
     context = long_context(600)
     rows = []
     for length, segment in ((700, context), (100, SHORT)):
-        place, = cache.take(length, 1)
-        rows.append(Row(place, segment.start, 0, list(segment.ids), list(segment.types)))
+        place, = cache.allocate(length, 1)
+        rows.append(BatchRow(place, segment.start, 0, list(segment.ids), list(segment.types)))
     pieces = [1, 7, 100, 13, 256, 1000]
     with torch.inference_mode():
         cache.compute(model, [Work(rows[1], len(rows[1].ids))])

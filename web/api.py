@@ -1,6 +1,6 @@
-"""OpenAI's interface to a `Bot`: chat completions, completions, models; docs/programs.md lists all parameters.
+"""Offer a `Bot` through OpenAI's interface: chat completions, completions, models.
 
-Knows HTTP and the names of OpenAI's fields; the texts and their bounds are the bot's.
+docs/programs.md lists all parameters. This file knows HTTP and OpenAI's fields; the `Bot` knows texts and bounds.
 """
 
 import asyncio
@@ -17,23 +17,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from starlette.requests import HTTPConnection
 
 from cli import InputError
-from web.batching import Busy, Client, Reply, Wish
+from web.batching import Busy, Client, Reply, ReplyOptions
 from web.bot import Bot
 from web.guard import error
-from web.page import sentences
+from web.page import split_sentences
 
-OPTIONS = ("temperature", "top_k", "top_p", "num_beams", "frequency_penalty", "presence_penalty")  # of decoding
-MOST_REPLIES = 8  # to one request: the share of a batch that one client has beside others
+DECODING = ("temperature", "top_k", "top_p", "num_beams", "frequency_penalty", "presence_penalty")
+MOST_REPLIES = 8  # per request: the share of a batch that one client gets besides others
 MOST_STOPS, LONGEST_STOP = 4, 256
-MOST_LIKELY = 20  # tokens whose log-probabilities are told
-LEAST_CHANCE = -9999.0  # in the place of an infinite log-probability, which JSON cannot say
+MOST_LOGPROBS = 20  # per token
+LEAST_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot express
 SEEDS = 2 ** 63
-# What OpenAI's own service has and this server has not, with the values that ask for nothing.
+# Parameters of OpenAI's service that this server lacks, each with the values that request nothing.
 REFUSED: dict[str, tuple] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
     "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "reasoning_effort": ("none",),
     "verbosity": (), "store": (False,), "moderation": (), "suffix": ("",), "echo": (False,), "best_of": (1,)}
-TELL_OF_IGNORED, SHOWN_NAMES, SHOWN_LETTERS = "X-Ignored-Parameters", 20, 40
+IGNORED_HEADER, SHOWN_NAMES, SHOWN_LETTERS = "X-Ignored-Parameters", 20, 40
 
 
 class Message(BaseModel):
@@ -49,11 +49,11 @@ class Message(BaseModel):
             for number, part in enumerate(content):
                 if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                    raise ValueError(f"part {number} is {str(kind)[:40]!r}; only text is read here")
+                    raise ValueError(f"part {number} is {str(kind)[:40]!r}; send only text")
             return "".join(part["text"] for part in content)
         if content is None:
             if about.data.get("role") != "assistant":
-                raise ValueError("is null; write text")
+                raise ValueError("is null; send text")
             return ""
         return content
 
@@ -71,14 +71,14 @@ class ResponseFormat(BaseModel):
     @classmethod
     def only_text(cls, kind: str) -> str:
         if kind != "text":
-            raise ValueError(f"{kind[:40]!r} is not offered here, only 'text' is")
+            raise ValueError(f"{kind[:40]!r} is not supported, only 'text' is")
         return kind
 
 
-class Asked(BaseModel):
-    """What chat completions and completions have in common; ``top_k`` and ``num_beams`` are our own.
+class CompletionRequest(BaseModel):
+    """The parameters that chat completions and completions share; ``top_k`` and ``num_beams`` are additions.
 
-    Of the options of decoding only the kind is checked here; `Bot.options` knows their ranges.
+    This class checks only the types of decoding options; `Bot.options` checks their ranges.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -94,7 +94,7 @@ class Asked(BaseModel):
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     max_tokens: int | None = None
-    max_completion_tokens: int | None = None  # its newer name
+    max_completion_tokens: int | None = None  # the newer name of max_tokens
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
     stop: list[str] | None = None
@@ -104,10 +104,10 @@ class Asked(BaseModel):
     def few_and_short(cls, stop: object) -> object:
         stops = [stop] if isinstance(stop, str) else stop
         if isinstance(stops, list) and len(stops) > MOST_STOPS:
-            raise ValueError(f"has {len(stops):,} texts; at most {MOST_STOPS} are looked for")
+            raise ValueError(f"has {len(stops):,} texts; send at most {MOST_STOPS}")
         for text in stops if isinstance(stops, list) else []:
             if isinstance(text, str) and not 0 < len(text) <= LONGEST_STOP:
-                raise ValueError(f"has a text of {len(text):,} characters; write 1 to {LONGEST_STOP}")
+                raise ValueError(f"has a text of {len(text):,} characters; send 1 to {LONGEST_STOP}")
         return stops
 
     @field_validator("logit_bias")
@@ -115,93 +115,96 @@ class Asked(BaseModel):
     def of_tokens(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
         for token in biases or {}:
             if not (token.isascii() and token.isdecimal() and len(token) < 10):
-                raise ValueError(f"{token[:40]!r} is no token's number")
+                raise ValueError(f"{token[:40]!r} is not the number of a token")
         return biases
 
     def options(self, bot: Bot):
-        """The options of decoding. Raises `InputError`."""
+        """Return the decoding options. Raises `InputError` if one is out of range."""
         biases = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
-        return bot.options(**{name: getattr(self, name) for name in OPTIONS}, logit_bias=tuple(biases.items()) or None,
+        return bot.options(**{name: getattr(self, name) for name in DECODING}, logit_bias=tuple(biases.items()) or None,
                            max_length=self.max_completion_tokens or self.max_tokens)
 
     def seeds(self) -> list[int | None]:
-        """The seed of each reply: the one that was asked for, and those behind it."""
-        return [None if self.seed is None else (self.seed + number) % SEEDS or SEEDS - 1  # 0 would be none
+        """Return the seed of each reply: the requested one, and the numbers after it for further replies."""
+        return [None if self.seed is None else (self.seed + number) % SEEDS or SEEDS - 1  # 0 means no seed
                 for number in range(self.n or 1)]
 
     def ignored(self) -> list[str]:
-        """The names of what was asked for and changes nothing. Raises `InputError` for what is not offered."""
+        """Return the names of unknown parameters, which change nothing. Raises `InputError` for unsupported ones."""
         names = []
         for name, value in (self.model_extra or {}).items():
             neutral = REFUSED.get(name)
             if neutral is None:
                 names.append(name)
             elif value is not None and not any(type(value) is type(one) and value == one for one in neutral):
-                raise InputError(f"{name}: not offered here, leave it out")
+                raise InputError(f"{name}: not supported; leave it out")
         if self.stream_options and not self.stream:
-            raise InputError("stream_options: only together with stream")
+            raise InputError("stream_options: needs stream")
         return names
 
 
-class ChatRequest(Asked):
-    """A request of the chat interface."""
+class ChatRequest(CompletionRequest):
+    """A request to the chat interface."""
 
     messages: list[Message]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
 
     def conversation(self) -> tuple[list[str], list[str]]:
-        """The personality, from the system messages, and what was said, the user's first: several messages of one side
-        are one. Raises `InputError` unless the user spoke last."""
+        """Return the personality, from the system messages, and the other messages, the user's first.
+
+        Successive messages of one side are joined. Raises `InputError` unless the last message is the user's.
+        """
         personality, said, speaker = [], [""], "user"
         for message in self.messages:
             if message.role in ("system", "developer"):
-                personality += sentences(message.content)
+                personality += split_sentences(message.content)
             elif message.role == speaker:
                 said[-1] = f"{said[-1]} {message.content}".strip()
             else:
                 said.append(message.content)
                 speaker = message.role
         if speaker != "user" or not said[-1].strip():
-            raise InputError("messages: the last one must be the user's, and say something")
+            raise InputError("messages: the last message must be the user's and must not be empty")
         return personality, said if said[0] else said[1:]
 
     @property
-    def likely(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
-            raise InputError("top_logprobs: only together with logprobs")
+            raise InputError("top_logprobs: needs logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def replies(self, bot: Bot, client: Client, wish: Wish) -> list[AsyncGenerator[Reply, None]]:
+    def replies(self, bot: Bot, client: Client, extra: ReplyOptions) -> list[AsyncGenerator[Reply, None]]:
         personality, said = self.conversation()
         options = self.options(bot)
-        return [bot.reply(personality, said, options.over(seed=seed), client, wish) for seed in self.seeds()]
+        return [bot.reply(personality, said, options.over(seed=seed), client, extra) for seed in self.seeds()]
 
 
-class TextRequest(Asked):
-    """A request of the older interface: go on with a text."""
+class TextRequest(CompletionRequest):
+    """A request to the older interface: continue a text."""
 
     prompt: list[str]
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
     def only_text(cls, prompt: object) -> object:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
-            raise ValueError("is neither a text nor a list of texts; numbers of tokens are not read here")
+            raise ValueError("is neither a text nor a list of texts; token ids are not supported")
         return prompts
 
     @property
-    def likely(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         return self.logprobs
 
-    def replies(self, bot: Bot, client: Client, wish: Wish) -> list[AsyncGenerator[Reply, None]]:
+    def replies(self, bot: Bot, client: Client, extra: ReplyOptions) -> list[AsyncGenerator[Reply, None]]:
         if (count := len(self.prompt) * (self.n or 1)) > MOST_REPLIES:
-            raise InputError(f"prompt: asks for {count:,} replies, n to each text; at most {MOST_REPLIES} are given")
+            raise InputError(f"prompt: {len(self.prompt):,} texts with n={self.n or 1} need {count:,} replies; ask for "
+                             f"at most {MOST_REPLIES}")
         options = self.options(bot)
-        return [bot.continuation(text, options.over(seed=seed), client, wish)
+        return [bot.continuation(text, options.over(seed=seed), client, extra)
                 for text in self.prompt for seed in self.seeds()]
 
 
@@ -209,12 +212,12 @@ PARAMETERS = {*ChatRequest.model_fields, *TextRequest.model_fields, *REFUSED}
 
 
 def client_of(request: HTTPConnection) -> Client:
-    """Return the client of a request: its address, and its key if it gives one."""
+    """Return the client of a request: the address, and the key if the request has one."""
     return Client.at(request.client and request.client.host, request.headers.get("authorization", ""))
 
 
 def openai_routes(app: FastAPI, bot: Bot) -> None:
-    """``/v1/models``, ``/v1/chat/completions`` and ``/v1/completions``."""
+    """Add ``/v1/models``, ``/v1/chat/completions`` and ``/v1/completions`` to the app."""
     model = {"id": bot.name, "object": "model", "created": int(time.time()), "owned_by": "transfertransfo",
              "version": bot.version}
 
@@ -229,62 +232,64 @@ def openai_routes(app: FastAPI, bot: Bot) -> None:
     def no_such_model(name: str) -> JSONResponse:
         return error(404, f"There is no model {name!r} here, only {bot.name!r}.", "model_not_found", "model")
 
-    async def answer(asked: ChatRequest | TextRequest, request: Request) -> Response:
-        if asked.model not in ("", bot.name):
-            return no_such_model(asked.model)
-        chat, likely = isinstance(asked, ChatRequest), asked.likely
-        headers = ignored_header(asked.ignored())
-        if likely is not None and asked.options(bot).num_beams > 1:
-            raise InputError("logprobs: not offered with num_beams, which weighs whole replies")
-        replies = asked.replies(bot, client_of(request), Wish(stops=tuple(asked.stop or ()), likely=likely))
-        grown, count = together(replies), len(replies)
+    async def answer(parameters: ChatRequest | TextRequest, request: Request) -> Response:
+        if parameters.model not in ("", bot.name):
+            return no_such_model(parameters.model)
+        chat, num_logprobs = isinstance(parameters, ChatRequest), parameters.num_logprobs
+        headers = ignored_header(parameters.ignored())
+        if num_logprobs is not None and parameters.options(bot).num_beams > 1:
+            raise InputError("logprobs: not supported with num_beams, which scores whole replies")
+        replies = parameters.replies(bot, client_of(request),
+                                     ReplyOptions(stops=tuple(parameters.stop or ()), num_logprobs=num_logprobs))
+        grown, count = merge(replies), len(replies)
         frame = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
                  "model": bot.name, "system_fingerprint": bot.version,
-                 "object": "text_completion" if not chat else f"chat.completion{'.chunk' * bool(asked.stream)}"}
-        if (first := await unless_gone(request, anext(grown))) is None:
+                 "object": "text_completion" if not chat else f"chat.completion{'.chunk' * bool(parameters.stream)}"}
+        if (first := await unless_disconnected(request, anext(grown))) is None:
             await grown.aclose()
             return Response()
-        if asked.stream:
-            return StreamingResponse(stream(bot, first, grown, count, frame, asked), media_type="text/event-stream",
-                                     headers=headers)
+        if parameters.stream:
+            return StreamingResponse(stream(bot, first, grown, count, frame, parameters),
+                                     media_type="text/event-stream", headers=headers)
         async with aclosing(grown):
-            if (done := await unless_gone(request, last_of_each(first, grown))) is None:
+            if (done := await unless_disconnected(request, whole_replies(first, grown))) is None:
                 return Response()
         choices = []
         for number, reply in sorted(done.items()):
             text, kept = bot.text(reply), reply.stopped.kept if reply.stopped else len(reply.tokens)
             said = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
-            chances = None if likely is None else Chances(bot, reply, chat).until(kept)
-            choices.append({"index": number, **said, "logprobs": chances, "finish_reason": reply.ended})
-        return JSONResponse(frame | {"choices": choices, "usage": usage(done.values(), asked.n or 1)}, headers=headers)
+            logprobs = None if num_logprobs is None else LogProbs(bot, reply, chat).until(kept)
+            choices.append({"index": number, **said, "logprobs": logprobs, "finish_reason": reply.ended})
+        return JSONResponse(frame | {"choices": choices, "usage": usage(done.values(), parameters.n or 1)},
+                            headers=headers)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
-        return await answer(asked, request)
+    async def chat_completions(parameters: ChatRequest, request: Request) -> Response:
+        return await answer(parameters, request)
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(asked: TextRequest, request: Request) -> Response:
-        return await answer(asked, request)
+    async def completions(parameters: TextRequest, request: Request) -> Response:
+        return await answer(parameters, request)
 
     @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
     def anything_else(rest: str) -> JSONResponse:
-        return error(404, f"/v1/{rest} is not offered here; /v1/chat/completions, /v1/completions and /v1/models are.")
+        return error(404, f"/v1/{rest} is not supported; use /v1/chat/completions, /v1/completions or /v1/models.")
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:
-    """The header that tells which parameters change nothing."""
+    """Return the header that names the parameters which change nothing."""
     shown = [ascii(name)[1:-1][:SHOWN_LETTERS] for name in names[:SHOWN_NAMES]] + ["..."] * (len(names) > SHOWN_NAMES)
-    return {TELL_OF_IGNORED: ", ".join(shown)} if names else {}
+    return {IGNORED_HEADER: ", ".join(shown)} if names else {}
 
 
-async def unless_gone(request: Request, step: Coroutine) -> Any:
-    """What ``step`` returns; None, and it is cancelled, when the client closes the connection before."""
+async def unless_disconnected(request: Request, step: Coroutine) -> Any:
+    """Return the result of ``step``, or cancel it and return None if the client closes the connection first."""
 
-    async def gone() -> None:
+    async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = asyncio.ensure_future(step), asyncio.ensure_future(gone())
+    tasks = asyncio.ensure_future(step), asyncio.ensure_future(disconnected())
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         if not task.done():
@@ -294,9 +299,9 @@ async def unless_gone(request: Request, step: Coroutine) -> Any:
     return None if tasks[0].cancelled() else tasks[0].result()
 
 
-async def together(replies: list[AsyncGenerator[Reply, None]]) -> AsyncGenerator[tuple[int, Reply], None]:
-    """The replies of several streams as they grow, each with the number of its stream. An error of one ends all."""
-    steps = {asyncio.ensure_future(anext(one, None)): number for number, one in enumerate(replies)}
+async def merge(streams: list[AsyncGenerator[Reply, None]]) -> AsyncGenerator[tuple[int, Reply], None]:
+    """Yield (number of the stream, reply) from several streams as the replies grow. An error in one ends all."""
+    steps = {asyncio.ensure_future(anext(one, None)): number for number, one in enumerate(streams)}
     try:
         while steps:
             done, _ = await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
@@ -304,71 +309,71 @@ async def together(replies: list[AsyncGenerator[Reply, None]]) -> AsyncGenerator
             for number, reply in grown:
                 if reply is not None:
                     yield number, reply
-                    steps[asyncio.ensure_future(anext(replies[number], None))] = number
+                    steps[asyncio.ensure_future(anext(streams[number], None))] = number
     finally:
         for task in steps:
             task.cancel()
         await asyncio.gather(*steps, return_exceptions=True)
-        for one in replies:
+        for one in streams:
             await one.aclose()
 
 
-async def last_of_each(first: tuple[int, Reply], grown: AsyncGenerator[tuple[int, Reply], None]) -> dict[int, Reply]:
-    """What `together` yields last of each stream, its ``first`` included."""
+async def whole_replies(first: tuple[int, Reply], grown: AsyncGenerator[tuple[int, Reply], None]) -> dict[int, Reply]:
+    """Return the last reply of each stream of `merge`. ``first``: the first item that it yielded."""
     done = dict([first])
     async for number, reply in grown:
         done[number] = reply
     return done
 
 
-class Chances:
-    """The log-probabilities of a reply's tokens in the form of either interface, as far as they were not told yet."""
+class LogProbs:
+    """The log-probabilities of a reply's tokens in OpenAI's formats, in instalments."""
 
     def __init__(self, bot: Bot, reply: Reply, chat: bool):
         self.bot, self.reply, self.chat = bot, reply, chat
-        self.told = self.offset = 0  # tokens, letters
+        self.sent = self.offset = 0  # tokens, characters
 
     def until(self, count: int) -> dict:
-        """Of the tokens up to the ``count``-th."""
-        start, self.told = self.told, max(count, self.told)
+        """Return the log-probabilities from the first token not returned yet up to the ``count``-th."""
+        start, self.sent = self.sent, max(count, self.sent)
         steps = []
-        for place in range(start, self.told):
-            own, best = self.reply.likely[place]
-            steps.append((self.word(self.reply.tokens[place], place), own,
-                          [(self.word(token, place), value) for token, value in best]))
+        for place in range(start, self.sent):
+            own, best = self.reply.logprobs[place]
+            steps.append((self.token_text(self.reply.tokens[place], place), own,
+                          [(self.token_text(token, place), value) for token, value in best]))
         if self.chat:
-            return {"content": [chance(word, own) | {"top_logprobs": [chance(*one) for one in best]}
-                                for word, own, best in steps], "refusal": None}
+            return {"content": [logprob_entry(text, own) | {"top_logprobs": [logprob_entry(*one) for one in best]}
+                                for text, own, best in steps], "refusal": None}
         offsets = []
-        for word, _, _ in steps:
+        for text, _, _ in steps:
             offsets.append(self.offset)
-            self.offset += len(word)
-        return {"tokens": [word for word, _, _ in steps],
-                "token_logprobs": [max(own, LEAST_CHANCE) for _, own, _ in steps],
-                "top_logprobs": [{word: max(value, LEAST_CHANCE) for word, value in reversed(best)}
+            self.offset += len(text)
+        return {"tokens": [text for text, _, _ in steps],
+                "token_logprobs": [max(own, LEAST_LOGPROB) for _, own, _ in steps],
+                "top_logprobs": [{text: max(value, LEAST_LOGPROB) for text, value in reversed(best)}
                                  for _, _, best in steps], "text_offset": offsets}
 
-    def word(self, token: int, place: int) -> str:
-        word = self.bot.word(token)
-        return word.lstrip() if self.chat and place == 0 else word
+    def token_text(self, token: int, place: int) -> str:
+        text = self.bot.token_text(token)
+        return text.lstrip() if self.chat and place == 0 else text
 
 
-def chance(word: str, value: float) -> dict:
-    """A token's log-probability as the chat interface has it; ``bytes``: None of a part of a letter."""
-    return {"token": word, "logprob": max(value, LEAST_CHANCE),
-            "bytes": None if "\N{REPLACEMENT CHARACTER}" in word else [*word.encode()]}
+def logprob_entry(text: str, value: float) -> dict:
+    """Return a log-probability in the chat format; ``bytes`` is None for a token that is part of a character."""
+    return {"token": text, "logprob": max(value, LEAST_LOGPROB),
+            "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else [*text.encode()]}
 
 
 async def stream(bot: Bot, first: tuple[int, Reply], grown: AsyncGenerator[tuple[int, Reply], None], count: int,
-                 frame: dict, asked: ChatRequest | TextRequest) -> AsyncGenerator[str, None]:
-    """``count`` replies as server-sent events. ``grown`` is what `together` yields behind its ``first``."""
-    chat = isinstance(asked, ChatRequest)
+                 frame: dict, parameters: ChatRequest | TextRequest) -> AsyncGenerator[str, None]:
+    """Yield ``count`` replies as server-sent events. ``first``, ``grown``: the first item of `merge`, and the rest."""
+    chat = isinstance(parameters, ChatRequest)
 
-    def event(number: int, said: dict | str, finish: str | None = None, chances: dict | None = None) -> str:
-        choice = {"index": number, "delta" if chat else "text": said, "logprobs": chances, "finish_reason": finish}
+    def event(number: int, said: dict | str, finish: str | None = None, logprobs: dict | None = None) -> str:
+        choice = {"index": number, "delta" if chat else "text": said, "logprobs": logprobs, "finish_reason": finish}
         return f"data: {json.dumps(frame | {'choices': [choice]})}\n\n"
 
-    sent, told, done = [""] * count, {}, {}
+    sent, sent_logprobs, done = [""] * count, {}, {}
     async with aclosing(grown):
         if chat:
             for number in range(count):
@@ -378,13 +383,13 @@ async def stream(bot: Bot, first: tuple[int, Reply], grown: AsyncGenerator[tuple
             while True:
                 finish, text = reply.ended, bot.settled(reply)  # in this order: the last token may come in between
                 new, sent[number], done[number] = text[len(sent[number]):], text, reply
-                chances = None
-                if reply.wish.likely is not None and (new or finish):
+                logprobs = None
+                if reply.extra.num_logprobs is not None and (new or finish):
                     kept = reply.stopped.kept if reply.stopped else len(reply.tokens) if finish else \
                         bot.tokens_of(reply, len(text))
-                    chances = told.setdefault(number, Chances(bot, reply, chat)).until(kept)
-                if new or chances and finish:
-                    yield event(number, {"content": new} if chat else new, None, chances)
+                    logprobs = sent_logprobs.setdefault(number, LogProbs(bot, reply, chat)).until(kept)
+                if new or logprobs and finish:
+                    yield event(number, {"content": new} if chat else new, None, logprobs)
                 if finish:
                     yield event(number, {} if chat else "", finish)
                 if (grew := await anext(grown, None)) is None:
@@ -393,13 +398,13 @@ async def stream(bot: Bot, first: tuple[int, Reply], grown: AsyncGenerator[tuple
         except (RuntimeError, Busy) as problem:
             yield f"data: {error(500, str(problem)).body.decode()}\n\n"
             return
-    if asked.stream_options and asked.stream_options.include_usage:
-        yield f"data: {json.dumps(frame | {'choices': [], 'usage': usage(done.values(), asked.n or 1)})}\n\n"
+    if parameters.stream_options and parameters.stream_options.include_usage:
+        yield f"data: {json.dumps(frame | {'choices': [], 'usage': usage(done.values(), parameters.n or 1)})}\n\n"
     yield "data: [DONE]\n\n"
 
 
 def usage(replies: Iterable[Reply], n: int) -> dict[str, int]:
-    """Tokens read and written, control tokens included. What ``n`` replies answer is counted once."""
+    """Count the tokens read and written, including control tokens. A prompt with ``n`` replies counts once."""
     replies = list(replies)
     read = sum(len(reply.prompt.ids) for reply in replies) // n
     written = sum(reply.stopped.tokens if reply.stopped else len(reply.tokens) + (reply.finish == "stop")

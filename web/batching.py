@@ -1,9 +1,9 @@
-"""The replies of many conversations, decoded together: whoever asks joins the batch between two tokens.
+"""Decode the replies of many conversations in one batch, which a new request joins between two tokens.
 
-A reply does not depend on its neighbours: every request has its own decoding options and its own random generator, and
-is answered as `decoding.generate_replies` would answer it alone; what goes wrong with one ends that one. Nobody's
-request holds up another's for long: long contexts are computed in pieces, and each client has a share of what there is.
-Nothing here knows texts, pages or HTTP.
+A reply does not depend on the other replies in the batch: every request has its own decoding options and its own random
+generator, and gets the reply that `decoding.generate_replies` would give it alone. An error in one reply ends only that
+reply. No request delays the others for long: long contexts are computed in pieces, and each client gets a share of the
+batch and of the memory. This file knows no texts, pages or HTTP.
 """
 
 import asyncio
@@ -22,39 +22,39 @@ from cli import InputError
 from decoding import BeamSearch, Decoding, allowed_scores, choose_tokens
 from inputs import Segment, Specials, begin_reply
 from model import DoubleHeadsModel
-from web.keyvalues import KeyValues, Place, Row, Work, let_attend_by_row_
+from web.keyvalues import BatchRow, KeyValues, Place, Work, let_attend_by_row_
 
-MOST_READ = 256  # tokens of contexts computed in one step
+MOST_READ = 256  # context tokens computed in one step
 LEAST_READ = 8
-SHARE = 4  # a client that is not alone has this part of the batch: a fourth
+SHARE = 4  # with other clients present, a client gets 1 / SHARE of the batch
 MEMORY = 2048  # MiB of keys and values
-LONGEST_PAUSE = 1.0  # s between two looks at a reply that grows
+LONGEST_PAUSE = 1.0  # s between two updates of a growing reply
 logger = logging.getLogger("batching")
 
 
 class Busy(Exception):
-    """As many requests are waiting as may wait."""
+    """The queue of waiting requests is full."""
 
     def __str__(self) -> str:
         return "Too many people are talking to this model; try again in a moment."
 
 
 class Stopping(Busy):
-    """The server is about to end."""
+    """The server is shutting down."""
 
     def __str__(self) -> str:
         return "The server is stopping; try again when it is back."
 
 
 class Client(NamedTuple):
-    """A client: an address and a key. All clients at one address share what one address gets, whatever their keys."""
+    """A client: an address and a key. All clients at an address share the limits of that address."""
 
     address: str = ""
     key: str = ""
 
     @classmethod
     def at(cls, address: str | None, key: str = "") -> "Client":
-        """``address``: of the connection. An IPv6 address counts with all of its network, which one machine has."""
+        """Return the client of a connection. IPv6 addresses become their /64 network, which belongs to one machine."""
         with suppress(ValueError):
             if isinstance(place := ip_address(address or ""), IPv6Address) and not place.ipv4_mapped:
                 address = str(ip_network((place, 64), strict=False))
@@ -64,53 +64,52 @@ class Client(NamedTuple):
 NOBODY = Client()
 
 
-class Wish(NamedTuple):
-    """What is wanted of a reply besides the options of decoding."""
+class ReplyOptions(NamedTuple):
+    """Options of a reply besides those of decoding."""
 
     beginning: tuple[int, ...] = ()  # tokens that the reply begins with
-    stops: tuple[str, ...] = ()  # texts before which it ends
-    likely: int | None = None  # of each token, keep log-probabilities: its own, and those of so many likeliest ones
+    stops: tuple[str, ...] = ()  # texts before which the reply ends
+    num_logprobs: int | None = None  # keep each token's log-probability and those of this many likeliest tokens
 
 
-PLAIN = Wish()
+NO_OPTIONS = ReplyOptions()
 
 
 class Stopped(NamedTuple):
-    """Where a reply ends because one of the stops has come."""
+    """The place where a stop text ends a reply."""
 
-    letters: int  # of the text, before the stop
-    kept: int  # tokens that have these letters
-    tokens: int  # tokens until the stop was whole
+    letters: int  # characters of the text before the stop
+    kept: int  # tokens that contain these characters
+    tokens: int  # tokens up to the end of the stop
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens
 
 
 class Reply:
-    """A request, from the queue to its last token.
+    """A request and its reply, from the queue to the last token.
 
-    ``tokens``: the reply so far, without control tokens; beams decide only at the end. ``finish``: None until then,
-    and then "stop" (the model ended it), "length", "cancelled", "error", "busy" (others had more right to its place in
-    the queue) or "stopping". ``stopped``: set when one of the wished stops has come, whatever comes behind it.
-    ``last_step``, of finished replies but those of beams: the logits that the last token was chosen from, (vocabulary,)
-    each, as they were and as bans and filter left them. ``likely``, where it is wished for: of each of `tokens` its
-    log-probability by the model, and the likeliest tokens with theirs.
+    ``tokens``: the reply so far, without control tokens; a beam search fills them only at the end. ``finish``: None
+    while the reply grows, then "stop" (the model ended it), "length", "cancelled", "error", "busy" (another client's
+    request took its place in the queue) or "stopping". ``stopped``: set once the text contains a stop. ``last_step``,
+    after sampling: the logits of the last token, (vocabulary,) each, before and after bans and filter. ``logprobs``, if
+    asked for: per token of the reply, its log-probability by the model, and the likeliest tokens with theirs.
     """
 
     def __init__(self, context: Segment, args: Decoding, special: Specials, device: torch.device, client: Client,
-                 notify: Callable[[], None], wish: Wish):
+                 notify: Callable[[], None], extra: ReplyOptions):
         self.context, self.args, self.special, self.client, self.notify = context, args, special, client, notify
-        self.wish, self.prompt = wish, begin_reply(context, special, wish.beginning)
+        self.extra, self.prompt = extra, begin_reply(context, special, extra.beginning)
         self.tokens: list[int] = []
         self.finish: str | None = None
         self.stopped: Stopped | None = None
-        self.likely: list[tuple[float, list[tuple[int, float]]]] = []
+        self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []
         self.last_step: tuple[torch.Tensor, torch.Tensor] | None = None
         self.cancelled = False
-        self.computed = 0  # the step that computed it last
+        self.computed = 0  # number of the last step that computed this reply
         self.places: list[Place] = []
-        self.rows: list[Row] = []
-        self.logits: dict[Row, torch.Tensor] = {}  # of rows that are computed while others of them are not
+        self.rows: list[BatchRow] = []
+        self.logits: dict[BatchRow, torch.Tensor] = {}  # of the beams computed so far, until all are
         self.beams = BeamSearch(args, special) if args.num_beams > 1 else None
         self.random = torch.Generator(device)
         if args.seed:
@@ -120,54 +119,57 @@ class Reply:
 
     @property
     def width(self) -> int:
-        """Rows of the batch that it may need."""
+        """Number of rows of the batch that the reply may need."""
         return self.args.num_beams + 1 if self.beams else 1
 
     @property
     def longest(self) -> int:
-        """Tokens that a row of it may come to."""
+        """Largest number of tokens that a row of the reply may reach."""
         return len(self.prompt.ids) + self.args.max_length
 
     @property
     def ended(self) -> str | None:
-        """`finish`, or "stop" where a stop has come before."""
+        """`finish`, or "stop" if a stop text ended the reply."""
         return "stop" if self.stopped else self.finish
 
     @property
     def reading(self) -> bool:
-        """Whether its context is not computed yet, but for the last token."""
+        """Whether more of the context is left to compute than its last token."""
         return len(self.rows) == 1 and len(self.rows[0].ids) > 1
 
     def bytes(self, token_bytes: int) -> int:
-        """What keys and values of all its rows may come to."""
+        """Return the largest size of the keys and values of all rows."""
         return KeyValues.columns_for(self.longest) * self.width * token_bytes
 
     def begin(self, places: list[Place]) -> None:
         self.places = places
-        self.rows = [Row(places[0], self.prompt.start, 0, self.prompt.ids, self.prompt.types)]
+        self.rows = [BatchRow(places[0], self.prompt.start, 0, self.prompt.ids, self.prompt.types)]
 
     def end(self, finish: str) -> None:
-        self.rows, self.finish = [], self.finish or finish  # a reply that has its end keeps it when all is closed
+        self.rows, self.finish = [], self.finish or finish  # a finished reply keeps its reason at shutdown
 
-    def go_on(self, token: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Take the next token, which may be the end, chosen from the logits ``after`` the filter."""
+    def append(self, token: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Append the next token, or end the reply at a control token.
+
+        ``before`` and ``after``, (vocabulary,) each: the logits before and after bans and filter.
+        """
         if token not in self.special:
-            if self.wish.likely is not None:  # first: who sees the token may ask for it
-                chances = before.float().log_softmax(-1)
-                best = chances.topk(min(self.wish.likely, len(chances)))
-                self.likely.append((chances[token].item(), list(zip(best.indices.tolist(), best.values.tolist(),
-                                                                    strict=True))))
+            if self.extra.num_logprobs is not None:  # before `tokens`: another thread reads both
+                logprobs = before.float().log_softmax(-1)
+                best = logprobs.topk(min(self.extra.num_logprobs, len(logprobs)))
+                self.logprobs.append((logprobs[token].item(), list(zip(best.indices.tolist(), best.values.tolist(),
+                                                                       strict=True))))
             self.tokens.append(token)
             self.rows[0].ids, self.rows[0].types = [token], [self.special.speaker1]
         if token in self.special or len(self.tokens) == self.args.max_length:
-            self.last_step = before.float().clone(), after.clone()  # first: who sees the end may ask for it
+            self.last_step = before.float().clone(), after.clone()  # before `finish`: another thread reads both
             self.end("stop" if token in self.special else "length")
 
-    def go_on_with_beams(self, scores: torch.Tensor, cache: KeyValues) -> None:
-        """Take a step of the search from the log-probabilities of `rows`, (rows, vocabulary).
+    def extend_beams(self, scores: torch.Tensor, cache: KeyValues) -> None:
+        """Do one step of the beam search from the log-probabilities of `rows`, (rows, vocabulary).
 
-        A hypothesis goes on in the place of the one it continues; where several continue one, the others get a copy of
-        what follows the context, which lies in all places.
+        A hypothesis takes the cache place of its parent. If a parent has several children, the further ones get copies
+        of the columns behind the context; all places have the context already.
         """
         best, tokens = scores.topk(self.beams.candidates(scores.shape[1]))
         parents = self.beams.step(best.tolist(), tokens.tolist())
@@ -183,18 +185,18 @@ class Reply:
                 place = free.pop()
                 cache.copy(row.place, place, slice(len(self.prompt.ids), row.length))
             kept.add(parent)
-            rows.append(Row(place, row.start, row.length, tokens[-1:], [self.special.speaker1]))
+            rows.append(BatchRow(place, row.start, row.length, tokens[-1:], [self.special.speaker1]))
         self.rows = rows
 
 
 class Pace:
-    """How many tokens of contexts a step may compute so that it takes at most twice as long as one without."""
+    """The number of context tokens per step, such that a step takes at most twice as long as one that only decodes."""
 
     def __init__(self):
-        self.tokens, self.usual = 32.0, None  # s of a step that only decodes
+        self.tokens, self.usual = 32.0, None  # usual: seconds of a step that only decodes
 
     def took(self, seconds: float, read: int, decoded: int) -> None:
-        """A step has read so many tokens of contexts while so many replies got a token."""
+        """Adapt to the seconds of a step that computed ``read`` context tokens and continued ``decoded`` replies."""
         if not decoded:
             return
         if not read:
@@ -207,15 +209,15 @@ class Pace:
 
 
 class Decoder:
-    """A thread that decodes what is asked of it, at most ``max_batch`` rows in a step.
+    """A thread that decodes replies, at most ``max_batch`` rows per step.
 
-    Another ``max_waiting`` requests may wait; beyond, `submit` raises `Busy`. ``memory``: MiB of keys and values that
-    may be set aside; a request that needs more than is left waits.
+    Another ``max_waiting`` requests may wait; `submit` refuses further ones with `Busy`. ``memory``: MiB that may be
+    allocated for keys and values; a request that needs more than is free waits.
 
-    The client with the fewest rows in the batch goes first, by address, then by key, then by time. A client that is
-    not alone has a share, a `SHARE`-th of the rows of each step, with which it enters even a full batch; memory is
-    shared out so that something is left for others, see `_fits`. The queue is shared likewise: when it is full, a
-    newcomer takes the place of the last request of the client with the most.
+    The address with the fewest rows in the batch goes first, then the client with the fewest, then the oldest request.
+    With other clients present, a client gets 1 / `SHARE` of the rows of each step and may enter even a full batch with
+    them; `_fits` divides the memory so that some is left for others. A full queue is shared as well: a new request
+    replaces the last one of the client with the most.
     """
 
     def __init__(self, model: DoubleHeadsModel, special: Specials, max_batch: int = 32, max_waiting: int = 64,
@@ -231,36 +233,36 @@ class Decoder:
         self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self.thread.start()
 
-    # --------------------------------------------------------------------------------------- asked from elsewhere
+    # ----------------------------------------------------------------------------------- called by other threads
 
     def refuses(self, client: Client = NOBODY) -> Busy | None:
-        """Why a request of that client would be refused now; None when it would not."""
+        """Return the error with which a request of the client would be refused now, or None."""
         if self.closed or self.draining:
             return Stopping()
-        return Busy() if len(self.waiting) >= self.max_waiting and not self._loser(client) else None
+        return Busy() if len(self.waiting) >= self.max_waiting and not self._replaceable(client) else None
 
-    def _loser(self, client: Client) -> Reply | None:
-        """The request that gives up its place in the full queue for one of ``client``'s, if any does."""
+    def _replaceable(self, client: Client) -> Reply | None:
+        """Return the waiting request that a new one of ``client`` may replace in a full queue, or None."""
         waiting = list(self.waiting)
-        for of in (lambda one: one.address, lambda one: one):
-            counts = Counter(of(reply.client) for reply in waiting)
+        for group in (lambda one: one.address, lambda one: one):
+            counts = Counter(group(reply.client) for reply in waiting)
             greediest, most = counts.most_common(1)[0]
-            if most > counts[of(client)] + 1:
-                return next(reply for reply in reversed(waiting) if of(reply.client) == greediest)
-            waiting = [reply for reply in waiting if of(reply.client) == of(client)] or waiting
+            if most > counts[group(client)] + 1:
+                return next(reply for reply in reversed(waiting) if group(reply.client) == greediest)
+            waiting = [reply for reply in waiting if group(reply.client) == group(client)] or waiting
         return None
 
     def submit(self, context: Segment, args: Decoding, client: Client = NOBODY,
-               notify: Callable[[], None] = lambda: None, wish: Wish = PLAIN) -> Reply:
-        """Queue a request. Raises `Busy`, and `InputError` when it needs more memory than there may be or names tokens
-        that the model has not.
+               notify: Callable[[], None] = lambda: None, extra: ReplyOptions = NO_OPTIONS) -> Reply:
+        """Queue a request. Raises `Busy`, and `InputError` if the request needs more memory than is allowed or names
+        tokens that the model lacks.
 
-        A ``seed`` of 0 is none. ``notify`` is called from the decoding thread each time the reply has changed.
+        A ``seed`` of 0 means no seed. The decoding thread calls ``notify`` each time the reply has changed.
         """
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         if unknown := [token for token, _ in args.logit_bias if token >= vocabulary]:
             raise InputError(f"logit_bias: there is no token {unknown[0]}; the model knows {vocabulary:,}, from 0 on")
-        reply = Reply(context, args, self.special, self.model.device, client, notify, wish)
+        reply = Reply(context, args, self.special, self.model.device, client, notify, extra)
         needed = KeyValues.bytes_for(self.cache.token_bytes, reply.longest, reply.width)
         if needed > self.memory:
             raise InputError(f"a reply of up to {args.max_length:,} tokens to these messages needs {needed >> 20:,} "
@@ -270,33 +272,33 @@ class Decoder:
             if self.closed or self.draining:
                 raise Stopping
             if len(self.waiting) >= self.max_waiting:
-                if not (loser := self._loser(client)):
+                if not (replaced := self._replaceable(client)):
                     raise Busy
-                self.waiting.remove(loser)
-                self._end([loser], "busy")
+                self.waiting.remove(replaced)
+                self._end([replaced], "busy")
             self.waiting.append(reply)
             self.wake.notify()
         return reply
 
-    async def reply(self, context: Segment, args: Decoding, client: Client = NOBODY, wish: Wish = PLAIN
-                    ) -> AsyncGenerator[Reply, None]:
-        """`submit`, and the same `Reply` when it has grown, the last time with its ``finish``.
+    async def reply(self, context: Segment, args: Decoding, client: Client = NOBODY,
+                    extra: ReplyOptions = NO_OPTIONS) -> AsyncGenerator[Reply, None]:
+        """Submit a request and yield its `Reply`, always the same object, each time it has grown.
 
-        It is looked at after each token, or less often when that takes long: to show all replies takes a fifth of the
-        time, and the rest is for decoding them. Leaving the loop early, or closing the generator, ends the decoding.
-        Raises `Busy`, at the first step.
+        Yields after each token, or less often if the caller is slow, so that showing replies takes at most a fifth of
+        the time. ``finish`` is set when the last one is yielded. Closing the generator ends the decoding. Raises what
+        `submit` raises, at the first step.
         """
         loop, changed, ended = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         reply: Reply | None = None
 
-        def notify() -> None:  # which may be called before `submit` has returned
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        def notify() -> None:  # the decoding thread may call this before `submit` has returned
+            with suppress(RuntimeError):  # the event loop is closed
                 if reply is None or reply.finish:
                     loop.call_soon_threadsafe(ended.set)
-                if not changed.is_set():  # else what is there is looked at, too, when the loop comes to it
+                if not changed.is_set():  # otherwise a wake-up is pending, which will see this token as well
                     loop.call_soon_threadsafe(changed.set)
 
-        reply = self.submit(context, args, client, notify, wish)
+        reply = self.submit(context, args, client, notify, extra)
         try:
             finish, took = None, 0.0
             while not finish:
@@ -306,21 +308,21 @@ class Decoder:
                         await ended.wait()
                 changed.clear()
                 ended.clear()
-                finish, start = reply.finish, time.monotonic()  # first, so that the last step is shown, too
+                finish, start = reply.finish, time.monotonic()  # before the yield, so that the last step is yielded too
                 yield reply
                 took = time.monotonic() - start
         finally:
             reply.cancelled = True
 
     def drain(self) -> None:
-        """Refuse what comes from now on and what waits; go on with what is being decoded."""
+        """Refuse new and waiting requests; let the replies that are being decoded continue."""
         with self.wake:
             self.draining = True
             waiting, self.waiting = self.waiting, []
         self._end(waiting, "stopping")
 
     def close(self) -> None:
-        """End everything and the thread."""
+        """End all replies and the thread."""
         with self.wake:
             self.closed = True
             self.wake.notify()
@@ -336,8 +338,8 @@ class Decoder:
                 break
             try:
                 self._step()
-            except Exception:  # whatever it was, those who come later are not to suffer from it
-                logger.exception("A step failed; its %d replies are given up", len(self.decoding))
+            except Exception:  # of any kind: later requests must still be answered
+                logger.exception("A step failed; its %d replies end with an error", len(self.decoding))
                 self._end(self.decoding, "error")
         self._end([*self.decoding, *self.waiting], "stopping")
 
@@ -348,17 +350,17 @@ class Decoder:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """Let the finished go and newcomers in, read on in contexts, and give replies their next token."""
+        """Remove finished replies, admit waiting ones, compute parts of contexts, and add a token to each reply."""
         start = time.monotonic()
         self._end([reply for reply in self.decoding if reply.cancelled and not reply.finish], "cancelled")
         for reply in self.decoding:
             if reply.finish:
-                self.cache.give_back(reply.places, spoilt=reply.finish == "error")
+                self.cache.release(reply.places, clear=reply.finish == "error")
         self.decoding = [reply for reply in self.decoding if not reply.finish]
         self._admit()
-        self.cache.tidy()
+        self.cache.compact()
         self.steps += 1
-        decoding, reading = self._whose_turn(), self._what_to_read()
+        decoding, reading = self._rows_to_decode(), self._contexts_to_read()
         work = [Work(row, 1) for rows in decoding.values() for row in rows] + [
             Work(reply.rows[0], tokens) for reply, tokens in reading]
         if work:
@@ -367,15 +369,15 @@ class Decoder:
         self.pace.took(self.stepped - start, sum(tokens for _, tokens in reading), len(decoding))
 
     def _admit(self) -> None:
-        """Take in those who wait, as far as there is room."""
+        """Move waiting requests into the batch while they fit."""
         while True:
             with self.wake:
                 self.waiting = [reply for reply in self.waiting if not reply.cancelled]
                 rows, memory = Counter(), Counter()
                 for reply in self.decoding:
-                    for whose in (reply.client, reply.client.address):
-                        rows[whose] += reply.width
-                        memory[whose] += reply.bytes(self.cache.token_bytes)
+                    for owner in (reply.client, reply.client.address):
+                        rows[owner] += reply.width
+                        memory[owner] += reply.bytes(self.cache.token_bytes)
                 order = sorted(self.waiting, key=lambda reply: (rows[reply.client.address], rows[reply.client]))
                 reply = next((reply for reply in order if self._fits(reply, rows, memory)), None)
                 if reply is None:
@@ -383,19 +385,18 @@ class Decoder:
                 self.waiting.remove(reply)
                 self.decoding.append(reply)
             try:
-                reply.begin(self.cache.take(reply.longest, reply.width))
+                reply.begin(self.cache.allocate(reply.longest, reply.width))
             except Exception:
-                logger.exception("There is no memory for a reply")
+                logger.exception("No memory could be allocated for a reply")
                 self._end([reply], "error")
 
     def _fits(self, reply: Reply, rows: Counter, memory: Counter) -> bool:
-        """Whether there is room in the batch and in memory, of which ``rows`` and ``memory`` say what clients and
-        addresses have.
+        """Tell whether the reply fits into the batch and the memory.
 
-        A full batch still takes in what is within an address's share, up to twice its size, and what is within a
-        client's, up to one and a half times, so that no address fills it up with clients. Of the memory, an address
-        that has some gets at most twice as much as is then left, and a client as much as is left: whoever comes next
-        finds room.
+        ``rows`` and ``memory`` (bytes): what each client and each address has now. A full batch still admits requests
+        within an address's share, up to twice its size, and within a client's share, up to one and a half times, so
+        that no address fills the batch with clients. An address that has memory already may reach twice as much as then
+        remains free, a client as much as remains free, so that the next client finds some.
         """
         if not self.decoding:
             return True
@@ -408,10 +409,11 @@ class Decoder:
             not memory[address] or memory[address] + needed <= 2 * left) and (
             not memory[client] or memory[client] + needed <= left)
 
-    def _whose_turn(self) -> dict[Reply, list[Row]]:
-        """The rows that are computed in this step, by reply: all, or of each client a share.
+    def _rows_to_decode(self) -> dict[Reply, list[BatchRow]]:
+        """Choose the rows that this step computes, by reply: all rows, or a share for each client.
 
-        Whose reply has waited longest comes first. A search wider than the share goes on when all its rows had a turn.
+        The reply that was not computed for the longest time comes first. A beam search that is wider than the share
+        continues once all its rows have been computed.
         """
         ready = [reply for reply in self.decoding if reply.rows and not reply.reading]
         several = len({reply.client.address for reply in ready}) > 1
@@ -429,14 +431,14 @@ class Decoder:
                     turn[reply] = rows
         return turn
 
-    def _what_to_read(self) -> list[tuple[Reply, int]]:
-        """Replies whose contexts are read on in this step, and how many tokens of each.
+    def _contexts_to_read(self) -> list[tuple[Reply, int]]:
+        """Choose the replies whose contexts this step computes further, and the number of tokens of each.
 
-        A quarter is for whoever came first; the rest for clients with few contexts to read, the shortest first.
+        A quarter of the tokens goes to the oldest request, the rest to clients with few contexts, the shortest first.
         """
         readers = [reply for reply in self.decoding if reply.reading]
         alone = all(reply.reading for reply in self.decoding)
-        if not readers or not alone and self.steps % 8 == 0:  # now and then a step without, to know what that takes
+        if not readers or not alone and self.steps % 8 == 0:  # `Pace` must also time steps that only decode
             return []
         budget = MOST_READ if alone else int(self.pace.tokens)
         crowd = Counter(reply.client.address for reply in readers)
@@ -452,9 +454,9 @@ class Decoder:
         return reading
 
     def _compute(self, work: list[Work], replies: list[Reply]) -> list[tuple[Reply, torch.Tensor]]:
-        """Do the work of ``replies``; of those all of whose rows are computed now: the logits of these.
+        """Compute ``work``, which belongs to ``replies``; return the replies whose rows are all computed, with logits.
 
-        When that fails, the work of each is done by itself, so that only those end with whom it fails again.
+        If this fails, the work of each reply is computed alone, so that only the replies end for which it fails again.
         """
         try:
             rows, logits = self.cache.compute(self.model, work)
@@ -465,7 +467,7 @@ class Decoder:
                 return []
             own = [[one for one in work if any(one.row is row for row in reply.rows)] for reply in replies]
             return [done for reply, part in zip(replies, own, strict=True) for done in self._compute(part, [reply])]
-        for reply in replies:  # what is read of a context is copied at once to where beams will want it
+        for reply in replies:  # the new part of a context is copied at once to the places of all beams
             if reply.beams and reply.rows[0].length <= len(reply.prompt.ids):
                 read = sum(one.tokens for one in work if one.row is reply.rows[0])
                 for place in reply.places[1:]:
@@ -480,7 +482,7 @@ class Decoder:
         return done
 
     def _choose(self, computed: list[tuple[Reply, torch.Tensor]]) -> None:
-        """Let each reply go on by a token, or end, by the logits of its rows, (rows, vocabulary)."""
+        """Extend each reply by a token, or end it, from the logits of its rows, (rows, vocabulary)."""
         if not computed:
             return
         logits = torch.cat([rows for _, rows in computed])
@@ -488,8 +490,8 @@ class Decoder:
         said = [tokens for reply, _ in computed
                 for tokens in (reply.beams.hypotheses if reply.beams else [reply.tokens])]
         beams = torch.tensor([bool(reply.beams) for reply, rows in computed for _ in rows], device=logits.device)
-        likely = torch.where(beams[:, None], logits.float().log_softmax(-1), logits.float()) if beams.any() else logits
-        scores = allowed_scores(likely, options, said, self.special)
+        wanted = torch.where(beams[:, None], logits.float().log_softmax(-1), logits.float()) if beams.any() else logits
+        scores = allowed_scores(wanted, options, said, self.special)
         usable = scores.amax(-1).isfinite() & ~logits.isnan().any(-1)
         tokens = choose_tokens(scores, options, [reply.random for reply, rows in computed for _ in rows])
         place = 0
@@ -498,13 +500,13 @@ class Decoder:
             place += len(rows)
             try:
                 if not usable[own].all():
-                    logger.error("A reply ends in its %d. token, where the model's numbers are none, or all tokens are "
-                                 "forbidden", len(said[own.start]) + 1)
+                    logger.error("A reply ends at token %d: the model's logits are NaN, or all tokens are forbidden",
+                                 len(said[own.start]) + 1)
                     reply.end("error")
                 elif reply.beams:
-                    reply.go_on_with_beams(scores[own], self.cache)
+                    reply.extend_beams(scores[own], self.cache)
                 else:
-                    reply.go_on(tokens[own.start], logits[own.start], scores[own.start])
+                    reply.append(tokens[own.start], logits[own.start], scores[own.start])
             except Exception as problem:
                 logger.error("A reply could not be decoded: %s", str(problem).split("\n")[0])
                 reply.end("error")

@@ -1,6 +1,6 @@
-"""What visitors prefer, for `feedback`: pairs and answers of the page's comparisons, and ratings of single replies.
+"""Save visitors' preferences for `feedback`: pairs of replies with answers, and ratings of single replies.
 
-Only what this server said itself is written, only in the folder that ``--collect`` names. Knows no page.
+Only replies that this server gave are saved, in the folder that ``--collect`` names. This file knows no page.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from decoding import Decoding
 from feedback.pairs import append_json_lines, pair_name
 from web.bot import Bot
 
-REMEMBERED = 200  # replies of a visit that may be rated
+REMEMBERED = 200  # latest replies to an open page that may be rated
 
 
 class Compared(NamedTuple):
-    """Two replies to one context, in the order in which they were shown: text, token ids, whether it has its end."""
+    """Two replies to one context, in the order shown. ``replies``: text, token ids, whether the model ended it."""
 
     conversation: str
     personality: list[str]
@@ -30,24 +30,24 @@ class Compared(NamedTuple):
     options: Decoding
 
 
-class Heard:
-    """What one visit was told, as hashes, so that nobody can have a reply rated that the model did not give."""
+class GivenReplies:
+    """Hashes of the replies that a page got. A rating of any other reply is not saved."""
 
     def __init__(self):
-        self.replies: deque[str] = deque(maxlen=REMEMBERED)
+        self.hashes: deque[str] = deque(maxlen=REMEMBERED)
 
     def add(self, personality: list[str], said: list[str]) -> None:
-        """``said``: the messages, the reply last."""
-        self.replies.append(_hash(personality, said))
+        """Remember a reply, the last message of ``said``."""
+        self.hashes.append(_hash(personality, said))
 
-    def __contains__(self, told: tuple[list[str], list[str]]) -> bool:
-        return _hash(*told) in self.replies
+    def __contains__(self, conversation: tuple[list[str], list[str]]) -> bool:
+        return _hash(*conversation) in self.hashes
 
 
 class Collector:
-    """Writes into a folder: ``pairs.jsonl``, ``answers.jsonl``, ``ratings.jsonl``.
+    """A writer of a folder's ``pairs.jsonl``, ``answers.jsonl`` and ``ratings.jsonl``.
 
-    Raises `InputError` when the folder cannot be written, or another server writes there.
+    Raises `InputError` if the folder cannot be written or another process holds the lock.
     """
 
     def __init__(self, folder: str | Path, bot: Bot):
@@ -55,7 +55,7 @@ class Collector:
         self.pairs, self.answers, self.ratings = (self.folder / f"{name}.jsonl"
                                                   for name in ("pairs", "answers", "ratings"))
         append_json_lines(self.answers, [])
-        self.lock = FileLock(f"{self.answers}.lock")  # that of feedback.annotate
+        self.lock = FileLock(f"{self.answers}.lock")  # feedback.annotate locks the same file
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
@@ -63,10 +63,10 @@ class Collector:
                              "folder") from None
 
     def compare(self, compared: Compared, choice: int | str, visitor: str) -> None:
-        """Write a pair and the answer to it, which is on the disk when this returns.
+        """Save a pair and the answer to it. Both are on the disk when this returns.
 
-        ``choice``: 0, 1, "tie" or "bad". A pair's dialog has a number of its own, the hash of the conversation's name:
-        all pairs of one conversation are held out together.
+        ``choice``: 0, 1, "tie" or "bad". The dialog's number is a hash of the conversation's name, so that all pairs of
+        one conversation are held out together.
         """
         bot, history = self.bot, compared.said[-(2 * self.bot.model.max_history + 1):]
         record = {
@@ -82,7 +82,7 @@ class Collector:
         append_json_lines(self.answers, [{"pair": name, "annotator": visitor, "choice": choice, "shown": [0, 1]}])
 
     def rate(self, personality: list[str], said: list[str], good: bool, visitor: str) -> None:
-        """Write a rating of the last of ``said``: 1 or 0."""
+        """Save a rating, 1 or 0, of the last message of ``said``."""
         append_json_lines(self.ratings, [{"persona": personality, "history": said[:-1], "reply": said[-1],
                                      "rating": int(good), "rater": visitor}])
 

@@ -1,6 +1,6 @@
-"""The server under the requests: connections that do not hang, and an end that lets replies end.
+"""Extend uvicorn's server: close connections that hang, and let replies finish before the server ends.
 
-Uvicorn does the rest. This file knows neither routes nor models.
+This file knows neither routes nor models.
 """
 
 import asyncio
@@ -15,17 +15,17 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cli import InputError
 
-HEAD_TIME = 20  # s, in which a request's head must have come
-HEAD_SIZE = 64 * 1024  # bytes of it
-READ_TIME = 30  # s, in which a client must take what it is sent
-MOST_WAITING = 512  # connections of which nothing whole has come; of more the oldest are closed
-SPARE = 100  # files that the process may need beside its connections
+HEAD_TIME = 20  # s within which the whole head of a request must arrive
+HEAD_SIZE = 64 * 1024  # bytes of a head at most
+READ_TIME = 30  # s within which a client must read what it is sent
+MOST_WAITING = 512  # connections without a complete request head; beyond, the oldest is closed
+SPARE = 100  # files that the process may need besides its connections
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that is closed when its client neither asks nor reads, or sends a head without end."""
+    """A connection that is closed when its client sends no request, does not read, or sends an endless head."""
 
-    waiting: dict["Connection", None] = {}  # for something whole, the longest first
+    waiting: dict["Connection", None] = {}  # connections that wait for a request's head, the oldest first
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -40,7 +40,7 @@ class Connection(HttpToolsProtocol):
             self.timer = self.loop.call_later(HEAD_TIME, self.transport.abort)
             self.waiting[self] = None
 
-    def _go_on(self) -> None:
+    def _stop_waiting(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
@@ -62,10 +62,10 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
         else:
             self.head = size
-        if self.in_head or self.cycle.response_complete:  # what comes behind an answer is waited for as a head is
+        if self.in_head or self.cycle.response_complete:  # after an answer, the next head is awaited
             self._wait()
         else:
-            self._go_on()
+            self._stop_waiting()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -78,18 +78,18 @@ class Connection(HttpToolsProtocol):
             self.stuck = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._go_on()
+        self._stop_waiting()
         super().connection_lost(exc)
         if self.stuck:
             self.stuck.cancel()
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's server; a first SIGTERM or Ctrl-C lets it go on with what it is doing for so many ``seconds``.
+    """Uvicorn's server, which after a first SIGTERM or Ctrl-C finishes its replies for at most ``seconds``.
 
-    ``drain`` is called then, once, to refuse whatever else comes; ``idle`` says whether all is done, ``end`` ends what
-    is not, and then ``stopping`` is set, for what has no end. A second signal ends at once. ``signal``: the first one's
-    number, None before.
+    At the first signal the server calls ``drain``, which refuses new requests. When ``idle`` returns True or the time
+    is over, it calls ``end``, which ends the remaining replies, and sets ``stopping``, which ends endless answers. A
+    second signal ends the server at once. ``signal``: the number of the first signal, None before it.
     """
 
     def __init__(self, config: uvicorn.Config, seconds: float, drain: Callable[[], None], idle: Callable[[], bool],
@@ -113,19 +113,19 @@ class Server(uvicorn.Server):
             self.should_exit = True
         if self.should_exit:
             await asyncio.to_thread(self.end)
-            await asyncio.sleep(0.2)  # s, for the last words of what was ended
+            await asyncio.sleep(0.2)  # s, for sending the ends of the replies
             self.stopping.set()
         return await super().on_tick(counter)
 
 
 def allow_many_files() -> None:
-    """As many open files, and so connections, as this process may have."""
+    """Raise the limit of open files, and so of connections, to the highest that this process may have."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises `InputError` when it cannot."""
+    """Return a socket that listens at the address. Raises `InputError` if that is impossible."""
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family)
@@ -134,13 +134,13 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen(1024)
         return listening
     except PermissionError:
-        raise InputError(f"--port {port}: only the administrator may use it; choose one above 1023") from None
+        raise InputError(f"--port {port}: only the administrator may use this port; choose one above 1023") from None
     except socket.gaierror as problem:
-        raise InputError(f"--host {host}: no such host ({problem.strerror}); 127.0.0.1 is for this machine alone, "
-                         "0.0.0.0 for all who can reach it") from None
+        raise InputError(f"--host {host}: no such host ({problem.strerror}); 127.0.0.1 lets only this machine in, "
+                         "0.0.0.0 also others") from None
     except OSError as problem:
         if problem.errno == errno.EADDRINUSE:
-            raise InputError(f"--port {port}: in use by another program; choose another one, or 0 for any free one"
+            raise InputError(f"--port {port}: another program uses this port; choose another one, or 0 for any free one"
                              ) from None
-        raise InputError(f"--host {host}: cannot be listened at ({problem.strerror}); 127.0.0.1 is for this machine "
-                         "alone, 0.0.0.0 for all who can reach it") from None
+        raise InputError(f"--host {host}: the server cannot listen there ({problem.strerror}); 127.0.0.1 lets only "
+                         "this machine in, 0.0.0.0 also others") from None

@@ -1,7 +1,7 @@
-"""What browsers send to the page and what is kept for them: checked, and bounded.
+"""Make Gradio safe for strangers: check what browsers send, and bound what the server keeps for them.
 
-Gradio trusts its pages: it opens the files that a message names, keeps every answer that nobody fetches, and stops for
-good once it has forgotten a page that it still answers. This file is about Gradio alone; it knows no model.
+Gradio trusts its pages: it opens the files that a message names, keeps every answer that no page fetches, and stops for
+good if it drops a page's state while it still answers that page. This file knows only Gradio, no model.
 """
 
 import asyncio
@@ -16,11 +16,11 @@ from gradio.server_messages import ProcessCompletedMessage
 
 from web.guard import Refused
 
-PAGES = 500  # open pages that Gradio keeps something of; of another one it begins anew
-UNREAD = 256  # messages that may wait for one page to fetch them; then its events end
-KEPT = 60  # s that a page's connection stays open after a turn, and that messages wait which nobody fetches
-FETCHED = 10  # s, in which a page must begin to fetch the messages of its event, or the event ends
-DEEPEST = 8  # lists and objects in each other
+PAGES = 500  # open pages whose state Gradio keeps; with another page, the oldest state is lost
+UNREAD = 256  # messages that may wait for a page to fetch them; beyond, the page's events end
+KEPT = 60  # s for which a page's connection stays open after a turn, and for which messages wait to be fetched
+FETCHED = 10  # s within which a page must begin to fetch the messages of an event; otherwise the event ends
+DEEPEST = 8  # levels of nested lists
 NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 TEXT, NUMBER = (str, type(None)), (int, float, type(None))
 KINDS = {gr.Textbox: TEXT, gr.Button: TEXT, gr.HTML: TEXT, gr.Checkbox: (bool, type(None)), gr.Slider: NUMBER,
@@ -30,8 +30,8 @@ KINDS = {gr.Textbox: TEXT, gr.Button: TEXT, gr.HTML: TEXT, gr.Checkbox: (bool, t
 class Events(Queue):
     """Gradio's queue of the events of all pages, with bounds.
 
-    At most ``most`` events are under way, ``share`` of them of one address, and none waits here: the decoder has a
-    queue of its own. Who has not fetched `UNREAD` messages is taken for gone.
+    At most ``most`` events are under way, ``share`` of them from one address. None of them waits here, as the decoder
+    has its own queue. A page that leaves `UNREAD` messages unfetched counts as closed.
     """
 
     def __init__(self, page: gr.Blocks, most: int, share: int):
@@ -41,7 +41,7 @@ class Events(Queue):
         self.ANALYTICS_MAX_EVENTS = 0
 
     def compute_analytics_summary(self, records: list) -> dict:
-        """Nothing: Gradio goes through its last 10,000 events at the end of each, for a page that is not shown."""
+        """Return nothing: after each event, Gradio would evaluate the last 10,000 for a page that is not shown."""
         return {}
 
     @property
@@ -62,7 +62,7 @@ class Events(Queue):
         return pushed
 
     def _drop_unfetched(self, event) -> None:
-        """End an event of a page that fetches nothing; Gradio does so before the event's next message."""
+        """Mark an event as ended if its page fetches nothing; Gradio ends it before the event's next message."""
         messages = self.pending_messages_per_session.get(event.session_hash)
         if not getattr(messages, "fetched", False):
             event.alive = False
@@ -75,7 +75,7 @@ class Events(Queue):
             super().send_message(event, event_message)
 
     def _forget_unread(self, page: str) -> None:
-        """Drop the messages of a page that fetches none, once its events are over."""
+        """Drop a page's messages if no event of the page is under way any more; otherwise try again later."""
         messages = self.pending_messages_per_session.get(page)
         if messages is None or messages.empty():
             return
@@ -86,10 +86,10 @@ class Events(Queue):
         self.pending_event_ids_session.pop(page, None)
 
     def keep_open(self, page: str) -> None:
-        """Let the page's connection stay open for `KEPT` seconds though none of its events may be under way.
+        """Keep the page's connection open for `KEPT` seconds, even when none of its events is under way.
 
-        Gradio closes it after the last event, and loses an event that the page sends in that moment; and that is when
-        people answer. An event that only waits would do the same, and hold one of Gradio's workers.
+        Gradio closes the connection after the last event and loses an event that the page sends at that moment, which
+        is when people answer. An event that only waits would also keep it open, but would occupy a worker of Gradio's.
         """
         if (events := self.pending_event_ids_session.get(page)) is None:
             return
@@ -101,52 +101,52 @@ class Events(Queue):
         events, messages = self.pending_event_ids_session.get(page), self.pending_messages_per_session.get(page)
         if events is None or messages is None or mark not in events:
             return
-        if len(events) > 1:  # others are under way, or it was kept open again
+        if len(events) > 1:  # another event, or another call of `keep_open`, still needs the connection
             events.discard(mark)
         else:
             messages.put_nowait(ProcessCompletedMessage(output={}, success=True, event_id=mark))
 
 
-def bounded_(page: gr.Blocks, most: int, share: int) -> Events:
-    """Give the page a queue with bounds, and no way to a file. To be called before it is mounted."""
-    page.queue(api_open=False)  # events of the queue cannot be called around it
+def make_safe_(page: gr.Blocks, most: int, share: int) -> Events:
+    """Give the page a bounded queue and cut it off from files, in place. Call this before the page is mounted."""
+    page.queue(api_open=False)  # no event may bypass the queue
     page._queue = Events(page, most, share)
     page.state_session_capacity = PAGES
-    page.has_launched = page.is_running = True  # Gradio checks files only then, and mounting a page does not say so
+    page.has_launched = page.is_running = True  # Gradio checks files only then, and mounting does not set these
 
     async def no_file(*_):
-        raise gr.Error("Files and addresses are not taken here.", print_exception=False)
+        raise gr.Error("Files and addresses are not accepted.", print_exception=False)
 
     for block in page.blocks.values():
         block.async_move_resource_to_block_cache = no_file
         if isinstance(block, (gr.Slider, gr.Number)):
-            block.preprocess = lambda value: value  # out of bounds is for the decoding to say, which says it in a line
+            block.preprocess = lambda value: value  # `Decoding` checks the bounds, with a better message
     return page._queue
 
 
 def check(page: gr.Blocks, path: str, query: str, body: bytes | None) -> bytes | None:
-    """The body to go on with, of a request for one of Gradio's routes, rebuilt from what the page may send.
+    """Rebuild the body of a request to Gradio from the parts that the page may send, and return it.
 
-    Raises `Refused` when it is anything else. ``body``: None in a GET request.
+    Raises `Refused` for any other request. ``body``: None in a GET request.
     """
     queue = page._queue
     if body is None:
         if path.endswith("/queue/data"):
             name = parse_qs(query).get("session_hash", [""])[0]
             if (messages := queue.pending_messages_per_session.get(name)) is None:
-                raise Refused("session_hash: nothing is kept for this page; load it again", 404)
+                raise Refused("session_hash: the server does not know this page; load it again", 404)
             messages.fetched = True
         elif path.startswith("/gradio_api/call/"):
             event = path.rpartition("/")[2]
             page_of = next((name for name, events in queue.pending_event_ids_session.items() if event in events), None)
             if (messages := queue.pending_messages_per_session.get(page_of)) is None:
-                raise Refused("There is no such event here, or its result was fetched", 404)
+                raise Refused("There is no such event, or its result was fetched already", 404)
             messages.fetched = True
         return None
     try:
         sent = json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError):
-        raise Refused("The body is not JSON, or too deep") from None
+        raise Refused("The body is not JSON, or is nested too deeply") from None
     if not isinstance(sent, dict):
         raise Refused("The body is not a JSON object")
     clean: dict = {}
@@ -168,7 +168,7 @@ def check(page: gr.Blocks, path: str, query: str, body: bytes | None) -> bytes |
         if event is None or event.fn is None:
             raise Refused("fn_index: this page has no such event", 404)
         if event.queue == path.startswith("/gradio_api/run/"):
-            raise Refused("fn_index: this event is asked for at another address", 404)
+            raise Refused("fn_index: this event has another address", 404)
         data = sent.get("data")
         if not isinstance(data, list) or len(data) != len(event.inputs):
             raise Refused(f"data: not a list of {len(event.inputs)} values")
@@ -177,13 +177,13 @@ def check(page: gr.Blocks, path: str, query: str, body: bytes | None) -> bytes |
             clean["event_data"] = _event_data(sent.get("event_data"))
     elif None in (clean.get("session_hash"), clean.get("event_id"), clean.get("fn_index")):
         raise Refused("session_hash, event_id and fn_index are needed")
-    return json.dumps(clean, ensure_ascii=False).encode(errors="replace")  # half letters, which no answer can hold
+    return json.dumps(clean, ensure_ascii=False).encode(errors="replace")  # UTF-8 cannot encode lone surrogates
 
 
 def _input(block: gr.components.Component, value: object) -> object:
-    """What the page may send as that block's value. Raises `Refused`."""
+    """Return the part of a block's value that the page may send. Raises `Refused`."""
     if isinstance(block, gr.State):
-        return None  # the server has it
+        return None  # the server keeps the state itself
     if isinstance(block, gr.Chatbot):
         return [_message(message) for message in _list(value, "a conversation")]
     kind = next((kinds for known, kinds in KINDS.items() if isinstance(block, known)), None)
@@ -193,38 +193,38 @@ def _input(block: gr.components.Component, value: object) -> object:
 
 
 def _event_data(sent: object) -> dict:
-    """Which message of the conversation was rated, and how, or which choice was taken. Raises `Refused`."""
+    """Return the number of the rated message with the rating, or that of the choice taken. Raises `Refused`."""
     if not isinstance(sent, dict) or type(sent.get("index")) is not int or not isinstance(
             sent.get("liked"), (bool, str, type(None))):
-        raise Refused("event_data: no place in the conversation, or no rating")
+        raise Refused("event_data: not the number of a message and a rating")
     return {"index": sent["index"], "liked": sent.get("liked"), "value": ""}
 
 
 def _message(message: object) -> dict:
-    """A message of a conversation, its text alone."""
+    """Return a message of a conversation with nothing but its text. Raises `Refused`."""
     if not isinstance(message, dict) or message.get("role") not in ("user", "assistant"):
-        raise Refused("data: a conversation has messages of user and assistant")
+        raise Refused("data: each message of a conversation needs the role user or assistant")
     content = message.get("content")
     parts = [content] if isinstance(content, str) else _list(content, "a message's content")
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
     if not all(isinstance(text, str) for text in texts):
-        raise Refused("data: only text is read here")
+        raise Refused("data: a message may contain only text")
     return {"role": message["role"], "content": [{"type": "text", "text": text} for text in texts]}
 
 
 def _list(value: object, what: str) -> list:
     if not isinstance(value, list):
-        raise Refused(f"data: {what} is a list")
+        raise Refused(f"data: {what} must be a list")
     return value
 
 
 def _plain(value: object, depth: int = 0) -> object:
-    """``value`` if it is texts, numbers and lists of these, not too deep."""
+    """Return ``value`` if it consists of texts, numbers and lists, not nested too deeply. Raises `Refused`."""
     if isinstance(value, list) and depth < DEEPEST:
         return [_plain(one, depth + 1) for one in value]
     if value is None or isinstance(value, (str, bool)) or isinstance(value, (int, float)) and abs(value) < math.inf:
         return value
-    raise Refused("data: only texts, numbers and lists of them are taken here")
+    raise Refused("data: only texts, numbers and lists of these are accepted")
 
 
 def _no_number(text: str) -> None:

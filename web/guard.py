@@ -1,6 +1,6 @@
-"""The server's door: which requests come in, how large, from whom, and for how long.
+"""Check all requests before the application sees them: route, size, time and client.
 
-This file knows HTTP, and the names of the routes that our page needs; it knows no model and no page.
+This file knows HTTP and the routes that the page needs; it knows neither models nor the page.
 """
 
 import asyncio
@@ -14,31 +14,31 @@ from starlette.requests import HTTPConnection
 
 from web.batching import Client
 
-MAX_BODY = 256 * 1024  # bytes of a request: a very long conversation
-DRAINED = 64 * MAX_BODY  # bytes of a longer one that are read, and thrown away, before it is refused
-BODY_TIME = 20  # s, in which the whole of a request must have come
-# What the page, Gradio's own client and OpenAI's ask for. Gradio has many more routes, some of which read files.
+MAX_BODY = 256 * 1024  # bytes: room for a very long conversation
+DRAINED = 64 * MAX_BODY  # bytes of a longer body that are read and dropped before the request is refused
+BODY_TIME = 20  # s within which a whole request must arrive
+# The routes that the page, Gradio's client and OpenAI's need. Gradio has many more, some of which read files.
 ROUTES = {
     "GET": re.compile(r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(assets|static|svelte)/.+"
                       r"|/gradio_api/(theme\.css|app_id/?|info/?|openapi\.json|startup-events|heartbeat/[\w-]{1,64}|queue/data"
                       r"|call/chat/[\w-]+)|/healthz|/v1(/.*)?"),
     "POST": re.compile(r"/gradio_api/(queue/join/?|run/predict/?|call/chat/?|cancel|reset/?)|/v1(/.*)?"),
 }
-ASKING = re.compile(r"/gradio_api/(queue/join/?|call/chat/?)|/v1/(chat/)?completions")  # for a reply
-HELD, MOST_HELD = 0.5, 1000  # s that a refusal is held back; how many at once
+REPLY_ROUTES = re.compile(r"/gradio_api/(queue/join/?|call/chat/?)|/v1/(chat/)?completions")
+DELAY, MOST_DELAYED = 0.5, 1000  # s by which a refusal is delayed; how many at once
 REFUSALS = 16  # per second and address
-BELIEVED = (b"x-forwarded-host", b"x-gradio-server")  # by Gradio, though anybody can send them
+UNTRUSTED = (b"x-forwarded-host", b"x-gradio-server")  # headers that Gradio trusts, though any client can send them
 
 
 def error(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
-    """An error as OpenAI's clients expect it."""
+    """Return an error in OpenAI's format."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status,
                         headers={"Retry-After": "5"} if status == 503 else None)
 
 
 class Refused(ValueError):
-    """A request that nothing here can answer. ``status``: of HTTP."""
+    """The reason why a request is refused. ``status``: HTTP status code."""
 
     def __init__(self, message: str, status: int = 400):
         super().__init__(message)
@@ -46,14 +46,14 @@ class Refused(ValueError):
 
 
 class Guard:
-    """Lets through the requests that something here answers, as far as they are whole and not too long.
+    """An ASGI middleware that passes on complete requests of bounded size to known routes, and refuses all others.
 
-    ``check``: gets path, query and body, None in a GET request, of what is asked of Gradio, and returns the body to go
-    on with; it may raise `Refused`. ``busy``: gets the connection of a request for a reply and returns why there is
-    none now, or None. ``stopping``: when it is set, answers without end are ended.
+    ``check``: gets path, query and body of a request to Gradio (None as the body of a GET request), and returns the
+    body to pass on or raises `Refused`. ``busy``: gets the connection of a request for a reply and returns the reason
+    why none can be given now, or None. ``stopping``: once it is set, endless answers are ended.
 
-    A refusal is cheap, and it is held back for `HELD` seconds, or longer, so that no address gets more than `REFUSALS`
-    per second: clients that ask again at once would otherwise keep the server busy with refusals.
+    Refusals for being busy are delayed by `DELAY` seconds, or longer, so that no address gets more than `REFUSALS` per
+    second: clients that retry at once would otherwise keep the server busy with refusals.
     """
 
     POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -61,45 +61,45 @@ class Guard:
     def __init__(self, app, check: Callable[[str, str, bytes | None], bytes | None],
                  busy: Callable[[HTTPConnection], Exception | None], stopping: asyncio.Event):
         self.app, self.check, self.busy, self.stopping = app, check, busy, stopping
-        self.held = Counter()  # refusals held back now, by address
+        self.delayed = Counter()  # number of delayed refusals, by address
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        if scope["type"] != "http":  # nothing here speaks WebSocket
+        if scope["type"] != "http":  # WebSocket is not supported
             return await send({"type": "websocket.close"})
         method, path = scope["method"].replace("HEAD", "GET"), scope["path"]
         if method == "OPTIONS" and (origin := Headers(scope=scope).get("origin")):
-            return await error(403, f"Pages of {origin[:200]} may not use this server; --allow_origin lets them.",
+            return await error(403, f"Pages of {origin[:200]} may not use this server; allow them with --allow_origin.",
                                "origin_not_allowed")(scope, receive, send)
         if method not in ROUTES or not ROUTES[method].fullmatch(path) or ".." in path:
             other = path.startswith("/v1/") or any(route.fullmatch(path) for route in ROUTES.values())
-            return await error(405 if other else 404, f"{scope['method']} {path[:200]} is not offered here."
+            return await error(405 if other else 404, f"{scope['method']} {path[:200]} is not supported."
                                )(scope, receive, send)
         scope = dict(scope, headers=[header for header in scope["headers"]
-                                     if header[0] not in BELIEVED])
+                                     if header[0] not in UNTRUSTED])
         if not path.startswith("/gradio_api/"):
-            scope["query_string"] = b""  # the page's parameters are its own; Gradio would look for a file of them
+            scope["query_string"] = b""  # Gradio would look for a file that the query names
         body = None
         if method == "POST":
             try:
                 async with asyncio.timeout(BODY_TIME):
                     body = await read(receive)
             except TimeoutError:
-                return await error(408, f"The request was not whole after {BODY_TIME} seconds.", "request_timeout"
+                return await error(408, f"The request was not complete after {BODY_TIME} seconds.", "request_timeout"
                                    )(scope, receive, send)
-            if body is None:  # the client has gone and needs no answer
+            if body is None:  # the client has disconnected
                 return
             if len(body) > MAX_BODY:
                 return await error(413, f"The request has more than {MAX_BODY:,} bytes; send less.",
                                    "request_too_large")(scope, receive, send)
-            if ASKING.fullmatch(path) and (reason := self.busy(HTTPConnection(scope))):
-                if self.held.total() < MOST_HELD and not self.stopping.is_set():
+            if REPLY_ROUTES.fullmatch(path) and (reason := self.busy(HTTPConnection(scope))):
+                if self.delayed.total() < MOST_DELAYED and not self.stopping.is_set():
                     address = Client.at((scope["client"] or ("",))[0]).address
-                    self.held[address] += 1
-                    await asyncio.sleep(max(HELD, self.held[address] / REFUSALS))
-                    self.held[address] -= 1
-                    self.held += Counter()  # forgets who has none left
+                    self.delayed[address] += 1
+                    await asyncio.sleep(max(DELAY, self.delayed[address] / REFUSALS))
+                    self.delayed[address] -= 1
+                    self.delayed += Counter()  # removes addresses whose count is 0
                 return await error(503, str(reason), "queue_full")(scope, receive, send)
         if path.startswith("/gradio_api/"):
             try:
@@ -123,7 +123,7 @@ class Guard:
 
 
     def until_stopped(self, receive):
-        """A ``receive`` for which the client is gone once the server stops."""
+        """Return a ``receive`` that reports a disconnected client once the server stops."""
 
         async def received():
             tasks = [asyncio.ensure_future(receive()), asyncio.ensure_future(self.stopping.wait())]
@@ -138,9 +138,9 @@ class Guard:
 
 
 async def read(receive) -> bytes | None:
-    """A request's body, at most a byte more than `MAX_BODY`; None when the client is gone.
+    """Read a request's body, at most one byte more than `MAX_BODY`; return None if the client has disconnected.
 
-    FastAPI's own limit answers while the request is still coming, which most clients take for a broken connection.
+    FastAPI's own limit answers while the request is still arriving, which most clients take for a broken connection.
     """
     body, size, more = [], 0, True
     while more and size < DRAINED:
@@ -155,7 +155,7 @@ async def read(receive) -> bytes | None:
 
 
 def replayed(body: bytes, receive):
-    """A ``receive`` that has this body in it, and then what ``receive`` has."""
+    """Return a ``receive`` that first gives this body, then whatever the given ``receive`` gives."""
     first = {"type": "http.request", "body": body}
 
     async def replay():

@@ -1,6 +1,7 @@
-"""What the model makes of replies: both heads' scores, the alternatives of each token, what it looks at.
+"""Look into a reply: both heads' scores, the alternatives of each token, and the attention to the personality.
 
-One forward pass over a packed row, beside the decoding; one at a time, so that it takes little from those who wait.
+This takes one forward pass over a packed row, besides the decoding. Only one such pass runs at a time, so that replies
+are hardly delayed.
 """
 
 import json
@@ -19,18 +20,18 @@ from layers import extend_attention_, usual_attention
 from model import DoubleHeadsModel
 from web.bot import Bot
 
-NOTED = "_noted"  # in the name of an attention, behind that of what computes it
-LONGEST = 1024  # tokens of a row that is looked at
-SHOWN = 8  # alternatives of a token
+NOTED = "_noted"  # suffix of the attention's name
+LONGEST = 1024  # tokens of the longest row computed
+SHOWN = 8  # alternatives shown per token
 _notes = threading.local()
 _one_at_a_time = threading.Lock()
 
 
 class Reading(NamedTuple):
-    """What the model says of one candidate.
+    """The model's scores of one candidate.
 
-    ``choice``: the choice head's score; ``logits`` (tokens + 1, vocabulary) float32: what each of its tokens, and its
-    end, was to be predicted with; ``likelihood``: their mean log-probability, in nats.
+    ``choice``: the choice head's score; ``logits`` (tokens + 1, vocabulary) float32: the predictions of the candidate's
+    tokens and of its end; ``likelihood``: mean log-probability of these, in nats.
     """
 
     choice: float
@@ -38,8 +39,8 @@ class Reading(NamedTuple):
     likelihood: float
 
 
-class Spoken(NamedTuple):
-    """A reply and all that is needed to look at it again: token ids, no text."""
+class InspectedReply(NamedTuple):
+    """A reply, as token ids, with all that is needed to compute it again."""
 
     persona: list[list[int]]
     context: Segment
@@ -49,16 +50,16 @@ class Spoken(NamedTuple):
 
 
 def note_attention_(model: DoubleHeadsModel) -> None:
-    """Let `read` see what the model attends to, in place."""
+    """Let `read` collect the model's attention weights, in place."""
     extend_attention_(model, NOTED, _attend_and_note)
 
 
 def _attend_and_note(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                      attention_mask: torch.Tensor, scaling: float | None = None, **how):
-    """Attention, in the interface of transformers, whose weights `read` adds up where it wants them.
+    """Compute attention in the interface of transformers, and note the weights if `read` collects them.
 
-    ``query`` (batch, heads, tokens, size), ``key`` (batch, key heads, tokens, size). The weights are the mean over
-    the heads; what some families do beside the softmax is left out of them.
+    ``query`` (batch, heads, tokens, size), ``key`` (batch, key heads, tokens, size). The weights are means over the
+    heads. They ignore what some families add to the softmax, such as caps and sinks.
     """
     if scaling is not None:
         how["scaling"] = scaling
@@ -73,10 +74,10 @@ def _attend_and_note(attention: str, module: nn.Module, query: torch.Tensor, key
 @torch.inference_mode()
 def read(model: DoubleHeadsModel, special: Specials, context: Segment, candidates: Sequence[Sequence[int]],
          attention: bool = False) -> tuple[list[Reading], torch.Tensor | None]:
-    """What both heads say of each candidate, computed in one row.
+    """Score each candidate with both heads, in one row.
 
-    With ``attention``, also where the last candidate's tokens and its end were predicted from: (tokens + 1, positions
-    of the row), mean over layers and heads.
+    With ``attention``, return also the attention weights from which the last candidate's tokens and end were predicted:
+    (tokens + 1, positions of the row), mean over layers and heads.
     """
     row = pack_candidates(context, candidates, special)
     batch = collate([row], special.pad)
@@ -101,61 +102,60 @@ def read(model: DoubleHeadsModel, special: Specials, context: Segment, candidate
     return readings, torch.stack(noted).mean(0)[places[own[-1].cpu()]]
 
 
-# ----------------------------------------------------------------------------------------------- as people see it
+# ----------------------------------------------------------------------------------------------- as HTML
 
 
-def what_it_saw(bot: Bot, spoken: Spoken, others: Sequence[list[int]]) -> str:
-    """A reply's sequence, the choice head's score and the alternatives of its tokens, as HTML.
+def inspection_html(bot: Bot, reply: InspectedReply, others: Sequence[list[int]]) -> str:
+    """Return a reply's sequence, the choice head's score and the alternatives of each token, as HTML.
 
-    ``others``: replies to other dialogs, with which the choice head compares this one.
+    ``others``: replies of other dialogs, with which the choice head compares this reply.
     """
-    if spoken.context.opened:
-        return ("<div class=seen><p>This model is asked in its own chat template, into which the page cannot look."
-                "</p></div>")
-    context, said = spoken.context, [*spoken.tokens, *[bot.special.eos] * spoken.ended]
-    others = [other for other in others if other != spoken.tokens]
-    length = len(context.ids) + sum(len(one) + 2 for one in (*others, spoken.tokens))
+    if reply.context.opened:
+        return "<div class=seen><p>The page cannot look into a model that uses its own chat template.</p></div>"
+    context, said = reply.context, [*reply.tokens, *[bot.special.eos] * reply.ended]
+    others = [other for other in others if other != reply.tokens]
+    length = len(context.ids) + sum(len(one) + 2 for one in (*others, reply.tokens))
     if length > LONGEST:
-        return (f"<div class=seen><p>This takes {length:,} tokens; the page looks at {LONGEST:,} at most. Begin a new "
-                "conversation to see inside again.</p></div>")
-    readings, weights = read(bot.model, bot.special, context, [*others, spoken.tokens], attention=True)
-    sentences = _places(spoken.persona, context, bot.special)
-    steps = _steps(bot, spoken, readings[-1].logits[:len(said)], said)
+        return (f"<div class=seen><p>This conversation takes {length:,} tokens; the page shows at most {LONGEST:,}. "
+                "Begin a new conversation to see inside again.</p></div>")
+    readings, weights = read(bot.model, bot.special, context, [*others, reply.tokens], attention=True)
+    sentences = _sentence_places(reply.persona, context, bot.special)
+    steps = _steps(bot, reply, readings[-1].logits[:len(said)], said)
     for step, row in zip(steps, weights if weights is not None else [None] * len(steps), strict=False):
-        step |= _draws(bot, row, sentences, context)
-    segments = _segments(bot, spoken, said, sentences, steps)
+        step |= _persona_attention(bot, row, sentences, context)
+    segments = _segments(bot, reply, said, sentences, steps)
     return (f"<div class=seen>{_choice(readings)}<h3>The sequence</h3><p class=faint>Choose a token of the reply to see"
-            f" what else it could have been, and on which sentence it draws.</p><ol>{segments}</ol><p class=draws "
+            f" its alternatives, and the sentences that it draws on.</p><ol>{segments}</ol><p class=draws "
             "role=status></p><table><caption></caption><thead><tr><th scope=col>token</th><th scope=col>before</th>"
             "<th scope=col>after</th><td></td></tr></thead><tbody></tbody></table></div>")
 
 
 def _choice(readings: list[Reading]) -> str:
-    mine, others = readings[-1].choice, [one.choice for one in readings[:-1]]
-    told = f"<h3>The choice head</h3><p>gives this reply <b>{mine:.1f}</b>"
+    own, others = readings[-1].choice, [one.choice for one in readings[:-1]]
+    html = f"<h3>The choice head</h3><p>gives this reply <b>{own:.1f}</b>"
     if others:
-        rank = 1 + sum(other >= mine for other in others)
-        told += (f" and {len(others)} replies of other dialogs {min(others):.1f} to {max(others):.1f}: "
+        rank = 1 + sum(other >= own for other in others)
+        html += (f" and {len(others)} replies of other dialogs {min(others):.1f} to {max(others):.1f}: "
                  f"number {rank} of {len(others) + 1}")
-    return f"{told}.</p>"
+    return f"{html}.</p>"
 
 
-def _steps(bot: Bot, spoken: Spoken, logits: torch.Tensor, said: list[int]) -> list[dict]:
-    """Of each token: itself and the likeliest ones, as the model gave them, and after temperature and filter."""
+def _steps(bot: Bot, reply: InspectedReply, logits: torch.Tensor, said: list[int]) -> list[dict]:
+    """Return each token with the probabilities of its alternatives, before and after temperature and filter."""
     before = logits.softmax(-1)
-    after = allowed_scores(logits, [spoken.options] * len(said), [said[:place] for place in range(len(said))],
+    after = allowed_scores(logits, [reply.options] * len(said), [said[:place] for place in range(len(said))],
                            bot.special).softmax(-1)
     steps = []
     for place, token in enumerate(said):
         likeliest = before[place].topk(min(SHOWN, before.shape[1])).indices.tolist()
-        words = [[word(bot, one), round(before[place, one].item(), 4), round(after[place, one].item(), 4)]
-                 for one in dict.fromkeys([*likeliest, token])]
-        steps.append({"token": word(bot, token), "words": words})
+        alternatives = [[spelling(bot, one), round(before[place, one].item(), 4), round(after[place, one].item(), 4)]
+                        for one in dict.fromkeys([*likeliest, token])]
+        steps.append({"token": spelling(bot, token), "alternatives": alternatives})
     return steps
 
 
-def _places(persona: list[list[int]], context: Segment, special: Specials) -> list[slice]:
-    """Where each sentence of the personality stands in the context; those that had no room are left out."""
+def _sentence_places(persona: list[list[int]], context: Segment, special: Specials) -> list[slice]:
+    """Return the place of each sentence of the personality in the context, without the sentences that did not fit."""
     speakers = (special.speaker1, special.speaker2)
     end = next((place for place, token in enumerate(context.ids) if token in speakers), len(context.ids))
     places, start = [], 1
@@ -167,22 +167,22 @@ def _places(persona: list[list[int]], context: Segment, special: Specials) -> li
     return places
 
 
-def _draws(bot: Bot, weights: torch.Tensor | None, sentences: list[slice], context: Segment) -> dict:
-    """How much of a token's attention went to each sentence of the personality, and that in words."""
+def _persona_attention(bot: Bot, weights: torch.Tensor | None, sentences: list[slice], context: Segment) -> dict:
+    """Return how a token's attention to the personality is divided among the sentences: shares, and a summary."""
     if weights is None or not sentences:
-        return {"draws": [], "told": ""}
+        return {"shares": [], "summary": ""}
     each = torch.stack([weights[place].sum() for place in sentences])
     total = each.sum().item()
     shares = (each / max(total, 1e-9)).tolist()
     best = max(range(len(shares)), key=shares.__getitem__)
     text = bot.tokenizer.decode(context.ids[sentences[best]]).strip()
-    return {"draws": [round(share, 3) for share in shares],
-            "told": f"{total:.0%} of its attention goes to the personality, {shares[best]:.0%} of that to “{text}”"}
+    return {"shares": [round(share, 3) for share in shares],
+            "summary": f"{total:.0%} of its attention goes to the personality, {shares[best]:.0%} of that to “{text}”"}
 
 
-def _segments(bot: Bot, spoken: Spoken, said: list[int], sentences: list[slice], steps: list[dict]) -> str:
-    """The sequence's parts, as items of a list: whose they are, and their tokens."""
-    special, context = spoken_names(bot.special), spoken.context
+def _segments(bot: Bot, reply: InspectedReply, said: list[int], sentences: list[slice], steps: list[dict]) -> str:
+    """Return the parts of the sequence as list items: the speaker's name and the tokens."""
+    special, context = speaker_names(bot.special), reply.context
     parts: list[tuple[str, list[str]]] = [("persona", [])]
     begins, ends = {place.start for place in sentences}, {place.stop - 1 for place in sentences}
     for place, (token, role) in enumerate(zip(context.ids, context.types, strict=True)):
@@ -199,18 +199,19 @@ def _segments(bot: Bot, spoken: Spoken, said: list[int], sentences: list[slice],
                    for number, (name, tokens) in enumerate(parts, 1))
 
 
-def spoken_names(special: Specials) -> dict[int, str]:
+def speaker_names(special: Specials) -> dict[int, str]:
     return {special.speaker1: "bot", special.speaker2: "user"}
 
 
 def _token(bot: Bot, token: int, position: int, role: int, step: dict | None = None) -> str:
-    title = f"token {token}, position {position}, type {word(bot, role)}"
-    inner = f"{escape(word(bot, token))}<sub>{position}</sub>"
+    title = f"token {token}, position {position}, type {spelling(bot, role)}"
+    inner = f"{escape(spelling(bot, token))}<sub>{position}</sub>"
     if step is None:
         return f"<span class=token title='{escape(title)}'>{inner}</span>"
     return (f"<button class=token aria-pressed=false title='{escape(title)}' "
             f"data-step='{escape(json.dumps(step, ensure_ascii=False))}'>{inner}</button>")
 
 
-def word(bot: Bot, token: int) -> str:
+def spelling(bot: Bot, token: int) -> str:
+    """Return the text of a single token, or the name of a control token."""
     return bot.tokenizer.decode([token]) or bot.tokenizer.convert_ids_to_tokens(token)

@@ -1,8 +1,8 @@
-"""Attention over many sequences at once: where their keys and values lie, and how each finds its own.
+"""A cache of keys and values for many sequences at once, and the attention that reads it.
 
-All new tokens of a step lie in one row without padding, so that the linear layers, most of the work, see one matrix.
-Keys and values lie on shelves: a shelf has room for a few sequences of like length and is given back to the system
-when the last has left it. This file knows neither requests nor texts.
+All new tokens of a step form one row without padding, so that the linear layers, most of the work, get one matrix.
+Keys and values lie on shelves: a shelf has room for a few sequences of similar length, and its memory is freed when the
+last of them is released. This file knows neither requests nor texts.
 """
 
 import mmap
@@ -17,50 +17,50 @@ from cli import InputError
 from layers import extend_attention_, usual_attention
 from model import DoubleHeadsModel
 
-BY_ROW = "_by_row"  # in the name of an attention, behind that of what computes it
-TOGETHER = 8  # sequences on one shelf,
-SHORT = 512  # if they have at most so many columns; longer ones have a shelf each
-STEP = 256  # columns of a longer one are a multiple of this
+BY_ROW = "_by_row"  # suffix of the attention's name
+TOGETHER = 8  # sequences on one shelf
+SHORT = 512  # columns of the longest sequences that share a shelf; each longer sequence has its own
+STEP = 256  # the columns of a longer sequence are a multiple of this
 
 
 class Place:
-    """Where one sequence's keys and values lie. A place keeps being the same object when its contents are moved."""
+    """The place of one sequence's keys and values. It stays the same object when its contents are moved."""
 
     def __init__(self, shelf: "Shelf", slot: int):
         self.shelf, self.slot = shelf, slot
 
 
-class Row:
-    """One sequence of the batch, from its context's first token on."""
+class BatchRow:
+    """One sequence of the batch, from the first token of its context on."""
 
     def __init__(self, place: Place, start: int, length: int, ids: list[int], types: list[int]):
         self.place = place
-        self.start = start  # the position of its first token
-        self.length = length  # tokens computed
-        self.ids, self.types = ids, types  # what comes next, not computed yet: a context, and then token by token
+        self.start = start  # position of the first token
+        self.length = length  # number of tokens computed
+        self.ids, self.types = ids, types  # tokens not computed yet: a context, later single tokens
 
 
 class Work(NamedTuple):
-    """A row and how many of its ``ids`` a step computes."""
+    """A row, and the number of its ``ids`` that a step computes."""
 
-    row: Row
+    row: BatchRow
     tokens: int
 
 
 class Block(NamedTuple):
-    """Neighbours in a step's one row of tokens: sequences, side by side on a shelf, with equally many new tokens."""
+    """Sequences side by side on a shelf, with the same number of new tokens each, so that one call attends for all."""
 
-    tokens: slice  # their places in that row
+    tokens: slice  # places of the new tokens in the row of all new tokens
     shelf: "Shelf"
     slots: slice
-    width: int  # the longest sequence, with its new tokens
+    width: int  # length of the longest sequence, new tokens included
 
 
 class Shelf:
-    """Room for ``slots`` sequences of ``columns`` tokens.
+    """Memory for ``slots`` sequences of ``columns`` tokens.
 
-    On a CPU this is memory of its own, which costs nothing until it is written and goes back as a whole: the heap would
-    keep it. Keys and values are float32 there, see `attend_by_row`.
+    On a CPU each shelf is a mapping of its own: its pages cost nothing until they are written, and freeing it returns
+    them to the system, while the heap would keep them. Keys and values are float32 there, see `attend_by_row`.
     """
 
     def __init__(self, shapes: dict[tuple[int, int], tuple[int, int]], slots: int, columns: int, like: torch.Tensor):
@@ -81,9 +81,9 @@ class Shelf:
 
 
 class KeyValues:
-    """Keys and values of all sequences, in the place of transformers' caches, which pad all rows to one length.
+    """Keys and values of all sequences. This replaces transformers' caches, which pad all rows to one length.
 
-    ``shapes``: (heads, size) by layer and 0 for keys, 1 for values; found out by `of`.
+    ``shapes``: (heads, size) by layer and 0 for keys, 1 for values; `of` asks the model for them.
     """
 
     def __init__(self, shapes: dict[tuple[int, int], tuple[int, int]], like: torch.Tensor):
@@ -95,11 +95,11 @@ class KeyValues:
     @classmethod
     @torch.inference_mode()
     def of(cls, model: DoubleHeadsModel) -> "KeyValues":
-        """Ask the model for the shape of its keys and values, with one token."""
+        """Create an empty cache for a model, whose shapes of keys and values a pass over one token shows."""
         shapes: dict[tuple[int, int], tuple[int, int]] = {}
         like = []
 
-        class Asked:
+        class ShapeRecorder:
             def update(self, keys, values, layer, *_):
                 for which, new in enumerate((keys, values)):
                     shapes[layer, which] = new.shape[1], new.shape[3]
@@ -111,38 +111,38 @@ class KeyValues:
 
         one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         seen = model.layer_masks(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device), one, one)
-        model.encode(one, token_type_ids=one, position_ids=one, attention_mask=seen, past_key_values=Asked(),
-                   use_cache=True)
+        model.encode(one, token_type_ids=one, position_ids=one, attention_mask=seen, past_key_values=ShapeRecorder(),
+                     use_cache=True)
         return cls(shapes, like[0])
 
     # --------------------------------------------------------------------------------------------------- room
 
     @staticmethod
     def columns_for(tokens: int) -> int:
-        """What is set aside for a sequence that may grow to so many tokens."""
+        """Return the columns to allocate for a sequence of at most ``tokens`` tokens."""
         if tokens <= SHORT:
             return max(64, 1 << (tokens - 1).bit_length())
         return -(-tokens // STEP) * STEP
 
     @classmethod
     def bytes_for(cls, token_bytes: int, tokens: int, rows: int) -> int:
-        """What is set aside for so many sequences of up to so many tokens alone."""
+        """Return the bytes to allocate in an empty cache for ``rows`` sequences of at most ``tokens`` tokens."""
         columns = cls.columns_for(tokens)
         return (-(-rows // TOGETHER) * TOGETHER if columns <= SHORT else rows) * columns * token_bytes
 
     @property
     def bytes(self) -> int:
-        """What is set aside now."""
+        """Number of bytes allocated now."""
         return sum(len(shelf.places) * shelf.columns for shelf in self.shelves) * self.token_bytes
 
     def bytes_with(self, tokens: int, rows: int) -> int:
-        """What would be set aside with so many more sequences."""
+        """Return the bytes that would be allocated with ``rows`` more sequences of at most ``tokens`` tokens."""
         columns = self.columns_for(tokens)
         free = sum(len(shelf.places) - shelf.taken for shelf in self.shelves if shelf.columns == columns)
         return self.bytes + self.bytes_for(self.token_bytes, tokens, max(rows - free, 0))
 
-    def take(self, tokens: int, rows: int) -> list[Place]:
-        """Places for so many sequences that may grow to so many tokens."""
+    def allocate(self, tokens: int, rows: int) -> list[Place]:
+        """Return places for ``rows`` sequences of at most ``tokens`` tokens."""
         columns = self.columns_for(tokens)
         places = []
         while len(places) < rows:
@@ -155,17 +155,17 @@ class KeyValues:
             places.append(place)
         return places
 
-    def give_back(self, places: Iterable[Place], spoilt: bool = False) -> None:
-        """Free places. ``spoilt``: they may hold what is no number, which even a masked column passes on."""
+    def release(self, places: Iterable[Place], clear: bool = False) -> None:
+        """Free places. ``clear``: set them to zero, as NaN would spread even from masked columns."""
         for place in places:
-            if spoilt:
+            if clear:
                 for states in place.shelf.states.values():
                     states[place.slot] = 0
             place.shelf.places[place.slot] = None
         self.shelves = [shelf for shelf in self.shelves if shelf.taken]
 
-    def tidy(self) -> None:
-        """Move one sequence if that is a step on the way to one shelf less; only one, so that nobody waits for it."""
+    def compact(self) -> None:
+        """Move one sequence if this helps to empty a shelf. Only one per call, so that replies are not delayed."""
         for columns in {shelf.columns for shelf in self.shelves if shelf.columns <= SHORT}:
             shelves = sorted((shelf for shelf in self.shelves if shelf.columns == columns), key=lambda one: one.taken)
             if sum(shelf.taken for shelf in shelves) <= (len(shelves) - 1) * TOGETHER:
@@ -174,7 +174,7 @@ class KeyValues:
                 slot = goal.places.index(None)
                 for which, states in goal.states.items():
                     states[slot] = place.shelf.states[which][place.slot]
-                self.give_back([place])
+                self.release([place])
                 goal.places[slot], place.shelf, place.slot = place, goal, slot
                 return
 
@@ -184,11 +184,11 @@ class KeyValues:
 
     # ------------------------------------------------------------------------------------------ a forward pass
 
-    def compute(self, model: DoubleHeadsModel, work: list[Work]) -> tuple[list[Row], torch.Tensor]:
+    def compute(self, model: DoubleHeadsModel, work: list[Work]) -> tuple[list[BatchRow], torch.Tensor]:
         """Compute the next tokens of each row.
 
-        Returns the rows that have no further ones, in some order, and the logits after their last tokens, (rows,
-        vocabulary). Nothing is changed when this raises, but what lies in the columns that were to be written.
+        Returns the rows whose tokens are all computed, in any order, and the logits after their last tokens, (rows,
+        vocabulary). An error changes nothing except the columns that were to be written.
         """
         order = {id(shelf): number for number, shelf in enumerate(self.shelves)}
         work = sorted(work, key=lambda one: (order[id(one.row.place.shelf)], one.row.place.slot))
@@ -226,31 +226,34 @@ class KeyValues:
         return [work[number].row for number in ready], logits
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
-        """What attention calls: writes the new tokens', (1, heads, tokens, size) each, and says where the rest is."""
+        """Store the keys and values of the new tokens, (1, heads, tokens, size) each; the model's attention calls this.
+
+        Returns both, with the blocks that `attend_by_row` reads as an attribute of the keys.
+        """
         for shelf, group in groupby(self.blocks, lambda block: block.shelf):
             blocks = list(group)
             tokens = slice(blocks[0].tokens.start, blocks[-1].tokens.stop)
             for which, new in enumerate((keys, values)):
                 states = shelf.states[layer, which]
                 states[self.slots[tokens], :, self.columns[tokens]] = new[0, :, tokens].transpose(0, 1).to(states.dtype)
-        # For `attend_by_row`: not all families hand it further arguments.
+        # An attribute, because not all families hand further arguments to the attention.
         keys.blocks = [(tokens, *(shelf.states[layer, which][slots, :, :width] for which in (0, 1)))
                        for tokens, shelf, slots, width in self.blocks]
         return keys, values
 
     def get_seq_length(self, *_) -> int:
-        """Some families ask, to number positions; they get ours."""
+        """Return 0: some families call this to number positions, but get the positions from `compute`."""
         return 0
 
 
 def attend_by_row(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                   attention_mask: torch.Tensor, **how) -> tuple[torch.Tensor, None]:
-    """Attention, in the interface of transformers, of the new tokens of many sequences, which lie in one row.
+    """Compute the attention of the new tokens of many sequences, in the interface of transformers.
 
     ``query`` (1, heads, tokens, size); ``key`` as `KeyValues.update` returns it; ``attention_mask`` (1, 1, tokens,
-    columns), each token's over its own sequence. ``attention``: what computes each block, and the whole in a forward
-    pass without `KeyValues`. On a CPU it computes in float32, where torch's kernel takes a quarter of the time that it
-    takes in bfloat16.
+    columns), of each token over its own sequence. ``attention``: name of the implementation that computes each block,
+    and everything in a forward pass without `KeyValues`. On a CPU this computes in float32, in which torch's kernel
+    takes a quarter of the time that it takes in bfloat16.
     """
     attend = usual_attention(attention, module)
     if not hasattr(key, "blocks"):
@@ -265,7 +268,7 @@ def attend_by_row(attention: str, module: nn.Module, query: torch.Tensor, key: t
 
 
 def let_attend_by_row_(model: DoubleHeadsModel) -> None:
-    """Make `attend_by_row` the model's attention, in place. Raises `InputError` where the family's code allows none."""
+    """Make `attend_by_row` the model's attention, in place. Raises `InputError` if the family's code cannot use it."""
     if not extend_attention_(model, BY_ROW, attend_by_row):
-        raise InputError(f"--model_checkpoint: transformers' '{model.config.model_type}' has an attention of its own, "
-                         "which cannot answer many conversations at once; talk to this model with interact.py")
+        raise InputError(f"--model_checkpoint: the attention of transformers' '{model.config.model_type}' cannot be "
+                         "replaced, so it cannot answer many conversations at once; talk to it with interact.py")

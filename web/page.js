@@ -1,19 +1,19 @@
-/* What of the page runs in the browser: the conversation, of which the server keeps nothing, and those before it.
+/* The part of the page that runs in the browser. It keeps the current conversation and earlier ones; the server keeps none.
 
-   `page` is what Gradio's events call. A turn: `ask` hands the server the conversation, with a number that comes back
-   with the reply; `settle` takes the reply, or what went wrong; what belongs to another number is out of date.
-   Every text is put into the page as text, never as markup.
+   Gradio's events call the functions of `page`. In a turn, `ask` sends the conversation to the server with a number,
+   which comes back with the reply; `take_reply` takes the reply or an error, and ignores answers with an old number.
+   Texts are put into the page as text, never as markup.
 */
 const page = (() => {
   const KEPT = "transfertransfo:", MOST_SHARED = 256 * 1024, CARDS = 5, CHECK = 2000, SLOW_CHECK = 30000;
-  let now = null;          // the conversation: id, persona, own, said (yours first), thumbs, title, at
-  let turn = 0;            // the number of what was asked last
-  let asking = null;       // what is under way: said, and the text that is given back when it fails
-  let choosing = false;    // two replies wait for a choice
-  let waiting = false;     // Enter was pressed while a reply was coming
-  let following = false;   // the address follows the conversation
-  let recalled = null;     // how many messages back the box shows
-  let lost = null;         // the timer that looks for a lost server
+  let current = null;      // the conversation: id, persona, own, said (the user's first), thumbs, title, at
+  let turn = 0;            // number of the last request
+  let asking = null;       // the request under way: said, and the text that returns to the box if it fails
+  let choosing = false;    // two replies wait for the user's choice
+  let waiting = false;     // the user pressed Enter during a reply
+  let following = false;   // the address changes with the conversation
+  let recalled = null;     // how many of the user's messages back the box shows
+  let lost = null;         // timer that looks for a lost server
   let started = false;
 
   // ------------------------------------------------------------------------------------------------ small helpers
@@ -24,10 +24,10 @@ const page = (() => {
   const cards = () => [...document.querySelectorAll("#cards textarea")];
   const lines = text => text.split("\n").map(line => line.trim()).filter(Boolean);
   const persona = () => cards().flatMap(card => lines(card.value));
-  const own = () => lines(find("#own textarea")?.value ?? now.own.join("\n"));
+  const own = () => lines(find("#own textarea")?.value ?? current.own.join("\n"));
   const busy = () => asking !== null || choosing;
-  const send_what_waits = () => { if (waiting) setTimeout(send); waiting = false; };
-  // Gradio's chat takes texts for markup: a mark that nobody sees, behind these two letters, keeps them letters.
+  const send_if_waiting = () => { if (waiting) setTimeout(send); waiting = false; };
+  // Gradio's chat reads texts as markup: an invisible character behind these two prevents this.
   const hide = text => text.replace(/[<&]/g, "$&\u2060"), plain = text => text.replace(/([<&])\u2060/g, "$1");
   const update = changes => ({__type__: "update", ...changes});
 
@@ -56,43 +56,43 @@ const page = (() => {
 
   const messages = said => said.map((text, place) => (
     {role: place % 2 ? "assistant" : "user", content: [{type: "text", text: hide(text)}], metadata: null, options: null}));
-  const thumbs = () => now.said.flatMap((_, place) => place % 2 ? [now.thumbs[place] ?? null] : []);
+  const thumbs = () => current.said.flatMap((_, place) => place % 2 ? [current.thumbs[place] ?? null] : []);
   const shown = said => update({value: messages(said), feedback_value: thumbs()});
   const show = () => button("show").click();
 
   // ---------------------------------------------------------------------------------- conversations, kept in the browser
 
-  function kept() {
+  function saved_conversations() {
     const all = [];
     try {
       for (const key of Object.keys(localStorage)) {
         if (!key.startsWith(KEPT)) continue;
         try {
           const one = JSON.parse(localStorage[key]);
-          if (whole(one)) all.push(one);
-        } catch { /* somebody else's */ }
+          if (is_conversation(one)) all.push(one);
+        } catch { /* another program's entry */ }
       }
-    } catch { /* the browser keeps nothing */ }
+    } catch { /* the browser allows no storage */ }
     return all.sort((one, other) => other.at - one.at);
   }
 
-  function whole(one) {
+  function is_conversation(one) {
     const texts = list => Array.isArray(list) && list.every(text => typeof text === "string");
     return one && typeof one.id === "string" && texts(one.persona) && texts(one.own) && texts(one.said)
       && typeof one.thumbs === "object" && one.thumbs !== null;
   }
 
   function save() {
-    now.persona = persona();
-    now.own = own();
-    now.at = Date.now();
+    current.persona = persona();
+    current.own = own();
+    current.at = Date.now();
     try {
-      if (now.said.length) localStorage[KEPT + now.id] = JSON.stringify(now);
-      else localStorage.removeItem(KEPT + now.id);
-      const draft = [asking?.text, box()?.value].filter(Boolean).join("\n");  // also what is not answered yet
-      sessionStorage[KEPT] = JSON.stringify({...now, draft, lost: lost !== null});
+      if (current.said.length) localStorage[KEPT + current.id] = JSON.stringify(current);
+      else localStorage.removeItem(KEPT + current.id);
+      const draft = [asking?.text, box()?.value].filter(Boolean).join("\n");  // includes a message not answered yet
+      sessionStorage[KEPT] = JSON.stringify({...current, draft, lost: lost !== null});
     } catch {
-      notice("This browser has no room for the conversation; it is lost when the page is closed. Export keeps it.");
+      notice("This browser cannot save the conversation; it is lost when you close the page. Export saves it to a file.");
     }
     list();
     if (following) address().then(where => history.replaceState(null, "", where));
@@ -100,42 +100,42 @@ const page = (() => {
 
   function begin(sentences, said = [], mine = []) {
     stop();
-    now = {id: Date.now().toString(36) + Math.random().toString(36).slice(2, 8), persona: sentences, own: mine, said,
+    current = {id: Date.now().toString(36) + Math.random().toString(36).slice(2, 8), persona: sentences, own: mine, said,
            thumbs: {}, title: "", at: Date.now()};
     enter();
   }
 
-  /** Show the conversation that is now current. */
+  /** Show the current conversation. */
   function enter() {
     turn++;
     [asking, choosing, recalled] = [null, false, null];
-    const rest = now.persona.slice(CARDS - 1).join("\n");
-    cards().forEach((card, place) => write(card, place < CARDS - 1 ? now.persona[place] ?? "" : rest));
-    write(find("#own textarea"), now.own.join("\n"));
+    const rest = current.persona.slice(CARDS - 1).join("\n");
+    cards().forEach((card, place) => write(card, place < CARDS - 1 ? current.persona[place] ?? "" : rest));
+    write(find("#own textarea"), current.own.join("\n"));
     notice("");
     document.body.classList.remove("busy");
     show();
     save();
     hint();
-    send_what_waits();
+    send_if_waiting();
   }
 
   function open(one) {
     if (asking) stop();
-    if (one.id !== now.id) { following = false; history.replaceState(null, "", location.pathname + location.search); }
-    now = {title: "", ...one};
-    if (now.said.length % 2) write(box(), now.said.pop());  // a message whose reply never came
+    if (one.id !== current.id) { following = false; history.replaceState(null, "", location.pathname + location.search); }
+    current = {title: "", ...one};
+    if (current.said.length % 2) write(box(), current.said.pop());  // a message that got no reply
     enter();
     drawer("");
   }
 
   function remove(one) {
-    try { localStorage.removeItem(KEPT + one.id); } catch { /* nothing is kept */ }
+    try { localStorage.removeItem(KEPT + one.id); } catch { /* the browser allows no storage */ }
     const back = () => {
-      try { localStorage[KEPT + one.id] = JSON.stringify(one); } catch { /* nothing is kept */ }
+      try { localStorage[KEPT + one.id] = JSON.stringify(one); } catch { /* the browser allows no storage */ }
       open(one);
     };
-    if (one.id === now.id) begin(persona(), [], own());
+    if (one.id === current.id) begin(persona(), [], own());
     else list();
     notice("The conversation is deleted.", back, "Put it back");
   }
@@ -143,28 +143,28 @@ const page = (() => {
   function list() {
     const place = find("#conversations");
     if (!place || place.querySelector("input")) return;
-    place.replaceChildren(...kept().map(one => {
+    place.replaceChildren(...saved_conversations().map(one => {
       const title = one.title || one.said[0] || "Nothing said yet", item = make("li", "");
-      item.append(make("button", title, {class: "small open", ...(one.id === now.id ? {"aria-current": "true"} : {})},
+      item.append(make("button", title, {class: "small open", ...(one.id === current.id ? {"aria-current": "true"} : {})},
                        () => open(one)),
                   make("button", "✎", {class: "small", "aria-label": `Rename: ${title}`}, () => rename(one, item, title)),
                   make("button", "✕", {class: "small", "aria-label": `Delete: ${title}`}, () => remove(one)));
       return item;
     }));
-    if (!place.children.length) place.append(make("li", "Kept in this browser, once something is said.", {class: "faint"}));
+    if (!place.children.length) place.append(make("li", "Conversations are kept in this browser.", {class: "faint"}));
   }
 
   function rename(one, item, title) {
     const field = make("input", "", {"aria-label": "Name of the conversation", maxlength: "80"});
-    let over = false;  // to take the field away takes its focus, too
+    let over = false;  // removing the field also fires "blur"
     const done = keep => {
       if (over) return;
       over = true;
       const name = field.value.trim();
       field.remove();
       if (keep && name) {
-        if (one.id === now.id) now.title = name;
-        try { localStorage[KEPT + one.id] = JSON.stringify({...one, title: name}); } catch { /* nothing is kept */ }
+        if (one.id === current.id) current.title = name;
+        try { localStorage[KEPT + one.id] = JSON.stringify({...one, title: name}); } catch { /* the browser allows no storage */ }
       }
       list();
     };
@@ -180,7 +180,7 @@ const page = (() => {
 
   // -------------------------------------------------------------------------------------------------------- a turn
 
-  /** Have the last of `said` answered. `text`: what goes back into the box when that fails. */
+  /** Ask for a reply to the last message of `said`. `text` goes back into the box if this fails. */
   function request(said, text) {
     if (busy()) return;
     turn++;
@@ -196,21 +196,21 @@ const page = (() => {
   function send() {
     const text = box().value.trim();
     if (!text) return;
-    if (!now) { waiting = true; return; }  // the page is not ready yet
+    if (!current) { waiting = true; return; }  // the page is not ready yet
     if (choosing) return notice("Choose one of the two replies first; your message stays in the box.");
     if (asking) { waiting = true; return; }
     write(box(), "");
-    request([...now.said, text], text);
+    request([...current.said, text], text);
   }
 
-  /** For the event: what the server gets, the chat with the new message, and the box with Stop in the place of Send. */
+  /** Return what the event needs: the data for the server, the chat with the new message, and Stop instead of Send. */
   function ask() {
-    return [JSON.stringify({turn, conversation: now.id, persona: persona(), said: asking.said}),
+    return [JSON.stringify({turn, conversation: current.id, persona: persona(), said: asking.said}),
             update({value: messages(asking.said)}), update({submit_btn: false, stop_btn: "Stop"})];
   }
 
-  function settle(told) {
-    const answer = told ? JSON.parse(told) : {turn};
+  function take_reply(outcome) {
+    const answer = outcome ? JSON.parse(outcome) : {turn};
     if (answer.turn !== turn || !(asking || choosing)) return [update({}), update({})];
     const {text} = asking ?? {text: ""};
     if (answer.choosing) {
@@ -220,35 +220,35 @@ const page = (() => {
     [asking, choosing] = [null, false];
     document.body.classList.remove("busy");
     if (answer.said) {
-      now.said = answer.said;
-      for (const place of Object.keys(now.thumbs)) if (place >= now.said.length - 1) delete now.thumbs[place];
+      current.said = answer.said;
+      for (const place of Object.keys(current.thumbs)) if (place >= current.said.length - 1) delete current.thumbs[place];
       notice(answer.note ?? "");
-      send_what_waits();
+      send_if_waiting();
     } else {
-      give_back(text);
+      restore_text(text);
       notice(answer.error ?? "");
       waiting = false;
     }
     save();
     setTimeout(() => { look(); hint(); });
-    return [shown(now.said), update({submit_btn: "Send", stop_btn: false})];
+    return [shown(current.said), update({submit_btn: "Send", stop_btn: false})];
   }
 
-  function give_back(text) {
+  function restore_text(text) {
     const written = box().value;
     if (text && written.trim() !== text) write(box(), written.trim() ? `${text}\n${written}` : text);
   }
 
-  /** For the event, when the server has not answered at all. */
+  /** End the turn of an event that the server did not answer. */
   function failed() {
     if (asking || choosing) {
-      give_back(asking?.text ?? "");
+      restore_text(asking?.text ?? "");
       [asking, choosing, waiting] = [null, false, false];
       turn++;
       document.body.classList.remove("busy");
-      missing();
+      server_lost();
     }
-    return [shown(now.said), update({submit_btn: "Send", stop_btn: false})];
+    return [shown(current.said), update({submit_btn: "Send", stop_btn: false})];
   }
 
   function stop() {
@@ -256,65 +256,65 @@ const page = (() => {
   }
 
   function retry() {
-    if (now.said.length > 1) request(now.said.slice(0, -1), "");
+    if (current.said.length > 1) request(current.said.slice(0, -1), "");
   }
 
   function undo() {
-    if (busy() || now.said.length < 2) return;
-    give_back(now.said.at(-2));
-    now.said = now.said.slice(0, -2);
-    delete now.thumbs[now.said.length + 1];
+    if (busy() || current.said.length < 2) return;
+    restore_text(current.said.at(-2));
+    current.said = current.said.slice(0, -2);
+    delete current.thumbs[current.said.length + 1];
     save();
     show();
     hint();
     box().focus();
   }
 
-  /** A message of yours was changed in the chat: what follows it is forgotten, and it is answered anew. */
+  /** Ask for a new reply to a message that the user edited in the chat, and drop all messages after it. */
   function edit(chat) {
     const texts = chat.map(message => plain(message.content.map(part => part.text ?? "").join("")).trim());
-    const place = texts.findIndex((text, place) => text !== now.said[place]?.trim());
+    const place = texts.findIndex((text, place) => text !== current.said[place]?.trim());
     if (place < 0 || place % 2 || !texts[place]) return show();
     request(texts.slice(0, place + 1), texts[place]);
   }
 
   function clear() {
-    remove({...now, said: [...now.said]});
+    remove({...current, said: [...current.said]});
   }
 
-  function mark(told) {
-    if (told) {
-      const {place, liked, note} = JSON.parse(told);
-      now.thumbs[place] = liked === null ? null : liked ? "Like" : "Dislike";
+  function take_rating(rating) {
+    if (rating) {
+      const {place, liked, note} = JSON.parse(rating);
+      current.thumbs[place] = liked === null ? null : liked ? "Like" : "Dislike";
       if (note) notice(note);
       save();
     }
     return update({feedback_value: thumbs()});
   }
 
-  /** Somebody was drawn, for a conversation that has not begun or instead of one that has. */
-  function drawn(told) {
-    const sentences = JSON.parse(told);
+  /** Begin a conversation with a personality that the server drew. */
+  function take_persona(text) {
+    const sentences = JSON.parse(text);
     if (!started) return start(sentences);
-    const over = now.said.length > 0;
+    const over = current.said.length > 0;
     begin(sentences, [], own());
-    if (over) notice("This is a new conversation; the one before is in the list of conversations.");
+    if (over) notice("This is a new conversation; the last one is in the list of conversations.");
   }
 
-  // ------------------------------------------------------------------------------------------ suggestions, what it sees
+  // --------------------------------------------------------------------------- suggestions, and what the model sees
 
   function hint() {
-    chips([], now.said.length ? "Suggestions are on their way …" : "");
+    chips([], current.said.length ? "Suggestions are on their way …" : "");
     if (find("#suggests input")?.checked === false) return chips([], "");
     button("hint").click();
   }
 
-  const hinted = () => JSON.stringify({turn, conversation: now.id, persona: persona(), own: own(), said: now.said});
+  const conversation = () => JSON.stringify({turn, conversation: current.id, persona: persona(), own: own(), said: current.said});
 
-  function suggested(told) {
-    if (!told) return;
-    const {turn: of, texts} = JSON.parse(told);
-    if (of === turn && !busy()) chips(texts);
+  function take_suggestions(suggested) {
+    if (!suggested) return;
+    const {turn: number, texts} = JSON.parse(suggested);
+    if (number === turn && !busy()) chips(texts);
   }
 
   function chips(texts, otherwise = "") {
@@ -327,20 +327,20 @@ const page = (() => {
   const visible = element => element && getComputedStyle(element).visibility === "visible";
   const look = () => { if (visible(find("#right"))) button("look").click(); };
 
-  /** Begin with the reply's first token. */
-  function looked() {
+  /** Show the first token of a new reply. */
+  function choose_first_token() {
     const first = find("#seen button.token");
     if (first && !find("#seen button.token[aria-pressed=true]")) token(first);
   }
 
-  /** Show the alternatives of a token of the reply, and on which sentences of the personality it draws. */
+  /** Show the alternatives of a token of the reply, and mark the sentences of the personality that it draws on. */
   function token(chosen) {
     const seen = chosen.closest(".seen"), step = JSON.parse(chosen.dataset.step);
     for (const one of seen.querySelectorAll("button.token")) one.setAttribute("aria-pressed", one === chosen);
-    seen.querySelectorAll(".sentence").forEach((one, place) => one.style.setProperty("--share", step.draws[place] ?? 0));
-    seen.querySelector(".draws").textContent = step.told;
-    seen.querySelector("caption").textContent = `In the place of “${step.token}”: as the model gave it, and after temperature and filter`;
-    seen.querySelector("tbody").replaceChildren(...step.words.map(([word, before, after]) => {
+    seen.querySelectorAll(".sentence").forEach((one, place) => one.style.setProperty("--share", step.shares[place] ?? 0));
+    seen.querySelector(".draws").textContent = step.summary;
+    seen.querySelector("caption").textContent = `Alternatives to “${step.token}”: before and after temperature and filter`;
+    seen.querySelector("tbody").replaceChildren(...step.alternatives.map(([word, before, after]) => {
       const row = make("tr", "", word === step.token ? {"aria-current": "true"} : {}), bars = make("td", "");
       row.append(make("th", word, {scope: "row"}));
       for (const share of [before, after]) {
@@ -367,7 +367,7 @@ const page = (() => {
   }
 
   async function address() {
-    const text = JSON.stringify({personality: persona(), own: own(), said: now.said});
+    const text = JSON.stringify({personality: persona(), own: own(), said: current.said});
     const packed = await through(new TextEncoder().encode(text), new CompressionStream("deflate"));
     const letters = btoa(Array.from(packed, byte => String.fromCharCode(byte)).join(""));
     return `${location.origin}${location.pathname}#${letters.replace(/\+/g, "-").replace(/\//g, "_").replace(/=+$/, "")}`;
@@ -378,7 +378,7 @@ const page = (() => {
     const text = new TextDecoder().decode(await through(Uint8Array.from(letters, letter => letter.charCodeAt(0)),
                                                         new DecompressionStream("deflate")));
     const {personality, own: mine, said} = JSON.parse(text);
-    if (!whole({id: "", persona: personality, own: mine, said, thumbs: {}})) throw new Error("not a conversation");
+    if (!is_conversation({id: "", persona: personality, own: mine, said, thumbs: {}})) throw new Error("not a conversation");
     return [personality, said, mine];
   }
 
@@ -389,19 +389,19 @@ const page = (() => {
     let copied = true;
     try {
       await navigator.clipboard.writeText(where);
-    } catch {  // pages that came without encryption from another machine have no clipboard
+    } catch {  // without HTTPS, a page from another machine has no clipboard
       const field = make("textarea", where);
       document.body.append(field);
       field.select();
       copied = document.execCommand("copy");
       field.remove();
     }
-    notice(copied ? "The address is copied. It holds the whole conversation and follows it; nothing of it is kept on the server."
-                  : "Copy the address from the browser's address bar: it holds the whole conversation and follows it.");
+    notice(copied ? "The address is copied. It holds the whole conversation and changes with it; the server keeps nothing."
+                  : "Copy the address from the browser's address bar: it holds the whole conversation and changes with it.");
   }
 
   function download() {
-    const turns = now.said.flatMap((text, place) => place % 2 ? [{history: now.said.slice(0, place), candidates: [text]}] : []);
+    const turns = current.said.flatMap((text, place) => place % 2 ? [{history: current.said.slice(0, place), candidates: [text]}] : []);
     if (!turns.length) return notice("There is nothing to export yet; say something first.");
     const entry = {personality: persona(), utterances: turns};
     const text = JSON.stringify({train: [entry], valid: [entry]}, null, 1) + "\n";
@@ -421,23 +421,23 @@ const page = (() => {
     }
   }
 
-  function missing() {
+  function server_lost() {
     notice("The server cannot be reached. Your text and the conversation are kept; this page looks for it every two seconds.");
     if (lost) return;
     document.body.classList.add("lost");
     lost = setInterval(async () => {
       if (!await alive()) return;
       save();
-      location.reload();  // Gradio takes no events any more; what is written comes back with the conversation
+      location.reload();  // Gradio sends no events any more; the conversation and the text in the box come back
     }, CHECK);
   }
 
-  /** Gradio passes nothing on once its connection is lost, and does not say so. */
-  const see_whether_it_went = () => setTimeout(async () => {
-    if (started && !busy() && box().value.trim() && !await alive()) missing();
+  /** Look for the server after Enter: Gradio drops events without a word once its connection is lost. */
+  const check_delivery = () => setTimeout(async () => {
+    if (started && !busy() && box().value.trim() && !await alive()) server_lost();
   }, 300);
 
-  /** While a reply is awaited, see whether there is still somebody who may give it. */
+  /** While a reply is awaited, check that the server still runs. */
   async function watch() {
     const mine = turn;
     while (asking && turn === mine) {
@@ -446,12 +446,12 @@ const page = (() => {
       asking.failed = await alive() ? 0 : asking.failed + 1;
       if (asking?.failed > 1) {
         failed();
-        return button("fail").click();  // for the chat and the buttons, if Gradio still takes it
+        return button("fail").click();  // resets the chat and the buttons, if Gradio still reacts
       }
     }
   }
 
-  setInterval(async () => { if (started && !lost && !asking && !document.hidden && !await alive()) missing(); }, SLOW_CHECK);
+  setInterval(async () => { if (started && !lost && !asking && !document.hidden && !await alive()) server_lost(); }, SLOW_CHECK);
 
   // ---------------------------------------------------------------------------------------------- the page as a whole
 
@@ -464,14 +464,14 @@ const page = (() => {
     if (name === "right") setTimeout(look);
   }
 
-  function shade(dark) {
+  function set_dark(dark) {
     document.body.classList.toggle("dark", dark);
     find("#theme")?.setAttribute("aria-label", dark ? "Light colours" : "Dark colours");
   }
 
   async function start(sentences) {
     started = true;
-    shade_as_chosen();
+    apply_theme();
     const before = await before_reload(), fragment = location.hash.slice(1);
     setTimeout(() => {
       document.body.classList.add("ready");
@@ -485,11 +485,11 @@ const page = (() => {
       } catch {
         history.replaceState(null, "", location.pathname + location.search);
         begin(sentences);
-        return notice("This address holds no conversation, or not all of it; copy it again, whole.");
+        return notice("This address holds no complete conversation; copy it again, whole.");
       }
     }
     if (!before) return begin(sentences);
-    now = before;
+    current = before;
     if (!box().value) write(box(), before.draft ?? "");
     enter();
     if (before.lost) notice("The server is back.");
@@ -498,25 +498,25 @@ const page = (() => {
   async function before_reload() {
     try {
       const one = JSON.parse(sessionStorage[KEPT] ?? "null");
-      return whole(one) ? {title: "", ...one} : null;
+      return is_conversation(one) ? {title: "", ...one} : null;
     } catch {
       return null;
     }
   }
 
   const dark = () => document.body.classList.contains("dark");
-  function shade_as_chosen() {
+  function apply_theme() {
     let chosen = null;
-    try { chosen = localStorage["transfertransfo-theme"]; } catch { /* nothing is kept */ }
-    shade(chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
+    try { chosen = localStorage["transfertransfo-theme"]; } catch { /* the browser allows no storage */ }
+    set_dark(chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
   }
   addEventListener("hashchange", () => location.reload());
   addEventListener("storage", () => started && list());
   addEventListener("pagehide", () => { if (started) save(); });
-  addEventListener("offline", () => started && missing());
+  addEventListener("offline", () => started && server_lost());
 
   document.addEventListener("click", event => {
-    if (event.target.closest?.("#message .submit-button")) see_whether_it_went();
+    if (event.target.closest?.("#message .submit-button")) check_delivery();
     const clicked = event.target.closest?.("[data-act], [data-drawer], button.token");
     if (!clicked) return;
     if (clicked.matches(".token")) token(clicked);
@@ -534,16 +534,16 @@ const page = (() => {
     share, download,
     renew: () => { begin(persona(), [], own()); box().focus(); },
     theme: () => {
-      shade(!dark());
-      try { localStorage["transfertransfo-theme"] = dark() ? "dark" : "light"; } catch { /* nothing is kept */ }
+      set_dark(!dark());
+      try { localStorage["transfertransfo-theme"] = dark() ? "dark" : "light"; } catch { /* no storage */ }
     },
   };
 
   document.addEventListener("keydown", event => {
     if (event.key === "Escape") drawer("");
-    if (event.key === "Enter" && event.target === box()) see_whether_it_went();
+    if (event.key === "Enter" && event.target === box()) check_delivery();
     if (event.target !== box() || event.isComposing || !["ArrowUp", "ArrowDown"].includes(event.key)) return;
-    const mine = now.said.filter((_, place) => place % 2 === 0), field = box();
+    const mine = current.said.filter((_, place) => place % 2 === 0), field = box();
     const back = (recalled ?? 0) + (event.key === "ArrowUp" ? 1 : -1);
     if (recalled === null ? field.value || event.key === "ArrowDown" : field.value !== (mine.at(-recalled) ?? "")) return;
     if (back > mine.length) return event.preventDefault();
@@ -554,10 +554,10 @@ const page = (() => {
   document.addEventListener("input", event => {
     if (event.target === box()) waiting = false;
   });
-  document.addEventListener("change", event => {  // the cards and your own personality belong to the conversation
+  document.addEventListener("change", event => {  // the cards and the user's personality belong to the conversation
     if (started && event.target.closest("#cards, #own")) save();
   });
-  document.addEventListener("paste", event => {  // a personality of several lines fills the cards from here on
+  document.addEventListener("paste", event => {  // a pasted personality of several lines fills this card and the next ones
     const place = cards().indexOf(event.target), text = event.clipboardData?.getData("text") ?? "";
     if (place < 0 || event.target.value || lines(text).length < 2) return;
     event.preventDefault();
@@ -572,6 +572,6 @@ const page = (() => {
   const copy = navigator.clipboard?.writeText.bind(navigator.clipboard);
   if (copy) navigator.clipboard.writeText = text => copy(plain(text));
 
-  return {ask, settle, failed, send, stop, retry, undo, edit, clear, mark, drawn, hinted, suggested, looked,
-          show: () => shown(now.said)};
+  return {ask, take_reply, failed, send, stop, retry, undo, edit, clear, take_rating, take_persona, conversation,
+          take_suggestions, choose_first_token, show: () => shown(current.said)};
 })();
