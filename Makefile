@@ -10,8 +10,8 @@
 #                    stopped and continued
 # make attack        attack a running server while honest clients use it: a quarter of an hour
 # make fuzz          fuzz the readers and tokenizers, guided by coverage: some minutes
-# make bench         compare the speed with the textbook path and write benchmarks/RESULTS.md; needs real data (see
-#                    `python benchmarks/training.py --help`)
+# make bench         compare the speed with the textbook path and write benchmarks/RESULTS.md: on the embedded sample,
+#                    or with BENCH_FLAGS="--data FILE --tokenizer FOLDER" on your data
 # make parlai        install the real ParlAI into .venv-parlai
 # make docker-check  build the Dockerfile without a Docker daemon, chat in its image and check its contents: some
 #                    minutes; needs root, buildah and debootstrap

@@ -33,9 +33,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 def parse_args(description: str, **defaults: int | str) -> argparse.Namespace:
     """Parse the flags that all benchmarks share; ``defaults`` are additional flags."""
     parser = argparse.ArgumentParser(description=description)
-    shared = ROOT.parent / "shared"
-    parser.add_argument("--data", default=str(shared / "data/personachat/personachat_self_original.json"))
-    parser.add_argument("--tokenizer", default=str(shared / "tokenizers/openai-gpt"), help="vocab.json and merges.txt")
+    shared = ROOT.parent / "shared"  # real data, where it is at hand; what the repository brings is smaller
+    data = [shared / "data/personachat/personachat_self_original.json", ROOT / "data/sample_personachat.json"]
+    tokenizers = [shared / "tokenizers/openai-gpt", ROOT / "models/tiny"]
+    parser.add_argument("--data", default=next(str(path) for path in data if path.exists()),
+                        help="corpus in the data format (default: %(default)s)")
+    parser.add_argument("--tokenizer", default=next(str(path) for path in tokenizers if path.exists()),
+                        help="folder of vocab.json and merges.txt (default: %(default)s)")
     parser.add_argument("--repeats", type=positive_number, default=5, help="timings per side; the median counts")
     parser.add_argument("--seed", type=whole_number, default=42)
     for name, value in defaults.items():
@@ -122,7 +126,8 @@ def report(name: str, args: argparse.Namespace, rows: list[dict]) -> None:
     """Print the rows of a benchmark, and save them with machine and versions for RESULTS.md."""
     RESULTS.mkdir(exist_ok=True)
     record = {
-        "arguments": {key: value for key, value in vars(args).items() if value and key not in ("data", "tokenizer")},
+        "arguments": {key: Path(value).name if key in ("data", "tokenizer") else value
+                      for key, value in vars(args).items() if value},
         "machine": machine(), "rows": rows,
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
