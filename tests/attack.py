@@ -9,6 +9,7 @@ is 1 if an attempt succeeded.
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import json
 import statistics
@@ -274,18 +275,41 @@ async def pages(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
         for path in ("/gradio_api/queue/data?session_hash=unknown", "/gradio_api/call/chat/unknown"):
             response = await client.get(path)
             attempts.append(Attempt(path, f"{response.status_code}", response.status_code == 404))
-        nested: object = []
-        for _ in range(800):
-            nested = [nested]
-        for value in (nested, {"a": 1}, 10**400, "\ud800", [None], True, 1.5):
-            for body in (events.drawing(value), events.turn() | {"data": [value] * 12}, {"data": value},
-                         events.turn() | {"fn_index": value}, events.turn() | {"session_hash": value}):
-                for path in ("/gradio_api/run/predict", "/gradio_api/queue/join", "/gradio_api/call/chat"):
-                    response = await client.post(path, content=json.dumps(body).encode(),
-                                                 headers={"Content-Type": "application/json"})
-                    if response.status_code >= 500 and response.status_code != 503:
-                        attempts.append(Attempt(f"{path} {str(body)[:40]}", f"{response.status_code}", False))
     return [*attempts, *honest.judged()]
+
+
+async def forgeries(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
+    """Send forged values to every event of the page: other types, texts that are not JSON, lone surrogates, nothing."""
+    events, few = Events(server.address), asyncio.Semaphore(8)
+    statuses: collections.Counter[int] = collections.Counter()
+    failed = []
+
+    async def forge(what: str, path: str, body: dict) -> None:
+        async with few:
+            response = await client.post(path, content=json.dumps(body).encode(),
+                                         headers={"Content-Type": "application/json"})
+            told = [response.text]
+            if response.is_success and path.endswith("join"):
+                told = await until_done(client, body["session_hash"])
+            elif response.is_success and path.endswith("chat"):
+                told = [(await client.get(f"{path}/{response.json()['event_id']}")).text]
+        statuses[response.status_code] += 1
+        # Gradio says so when an event of the page fails; our own code answers with a message instead.
+        if response.status_code not in (200, 400, 404) or '"success":false' in told[-1] or not told[-1]:
+            failed.append(Attempt(what, f"{response.status_code} {told[-1][:60]!r}", False))
+
+    await client.post("/gradio_api/queue/join", json=events.turn(session="twice"))
+    fetching = [asyncio.create_task(until_done(client, "twice")) for _ in range(2)]  # a page does this once
+    await asyncio.sleep(0.2)
+    fetching[0].cancel()
+    await asyncio.gather(fetching[1], *(forge(*one) for one in events.forged()))
+    for path in ("/assets/" + "a" * 5000, "/assets/%00", "/static/%ff", "/v1/models/%ed%a0%80"):
+        response = await client.get(path)
+        statuses[response.status_code] += 1
+        if response.status_code != 404:
+            failed.append(Attempt(path[:40], f"{response.status_code}", False))
+    return [Attempt("forged events and addresses", f"{dict(statuses)}", not failed and statuses.total() > 1000),
+            *failed]
 
 
 def attackers(server: Server, clients: int, body: dict, *flags: object) -> subprocess.Popen:
@@ -384,7 +408,7 @@ async def stopping(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 # ------------------------------------------------------------------------------------------------- one after another
 
 ATTACKS = {attack.__name__: attack for attack in (
-    files, hosts, faults, contexts, memory, pages, crowd, hanging, overload, stopping)}
+    files, hosts, faults, contexts, memory, pages, forgeries, crowd, hanging, overload, stopping)}
 
 
 async def attack(server: Server, name: str) -> list[Attempt]:

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ class Events:
         """Build the page's request for a reply; ``changed`` may hold a ``temperature`` for the first slider."""
         number, kinds, _ = next(event for event in self.all if event[2] and "checkbox" in event[1])
         values = [self.values[block] for block in self.dependencies[number]["inputs"]]
-        values[0] = json.dumps({"turn": 1, "conversation": "x", "persona": [], "said": [text]})
+        values[0] = conversation(persona=[], said=[text])
         if "temperature" in changed:
             values[kinds.index("slider")] = changed["temperature"]
         return {"data": values, "fn_index": number, "session_hash": session}
@@ -122,6 +123,51 @@ class Events:
         """Build the page's request to draw sentences for a personality, with ``first`` as its value."""
         number = next(event[0] for event in self.all if event[1] == ["textbox"] and not event[2])
         return {"data": [first], "fn_index": number, "session_hash": "somebody"}
+
+    def forged(self) -> Iterator[tuple[str, str, dict]]:
+        """Yield requests that our page never sends, for each of its events: a description, the path and the body.
+
+        Each request has one odd value, either in the place of a value or within the conversation that a text holds.
+        """
+        for number, kinds, queued in self.all:
+            event = self.dependencies[number]
+            name, sent = event["api_name"], [self.values.get(block) for block in event["inputs"]]
+            route = "queue/join" if queued else "run/predict"
+            if name == "chat":  # the event for programs
+                sent, route = ["hello", ["hi"], ["i am a cat ."], 0], "call/chat"
+            elif kinds[:1] == ["textbox"]:
+                sent[0] = conversation()
+            about = {"index": 1, "liked": True, "value": "x"}  # of a message of the conversation
+            bodies = [{"data": value} for value in ODD]
+            for place, kind in enumerate(kinds):
+                odd = {"textbox": [*ODD, *ODD_TEXTS], "state": []}.get(kind, ODD)
+                bodies += [{"data": [*sent[:place], value, *sent[place + 1:]]} for value in odd]
+            if event["collects_event_data"]:
+                bodies += [{"event_data": value} for value in ODD]
+                bodies += [{"event_data": about | {key: value}} for key in about for value in [*ODD, 0, 4]]
+            for count, body in enumerate(bodies):
+                yield f"{name} with {str(body)[:200]}", f"/gradio_api/{route}", {
+                    "data": sent, "fn_index": number, "session_hash": f"forged-{name}-{count}",
+                    "event_data": about} | body
+        for value in ODD:
+            for key in ("session_hash", "event_id", "fn_index", "trigger_id"):
+                for route in ("cancel", "reset", "run/predict"):
+                    yield f"{route} with {key} {str(value)[:40]}", f"/gradio_api/{route}", self.drawing("") | {
+                        "event_id": "x", key: value}
+
+
+def conversation(**changed: object) -> str:
+    """Build the text that page.js sends for a conversation, with other values where they are given."""
+    return json.dumps({"turn": 1, "conversation": "x", "persona": ["i am a cat ."], "own": [], "said": ["hello"]}
+                      | changed)
+
+
+DEEP: object = []
+for _ in range(800):
+    DEEP = [DEEP]
+ODD = [None, True, -1, 1.5, 1e308, 10**400, "", "\ud800", "x" * 5000, [], [None], ["\ud800"], {"a": 1}, DEEP]
+ODD_TEXTS = ["{", "null", "[]", "NaN", "1e999", "[" * 5000, '"\\ud800"', conversation(said=["a", "b"]),
+             *(conversation(**{key: value}) for key in json.loads(conversation()) for value in ODD)]
 
 
 async def until_done(client: httpx.AsyncClient, session: str) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
 from web.batching import Client
@@ -19,7 +20,8 @@ DRAINED = 64 * MAX_BODY  # bytes of a longer body that are read and dropped befo
 BODY_TIME = 20  # s within which a whole request must arrive
 # The routes that the page, Gradio's client and OpenAI's need. Gradio has many more, some of which read files.
 ROUTES = {
-    "GET": re.compile(r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(assets|static|svelte)/.+"
+    "GET": re.compile(r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt"
+                      r"|/(assets|static|svelte)/[A-Za-z0-9_./-]{1,200}"
                       r"|/gradio_api/(theme\.css|app_id/?|info/?|openapi\.json|startup-events|heartbeat/[\w-]{1,64}|queue/data"
                       r"|call/chat/[\w-]+)|/healthz|/v1(/.*)?"),
     "POST": re.compile(r"/gradio_api/(queue/join/?|run/predict/?|call/chat/?|cancel|reset/?)|/v1(/.*)?"),
@@ -119,8 +121,12 @@ class Guard:
                                     (b"x-content-type-options", b"nosniff")]
             await send(event)
 
-        await self.app(scope, receive, send_with_policy)
-
+        try:
+            await self.app(scope, receive, send_with_policy)
+        except RuntimeError as problem:  # Gradio forgot the page while it was sending messages to it
+            if not isinstance(problem.__cause__, HTTPException):
+                raise
+            await send({"type": "http.response.body"})
 
     def until_stopped(self, receive):
         """Return a ``receive`` that reports a disconnected client once the server stops."""

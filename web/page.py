@@ -96,7 +96,8 @@ def parse_conversation(text: str, *lists: str) -> dict:
     ``lists``: names of further lists of texts. Raises `InputError` for anything else.
     """
     try:
-        sent = json.loads(text)
+        # Lone surrogates, which no answer can hold, become question marks, as in `events.check`.
+        sent = json.loads(json.dumps(json.loads(text), ensure_ascii=False).encode(errors="replace"))
         texts = all(isinstance(sent[name], list) and all(isinstance(one, str) for one in sent[name])
                     for name in ("persona", "said", *lists))
         if texts and type(sent["turn"]) is int and isinstance(sent["conversation"], str):
@@ -337,7 +338,7 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
         def mixed_persona(question_now) -> str:
             """Draw as many sentences as the current personality has, each from another random personality."""
             try:
-                wanted = len(parse_conversation(question_now)["persona"]) or 4
+                wanted = min(len(parse_conversation(question_now)["persona"]), MAX_TEXT) or 4
             except InputError:  # another program sent it
                 wanted = 4
             return json.dumps([random.choice(random_persona()) for _ in range(wanted)] if people else [])

@@ -53,9 +53,9 @@ class Suggestions:
             questions = []  # a question deserves an answer, not another question
         decoded = await asyncio.gather(*(self._decode(own, said, options.over(seed=seed), client, turn_over)
                                          for seed in self._seeds(options)))
-        if turn_over.is_set():
-            return []
         pool = {text_key(text): text for text in [*questions, *filter(None, decoded)] if text_key(text) not in known}
+        if turn_over.is_set() or not pool:
+            return []
         return await asyncio.to_thread(self._best, own, said, list(pool.values()))
 
     def _seeds(self, options) -> list[int]:
