@@ -2,12 +2,14 @@
 # Make the default bot, models/persona: adapt SmolLM2-135M, which `make install` installs, to PERSONA-CHAT.
 #
 #   recipes/persona.sh PERSONA_CHAT.json [FOLDER]
+#   DIALOGS=589 recipes/persona.sh PERSONA_CHAT.json     # a point of the learning curve over data
 #
 # PERSONA_CHAT.json: the published file, or another file in its layout. FOLDER: the folder for the adapter; default:
 # .demo/persona/adapter. If the script is stopped and started again, it continues from the last checkpoint.
+# DIALOGS: train only the first stage, on so many dialogs drawn at random, and evaluate it on 64 validation dialogs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data=$(realpath "${1:?name the JSON file of PERSONA-CHAT}") work=.demo/persona
+data=$(realpath "${1:?name the JSON file of PERSONA-CHAT}") work=.demo/persona${DIALOGS:+-$DIALOGS}
 folder=${2:-$work/adapter}
 mkdir -p $work
 
@@ -28,8 +30,15 @@ train() {  # arguments: the stage's name, then flags of train.py; writes the run
 }
 
 # 1. PERSONA-CHAT: each row is a dialog, and each turn has three distractors, which differ between permutations
-[ -f $work/chat.json ] || python recipes/mix.py $work/chat.json "$data::64"
+[ -f $work/chat.json ] || python recipes/mix.py $work/chat.json "$data:${DIALOGS:-}:64"
 train chat --model_checkpoint smollm2 --dataset_path $work/chat.json --lr 8e-4
+if [ -n "${DIALOGS:-}" ]; then
+    for figure in hits@1 ppl; do
+        python convai_evaluation.py --eval_type $figure --fp16 bf16 --batch_size 8 --model_checkpoint "$(cat $work/chat)" \
+            --dataset_path $work/chat.json
+    done
+    exit
+fi
 
 # 2. our own dialogs, which ask about the persona, mixed with some of PERSONA-CHAT's
 [ -f $work/talk.json ] || python example_entry.py --convert data/persona_talk.jsonl $work/talk.json --target second \
