@@ -469,6 +469,8 @@ def main() -> int:
     parser.add_argument("attacks", nargs="*", default=list(ATTACKS), help=f"among {', '.join(ATTACKS)} (default: all)")
     parser.add_argument("--short", action="store_true", help="send fewer requests, and judge no times")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="only let six users talk for this long")
+    parser.add_argument("--model_checkpoint", metavar="MODEL",
+                        help="attack a server of that model (default: a tiny one with random weights)")
     args = parser.parse_args()
     Pace.short, Pace.judged = args.short, not args.short
     succeeded = 0
@@ -476,7 +478,8 @@ def main() -> int:
         make_model(Path(work))
         for name in ["soak"] if args.soak else args.attacks:
             print(f"\n{name}: {(soak if args.soak else ATTACKS[name]).__doc__}", flush=True)
-            server = Server(Path(work), "--memory", 64, "--drain", 120)
+            server = Server(Path(work), "--memory", 1024 if args.model_checkpoint else 64, "--drain", 120,
+                            model=args.model_checkpoint)
             try:
                 succeeded += tell(asyncio.run(soak(server, args.soak) if args.soak else attack(server, name)))
             finally:

@@ -52,10 +52,10 @@ def share_alike(process: subprocess.Popen) -> None:
 class Server:
     """Run `demo.py` in its own process."""
 
-    def __init__(self, folder: Path, *flags: object):
+    def __init__(self, folder: Path, *flags: object, model: object = None):
         self.log = folder / f"log-{time.monotonic_ns()}"
-        command = [sys.executable, ROOT / "demo.py", "--model_checkpoint", folder / "model", "--dataset_path", SAMPLE,
-                   "--port", 0, "--device", "cpu", "--min_length", 4096, *flags]
+        command = [sys.executable, ROOT / "demo.py", "--model_checkpoint", model or folder / "model",
+                   "--dataset_path", SAMPLE, "--port", 0, "--device", "cpu", "--min_length", 4096, *flags]
         with open(self.log, "w") as output:
             self.process = subprocess.Popen(
                 list(map(str, command)), cwd=folder, stdout=output, stderr=subprocess.STDOUT,
