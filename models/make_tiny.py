@@ -4,7 +4,7 @@ The folder has no weights, so training starts at random. The tokenizer is a GPT-
 training split that tiny_corpus.py writes. It contains every printable ASCII character, so that it can spell any English
 input.
 
-    python models/tiny_corpus.py --out .demo/tiny_corpus.json
+    python -m models.tiny_corpus --out .demo/tiny_corpus.json
     python models/make_tiny.py .demo/tiny_corpus.json
 """
 

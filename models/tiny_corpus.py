@@ -17,13 +17,15 @@ No two dialogs in the file have the same set of persona values, so no persona of
 and facts do recur: the model has to generalise to new combinations, not to new words. All text was written for this
 project.
 
-    python models/tiny_corpus.py --out FILE.json [--seed 42]
+    python -m models.tiny_corpus --out FILE.json [--seed 42]
 """
 import argparse
 import json
 import random
 from collections import Counter
 from pathlib import Path
+
+from cli import Number, command, whole_number
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Content. A topic has
@@ -615,10 +617,13 @@ def strings_of(data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=42)
-    # A tiny model cannot learn to distinguish all values in two minutes; a larger model can.
-    parser.add_argument("--topics", type=int, default=7, help="how many of the 14 topics (default: %(default)s)")
-    parser.add_argument("--values", type=int, default=5, help="how many of their 10 values (default: %(default)s)")
+    parser.add_argument("--seed", type=whole_number, default=42)
+    # A tiny model cannot learn to distinguish all values in two minutes; a larger model can. Fewer than 5 topics of 3
+    # values would make fewer personas than the file has dialogs.
+    parser.add_argument("--topics", type=Number(int, 5, 14), default=7, help="how many of the 14 topics, at least 5 "
+                        "(default: %(default)s)")
+    parser.add_argument("--values", type=Number(int, 3, 10), default=5, help="how many of their 10 values, at least 3 "
+                        "(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     for topic in list(TOPICS)[args.topics:]:
@@ -644,4 +649,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

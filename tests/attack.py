@@ -24,6 +24,8 @@ from pathlib import Path
 import httpx
 from attacked import ROOT, WAIT, Attempt, Events, Honest, Pace, Server, make_model, share_alike, talk, until_done
 
+from cli import positive_real
+
 SECRET = "what only the server may read"
 
 
@@ -468,7 +470,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("attacks", nargs="*", default=list(ATTACKS), help=f"among {', '.join(ATTACKS)} (default: all)")
     parser.add_argument("--short", action="store_true", help="send fewer requests, and judge no times")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="only let six users talk for this long")
+    parser.add_argument("--soak", type=positive_real, metavar="MINUTES", help="only let six users talk for this long")
     parser.add_argument("--model_checkpoint", metavar="MODEL",
                         help="attack a server of that model (default: a tiny one with random weights)")
     args = parser.parse_args()

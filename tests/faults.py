@@ -22,6 +22,10 @@ import warm
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from cli import positive_number  # noqa: E402
+
 PATIENCE = 600  # seconds, enough for any step on a busy machine
 
 
@@ -104,7 +108,7 @@ def disturbed(folder: Path, name: str, times: int, arguments: list[str]) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--signal", choices=["KILL", "TERM"], help="default: KILL, then TERM")
-    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--times", type=positive_number, default=20)
     parser.add_argument("--folder", type=Path, default=Path(".demo/faults"))
     args = parser.parse_args()
     folder = args.folder.resolve()

@@ -57,6 +57,8 @@ def test_values_from_elsewhere_are_asked_for_by_in(kind, inside, outside, words)
     ("feedback/policy.py", "--toxicity", "inf", "from -1,000,000 to"),
     ("feedback/reward.py", "--lr", "nan", "from 0 to"), ("feedback/reward.py", "--held_out", "nan", "from 0 to 1"),
     ("feedback/annotate.py", "--noise", "nan", "from 0 to 1"), ("feedback/annotate.py", "--port", "70000", "65,535"),
+    ("models/tiny_corpus.py", "--topics", "15", "from 5 to 14"),
+    ("models/tiny_corpus.py", "--values", "2", "from 3 to 10"), ("models/tiny_corpus.py", "--seed", "-1", "from 0 to"),
     ("example_entry.py", "--seed", "nan", "from 0 to"), ("demo.py", "--port", "-1", "from 0 to 65,535"),
 ])
 def test_every_script_refuses_such_numbers_by_flag_and_range(tmp_path, script, flag, value, allowed):
