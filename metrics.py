@@ -166,27 +166,36 @@ def text_metrics(records: list[dict], split: "Split", turns: Iterable[int] | Non
             "Accuracy": fmean(normalized(reply) == normalized(gold) for reply, gold in pairs)}
 
 
-def reply_metrics(records: list[dict], split: "Split", max_history: int) -> dict[str, float]:
-    """Return `text_metrics`, and measure the variety of the replies.
+def variety(replies: Sequence[str]) -> dict[str, float]:
+    """Return the mean length of replies and the variety of their words.
 
-    ``Words per reply``: the mean length (Chinese and Japanese: in letters). ``Distinct-1`` and ``Distinct-2``: the
-    share of distinct words and word pairs among all (Li et al. 2016). ``Copied``: the share of replies that occur word
-    for word in the persona or in the part of the history that the model saw. ``Stutters``: the share of replies with a
-    word three times in a row.
+    ``Words per reply``: the length, for Chinese and Japanese in letters. ``Distinct-1`` and ``Distinct-2``: the share
+    of distinct words and word pairs among those of all replies (Li et al. 2016). ``Stutters``: the share of replies
+    with a word three times in a row.
     """
-    copied, stutters, lengths, grams = [], [], [], {1: Counter(), 2: Counter()}
+    lengths, stutters, grams = [], [], {1: Counter(), 2: Counter()}
+    for reply in map(split_words, map(separate_letters, replies)):
+        lengths.append(len(reply))
+        stutters.append(any(len(set(words)) == 1 for words in zip(reply, reply[1:], reply[2:], strict=False)))
+        for n, counts in grams.items():
+            counts.update(zip(*(reply[start:] for start in range(n)), strict=False))
+    return {"Words per reply": fmean(lengths),
+            **{f"Distinct-{n}": len(counts) / max(1, counts.total()) for n, counts in grams.items()},
+            "Stutters": fmean(stutters)}
+
+
+def reply_metrics(records: list[dict], split: "Split", max_history: int) -> dict[str, float]:
+    """Return `text_metrics`, the `variety` of the replies, and the share of replies that are ``Copied``.
+
+    A reply is copied if it occurs word for word in the persona or in the part of the history that the model saw.
+    """
+    copied = []
     for turn, record in enumerate(records):
         reply = split_words(separate_letters(record["reply"]))
         seen = split.texts("persona", split.turn_dialog[turn]) + split.texts("history", turn)[-(2 * max_history + 1):]
         within = (f" {' '.join(split_words(separate_letters(text)))} ".lower() for text in seen)
         copied.append(bool(reply) and any(f" {' '.join(reply)} ".lower() in text for text in within))
-        stutters.append(any(len(set(words)) == 1 for words in zip(reply, reply[1:], reply[2:], strict=False)))
-        lengths.append(len(reply))
-        for n, counts in grams.items():
-            counts.update(zip(*(reply[start:] for start in range(n)), strict=False))
-    distinct = {f"Distinct-{n}": len(counts) / max(1, counts.total()) for n, counts in grams.items()}
-    looks = {"Words per reply": fmean(lengths), **distinct, "Copied": fmean(copied), "Stutters": fmean(stutters)}
-    return text_metrics(records, split) | looks
+    return text_metrics(records, split) | variety([record["reply"] for record in records]) | {"Copied": fmean(copied)}
 
 
 # ---------------------------------------------------------------------------------------------------- intervals
