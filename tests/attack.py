@@ -310,6 +310,14 @@ async def forgeries(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
         statuses[response.status_code] += 1
         if response.status_code != 404:
             failed.append(Attempt(path[:40], f"{response.status_code}", False))
+    for head in ("CONNECT evil.example:80 HTTP/1.1", "GET http://[::1 HTTP/1.1", "GET / HTTP/9.9", "GET /\xff HTTP/1.1",
+                 "GET / HTTP/1.1\r\nContent-Length: -1", "PRI * HTTP/2.0", "\0"):
+        reader, writer = await asyncio.open_connection(server.host, server.port)
+        writer.write(f"{head}\r\nHost: localhost\r\n\r\n".encode("latin-1"))
+        answer = await reader.readline()
+        writer.close()
+        if not answer.startswith(b"HTTP/1.1 4"):
+            failed.append(Attempt(repr(head), repr(answer), False))
     return [Attempt("forged events and addresses", f"{dict(statuses)}", not failed and statuses.total() > 1000),
             *failed]
 
