@@ -1,4 +1,4 @@
-"""Measure hits@1 with 20 candidates in turns per second, our code against the textbook path."""
+"""Measure hits@1 with 20 candidates in turns per second, for our code and for the textbook path."""
 
 import itertools
 

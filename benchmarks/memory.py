@@ -1,4 +1,4 @@
-"""Measure peak memory of a training step and of hits@1 with 20 candidates, our code against the textbook path.
+"""Measure peak memory of a training step and of hits@1 with 20 candidates, for our code and for the textbook path.
 
 Each side runs in its own process. The peak is the largest resident memory during the work minus the resident memory
 before it, which includes the weights (470 MB). Gradients and the optimizer's moments are allocated in the first step.
@@ -40,7 +40,7 @@ def measure(args: Namespace) -> float:
         batch = collate([dataset[turn] for turn in turns], bench.special.pad)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6.25e-5, fused=precision != "textbook")
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     with autocast("cpu", "bf16" if precision == "bfloat16" else ""), torch.set_grad_enabled(training):
         out = model(**batch)
     if training:

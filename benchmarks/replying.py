@@ -1,4 +1,4 @@
-"""Measure decoding of 20 tokens: one chat reply, and a batch as for F1, our code against the textbook path."""
+"""Measure decoding of 20 tokens, for one chat reply and for a batch as in F1, with our code and the textbook path."""
 
 import copy
 import itertools
@@ -41,7 +41,7 @@ def main() -> None:
         contexts = [build_context(*dataset.context(turn), bench.special) for turn in turns]
         return generate_replies(model, contexts, bench.special, decoding, samples=samples)
 
-    with torch.inference_mode(False):  # as in the scripts: inference mode would make slow weights
+    with torch.inference_mode(False):  # as in the scripts: weights made in inference mode are slower
         half = copy.deepcopy(bench.ours).to(half_dtype("cpu", "bf16"))
     checked = [7, 777, 2222]
     if ours(checked, greedy) != [reference(turn, greedy) for turn in checked]:

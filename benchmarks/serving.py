@@ -1,4 +1,4 @@
-"""Measure the web server over HTTP: many conversations at once against one at a time, replies of 20 tokens.
+"""Measure the web server over HTTP with replies of 20 tokens: many conversations at once, and one at a time.
 
 Each conversation takes its persona, marked with a number, and the user's lines from a dialog of the data; the model's
 own replies become part of the history. Before anything is reported, the replies of conversations that ran alone are
@@ -77,7 +77,7 @@ async def measure(address: str, dialogs: list[tuple[list[str], list[str]]], alon
     for number, (first, *_) in enumerate(single):  # compare first replies; a near tie may change later ones
         likest = max(range(len(crowd)), key=lambda other: len(os.path.commonprefix([first, crowd[other][0]])))
         if likest != number:
-            raise SystemExit(f"conversation {number} got another's reply, {crowd[number][0]!r}; alone {first!r}")
+            raise SystemExit(f"conversation {number} got another one's reply: {crowd[number][0]!r}, not {first!r}")
     equal = sum(mine == same for replies, others in zip(single, crowd, strict=False)
                 for mine, same in zip(replies, others, strict=True))
     return {"ours": sum(map(len, crowd)) / seconds, "reference": sum(map(len, single)) / seconds_alone,

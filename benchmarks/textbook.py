@@ -33,14 +33,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 def parse_args(description: str, **defaults: int | str) -> argparse.Namespace:
     """Parse the flags that all benchmarks share; ``defaults`` are additional flags."""
     parser = argparse.ArgumentParser(description=description)
-    shared = ROOT.parent / "shared"  # real data, where it is at hand; what the repository brings is smaller
+    shared = ROOT.parent / "shared"  # real data if present; the repository's own are smaller
     data = [shared / "data/personachat/personachat_self_original.json", ROOT / "data/sample_personachat.json"]
     tokenizers = [shared / "tokenizers/openai-gpt", ROOT / "models/tiny"]
     parser.add_argument("--data", default=next(str(path) for path in data if path.exists()),
                         help="corpus in the data format (default: %(default)s)")
     parser.add_argument("--tokenizer", default=next(str(path) for path in tokenizers if path.exists()),
-                        help="folder of vocab.json and merges.txt (default: %(default)s)")
-    parser.add_argument("--repeats", type=positive_number, default=5, help="timings per side; the median counts")
+                        help="folder with vocab.json and merges.txt (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive_number, default=5, help="timings per side (default: %(default)s)")
     parser.add_argument("--seed", type=whole_number, default=42)
     for name, value in defaults.items():
         kind = str if isinstance(value, str) else positive_number if value else whole_number

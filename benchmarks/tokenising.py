@@ -46,7 +46,7 @@ def full_size(corpus: dict, seed: int) -> dict:
             for text in [*entry["personality"], *turn["history"], *turn["candidates"]]))
         full[split], turns, copy = [], 0, 0
         while turns < FULL[split]:
-            changed = variant(sentences, copy % 3)  # two and a half times the real strings
+            changed = variant(sentences, copy % 3)  # makes two and a half times as many strings
             pool = list(changed.values())
             for entry in entries:
                 kept = entry["utterances"][:FULL[split] - turns]

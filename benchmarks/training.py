@@ -1,4 +1,4 @@
-"""Measure training in turns per second with 2 and 4 candidates, our code against the textbook path.
+"""Measure training in turns per second with 2 and 4 candidates, for our code and for the textbook path.
 
 Both sides make one optimizer step of 32 turns, the default of 2019: the textbook path in eight batches of four, as in
 2019, and our code in one batch. The textbook path pads to the longest row of the data set: 192 tokens in the quarter of
@@ -53,7 +53,7 @@ def measure(bench: Bench, args: Namespace, candidates: int) -> list[dict]:
     our_optimizer = torch.optim.AdamW(bench.ours.parameters(), fused=True, **settings)
     own_optimizer = torch.optim.AdamW(bench.own.parameters(), fused=False, foreach=False, **settings)
     batches = typical_batches(dataset, args.turns, args.seed, args.repeats, bench.special.pad)
-    batches = {name: itertools.cycle([batches[-1], *batches]) for name in ("", "bf16")}  # the first one warms up
+    batches = {name: itertools.cycle([batches[-1], *batches]) for name in ("", "bf16")}  # the first warms up
     turns = itertools.cycle(torch.randperm(len(dataset)).tolist())
 
     def our_step(half: str) -> None:

@@ -1,8 +1,8 @@
 """Write the tiny model's training data: dialogs made from templates, in PERSONA-CHAT's JSON format.
 
-From natural dialogs, such as those in data/sample/, so small a transformer with random weights learns nothing about the
-persona. It learns these dialogs in a minute or two on a CPU, and they still reward the right skill, which is to read
-the persona.
+From natural dialogs, such as those in data/sample/, a transformer of this size with random weights does not learn to
+use the persona. It learns these dialogs in a minute or two on a CPU, and they still reward the right skill, which is
+to read the persona.
 
 The tables below hold fourteen topics (job, pets, food, ...) with ten values each (a baker, a nurse, ...); by default
 seven topics with five values are used. A persona consists of four or five values from different topics. In a dialog the
@@ -507,7 +507,7 @@ CANDIDATES = {"train": 2, "valid": 20}
 
 
 def pick(rng, options, used):
-    """Choose among the options used least so far; by chance alone, `train` would lack some facts."""
+    """Choose among the least used options; a plain random choice would leave some facts out of `train`."""
     least = min(used[option] for option in options)
     choice = rng.choice([option for option in options if used[option] == least])
     used[choice] += 1

@@ -22,7 +22,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
-from attacked import ROOT, WAIT, Attempt, Events, Honest, Pace, Server, make_model, share_alike, talk, until_done
+from attacked import ROOT, WAIT, Attempt, Events, Honest, Pace, Server, share_alike, talk, until_done
+from conftest import make_parrot
 
 from cli import positive_real
 
@@ -249,7 +250,7 @@ async def pages(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 
     async with Honest(server) as honest:
         waits = [await visit(f"idle{number}") for number in range(10 if Pace.short else 60)]
-        attempts.append(Attempt(f"{len(waits)} visitors who stay", f"replies after {max(waits):.1f} s at most",
+        attempts.append(Attempt(f"{len(waits)} idle visitors", f"replies after {max(waits):.1f} s at most",
                                 max(waits) < 30))
         statuses = []
         few = asyncio.Semaphore(50)
@@ -364,7 +365,7 @@ async def hanging(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
             closed = await asyncio.gather(*(asyncio.wait_for(reader.read(), 90) for reader, _ in open_ones),
                                           return_exceptions=True)
         left = sum(isinstance(one, Exception) and not isinstance(one, ConnectionError) for one in closed)
-        attempts.append(Attempt(f"{len(open_ones)} connections half open", f"{left} still open after "
+        attempts.append(Attempt(f"{len(open_ones)} half-open connections", f"{left} still open after "
                                 f"{time.monotonic() - started:.0f} s", left == 0))
         for _, writer in open_ones:
             writer.close()
@@ -383,7 +384,7 @@ async def overload(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
         await until_idle(client)
     accepted, twice = (statistics.mean(rates[clients]) for clients in rates)
     ratio = twice / accepted
-    return [Attempt("twice the load that is accepted", f"{accepted:.1f} good replies per second, then {twice:.1f}: "
+    return [Attempt("twice the accepted load", f"{accepted:.1f} good replies per second, then {twice:.1f}: "
                     f"ratio {ratio:.2f}, {len(rates[96])} rounds each", not Pace.judged or ratio >= 0.9)]
 
 
@@ -476,7 +477,7 @@ def tell(attempts: list[Attempt]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("attacks", nargs="*", default=list(ATTACKS), help=f"among {', '.join(ATTACKS)} (default: all)")
+    parser.add_argument("attacks", nargs="*", default=list(ATTACKS), help=f"any of {', '.join(ATTACKS)} (default: all)")
     parser.add_argument("--short", action="store_true", help="send fewer requests, and judge no times")
     parser.add_argument("--soak", type=positive_real, metavar="MINUTES", help="only let six users talk for this long")
     parser.add_argument("--model_checkpoint", metavar="MODEL",
@@ -485,7 +486,7 @@ def main() -> int:
     Pace.short, Pace.judged = args.short, not args.short
     succeeded = 0
     with tempfile.TemporaryDirectory() as work:
-        make_model(Path(work))
+        make_parrot(Path(work) / "model")
         for name in ["soak"] if args.soak else args.attacks:
             print(f"\n{name}: {(soak if args.soak else ATTACKS[name]).__doc__}", flush=True)
             server = Server(Path(work), "--memory", 1024 if args.model_checkpoint else 64, "--drain", 120,

@@ -14,21 +14,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
-import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import SAMPLE, TINY_TOKENS, make_checkpoint  # noqa: E402
-
-from model import PostNormConfig, PostNormDoubleHeadsModel  # noqa: E402
-from weights import save_model  # noqa: E402
+from conftest import SAMPLE  # noqa: E402
 
 WAIT = 120  # seconds; only a broken server takes this long
 
 
 class Pace:
-    """Hold how attacks run: ``short`` with fewer requests, ``judged`` by the clock. `main` and the tests set both."""
+    """Settings that `main` and the tests make: ``short`` means fewer requests, ``judged`` means judging times."""
 
     short = judged = False
 
@@ -85,14 +81,6 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-
-def make_model(folder: Path, layers: int = 2) -> None:
-    """Make a model that never ends a reply by itself, with room for long contexts."""
-    checkpoint = make_checkpoint(folder / "model", n_positions=8704, n_embd=32, n_head=2, n_layer=layers,
-                                 vocab_size=TINY_TOKENS + 5, initializer_range=0.3)
-    torch.manual_seed(5)
-    save_model(PostNormDoubleHeadsModel(PostNormConfig.from_pretrained(checkpoint, num_labels=1)), checkpoint)
 
 
 def talk(text: str = "hello", **options) -> dict:

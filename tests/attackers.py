@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("address", help="HOST:PORT")
     parser.add_argument("clients", type=int)
     parser.add_argument("body", help="the request's JSON")
-    parser.add_argument("--keys", default="crowd", help="all clients' API key; each: one per client (default: crowd)")
+    parser.add_argument("--keys", default="crowd", help="API key, or 'each' for one per client (default: crowd)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="default: until it is stopped")
     args = parser.parse_args()
     host, _, port = args.address.partition(":")

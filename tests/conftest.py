@@ -32,6 +32,7 @@ pytest_plugins = ["feedback_world"]  # fixtures for feedback/
 WAIT = 240  # seconds; only a broken server takes this long
 LONG = 4096  # tokens; a reply of this length is still being decoded when a test looks at it
 TINY_TOKENS = json.loads((TINY / "config.json").read_text())["vocab_size"]  # without the five control tokens
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
 
 
 # These test files train, start servers or browsers, or compare with whole libraries; together they take minutes.
@@ -81,13 +82,36 @@ def templates() -> Path:
     return path
 
 
+def first_dialogs(source: Path, path: Path, train: int, valid: int = 1) -> Path:
+    """Write the first training and validation dialogs of a data file to another file."""
+    corpus = json.loads(source.read_text("utf-8"))
+    path.write_text(json.dumps({"train": corpus["train"][:train], "valid": corpus["valid"][:valid]}))
+    return path
+
+
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory) -> Path:
     """Write twelve training dialogs and four validation dialogs made from templates."""
-    path = tmp_path_factory.mktemp("corpus") / "small.json"
-    corpus = json.loads(templates().read_text("utf-8"))
-    path.write_text(json.dumps({"train": corpus["train"][:12], "valid": corpus["valid"][:4]}))
-    return path
+    return first_dialogs(templates(), tmp_path_factory.mktemp("corpus") / "small.json", 12, 4)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Load the tokenizer of models/tiny."""
+    from tokenization import get_tokenizer
+
+    return get_tokenizer(str(TINY))
+
+
+def smollm2() -> str:
+    """Return the path of the default bot's pretrained base; skip the test if it is not installed."""
+    from cli import InputError
+    from pretrained import find_smollm2
+
+    try:
+        return find_smollm2()
+    except InputError as error:
+        pytest.skip(str(error))
 
 
 def make_checkpoint(folder: Path, **config) -> Path:
@@ -98,6 +122,26 @@ def make_checkpoint(folder: Path, **config) -> Path:
     return folder
 
 
+def make_parrot(folder: Path) -> Path:
+    """Make a model with random weights and long contexts that never ends a reply by itself."""
+    import torch
+
+    from model import PostNormConfig, PostNormDoubleHeadsModel
+    from weights import save_model
+
+    make_checkpoint(folder, n_positions=2 * LONG + 512, n_embd=32, n_head=2, vocab_size=TINY_TOKENS + 5,
+                    initializer_range=0.3)
+    torch.manual_seed(5)
+    save_model(PostNormDoubleHeadsModel(PostNormConfig.from_pretrained(folder, num_labels=1)), folder)
+    return folder
+
+
+def the_run(work: Path) -> Path:
+    """Return the only run folder under ``work``."""
+    (run,) = (work / "runs").iterdir()
+    return run
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, small_corpus) -> Path:
     """Train two layers for two epochs on the small corpus, and return the run folder."""
@@ -105,7 +149,7 @@ def trained(tmp_path_factory, small_corpus) -> Path:
     checkpoint = make_checkpoint(work / "two-layers", n_layer=2, n_embd=64)
     script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 2,
            "--lr", 1e-3, "--gradient_accumulation_steps", 1, cwd=work)
-    return next((work / "runs").iterdir())
+    return the_run(work)
 
 
 @pytest.fixture
@@ -166,17 +210,10 @@ def serving(bot, table):
 @pytest.fixture(scope="module")
 def bot(tmp_path_factory):
     """Make a bot with random weights whose replies always have the requested length."""
-    import torch
-
     import demo
-    from model import PostNormConfig, PostNormDoubleHeadsModel
     from web.bot import Bot
-    from weights import save_model
 
-    folder = make_checkpoint(tmp_path_factory.mktemp("web") / "parrot", n_positions=2 * LONG + 512, n_embd=32, n_head=2,
-                             vocab_size=TINY_TOKENS + 5, initializer_range=0.3)
-    torch.manual_seed(5)
-    save_model(PostNormDoubleHeadsModel(PostNormConfig.from_pretrained(folder, num_labels=1)), folder)
+    folder = make_parrot(tmp_path_factory.mktemp("web") / "parrot")
     return Bot(demo.parse_args(["--model_checkpoint", str(folder), "--device", "cpu", "--min_length", str(LONG),
                                 "--max_batch", "4", "--max_waiting", "8"]))
 
@@ -223,3 +260,19 @@ def error_line(name: str, *args, cwd: Path, **kwargs) -> str:
     lines = [line for line in script.stderr.splitlines() if ": error: " in line]
     assert len(lines) == 1, script.stderr
     return lines[0]
+
+
+def run_main(monkeypatch, main, *args) -> None:
+    """Run the command line of a script's ``main`` in this process."""
+    monkeypatch.setattr("sys.argv", ["script", *map(str, args)])
+    main()
+
+
+class Evil:
+    """An object that creates a file when it is unpickled."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)

@@ -94,7 +94,7 @@ def disturbed(folder: Path, name: str, times: int, arguments: list[str]) -> dict
         if status == 0:
             break
         if status != (-9 if name == "KILL" else 143):
-            sys.exit(f"the run ended with {status}; see {log}")
+            sys.exit(f"the run ended with status {status}; see {log}")
         done["signals"] += 1
         done["while writing"] += half_written(folder)
         done["before any step"] += last_checkpoint(folder) == before

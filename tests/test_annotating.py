@@ -1,4 +1,4 @@
-"""Pairs of replies are collected, people are asked, and their answers read."""
+"""Test collecting pairs of replies, asking people to compare them, and reading their answers."""
 
 import json
 import math
@@ -31,8 +31,8 @@ from tokenization import get_tokenizer
 from weights import load_model
 
 
-def test_a_pair_can_be_made_again_from_its_line(world, pairs):
-    """From nothing but the line, the data and the model: both replies of a context, token by token."""
+def test_a_pair_can_be_recomputed_from_its_line(world, pairs):
+    """Recompute both replies token by token from the line, the data and the model alone."""
     pair = list(pairs.values())[-1]
     corpus = json.loads((world / "data.json").read_text())
     turns = [(entry["personality"], turn["history"]) for entry in corpus["valid"] for turn in entry["utterances"]]
@@ -54,17 +54,17 @@ def test_a_pair_can_be_made_again_from_its_line(world, pairs):
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.62, 0.999])
-def test_collecting_goes_on_where_it_was_killed(world, pairs, tmp_path, cut):
+def test_killed_collecting_continues(world, pairs, tmp_path, cut):
     whole = (world / "pairs.jsonl").read_bytes()
     part = tmp_path / "part.jsonl"
     part.write_bytes(whole[:int(cut * len(whole))])
     collect_pairs(flags(world, pairs=str(part)))
     assert part.read_bytes() == whole
-    collect_pairs(flags(world, pairs=str(part)))  # and a finished file stays
+    collect_pairs(flags(world, pairs=str(part)))  # a finished file does not change
     assert part.read_bytes() == whole
 
 
-def test_collecting_does_not_mix_what_was_made_differently(world, pairs, tmp_path):
+def test_collecting_refuses_a_file_with_other_settings(world, pairs, tmp_path):
     part = tmp_path / "part.jsonl"
     whole = (world / "pairs.jsonl").read_bytes()
     part.write_bytes(whole)
@@ -81,7 +81,7 @@ def test_collecting_does_not_mix_what_was_made_differently(world, pairs, tmp_pat
 
 
 def test_decoders_compete(world, tmp_path):
-    """Two decoders, one reply each: greedy against sampled, and the greedy one is the model's greedy reply."""
+    """Let two decoders write one reply each; the greedy one is the model's own greedy reply."""
     path = tmp_path / "pairs.jsonl"
     collect_pairs(flags(world, pairs=str(path), contexts=6, replies=1, decoder=["--no_sample", "--temperature 3"]))
     found = read_pairs(path)
@@ -98,7 +98,7 @@ def test_decoders_compete(world, tmp_path):
 
 
 @pytest.mark.parametrize("max_history", [0, 2])
-def test_what_is_held_out_is_never_the_other_side_of_a_dialog_learnt_from(world, two_sided, tmp_path, max_history):
+def test_both_sides_of_a_dialog_are_held_out_together(world, two_sided, tmp_path, max_history):
     path = tmp_path / "pairs.jsonl"
     collect_pairs(flags(world, dataset_path=str(two_sided / "data.json"), dataset_cache=str(two_sided / "cache"),
                         pairs=str(path), contexts=120, replies=3, max_history=max_history))
@@ -108,17 +108,17 @@ def test_what_is_held_out_is_never_the_other_side_of_a_dialog_learnt_from(world,
                    for which in (False, True))
     assert len(kept) > 4 < len(tests) and not kept & tests
     sides = {(number[pair["dialog"]], pair["dialog"]) for pair in found.values()}
-    assert len(sides) > 1.3 * len(dict(sides))  # many dialogs are there with both sides
+    assert len(sides) > 1.3 * len(dict(sides))  # both sides of many dialogs are present
 
 
-def test_pairs_of_an_earlier_version_are_divided_by_the_dialog_they_note(pairs):
+def test_pairs_without_beginnings_are_divided_by_dialog(pairs):
     old = [{name: value for name, value in pair.items() if name != "beginnings"} for pair in pairs.values()]
     apart = held_out(old, 0.4, 1)
     tests = {pair["dialog"] for pair in old if pair["pair"] in apart}
     assert tests and not tests & {pair["dialog"] for pair in old if pair["pair"] not in apart}
 
 
-def test_pairs_edited_by_hand_are_named_and_left_out(world, pairs, tmp_path, caplog):
+def test_edited_pairs_are_named_and_skipped(world, pairs, tmp_path, caplog):
     lines = (world / "pairs.jsonl").read_text().splitlines()
     edited = json.loads(lines[1])
     edited["replies"][0]["text"] += " or not"
@@ -134,7 +134,7 @@ def test_pairs_edited_by_hand_are_named_and_left_out(world, pairs, tmp_path, cap
         read_pairs(path)
 
 
-def test_answers_that_cannot_be_used_are_named_counted_and_kept(pairs, tmp_path, caplog):
+def test_unusable_answers_are_named_and_kept(pairs, tmp_path, caplog):
     names = list(pairs)
     path = answered(tmp_path, answer(names[0], 1), answer(names[1], 0), answer(names[1], "tie"), answer("0" * 16, 0),
                     answer(names[2], 3), answer(names[3], True), answer(names[4], 0, questions={"style": 1}),
@@ -150,7 +150,7 @@ def test_answers_that_cannot_be_used_are_named_counted_and_kept(pairs, tmp_path,
     assert path.read_text() == before
 
 
-def test_the_half_answer_of_a_kill_does_not_swallow_the_next(pairs, tmp_path):
+def test_an_answer_after_a_half_written_line_is_read(pairs, tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text('{"pair": "half')
     session = annotate.Session(pairs, path, seed=0, questions=False)
@@ -159,9 +159,9 @@ def test_the_half_answer_of_a_kill_does_not_swallow_the_next(pairs, tmp_path):
     assert list(answers_of.read_answers([path], pairs)) == [("anna", list(pairs)[0])]
 
 
-def test_what_most_people_prefer(pairs, tmp_path):
+def test_majority_preferences(pairs, tmp_path):
+    """Count votes: more than half of those who answered must prefer a reply, or there is no preference."""
     names = list(pairs)
-    """More than half of those who answered, whatever the others say; else there is no preference."""
     votes = {0: [0], 1: [1, 1, 0], 2: [0, 1], 3: ["tie"], 4: ["bad"], 5: ["tie", 1], 6: ["tie"] * 9 + [0],
              7: ["bad"] * 5 + [1], 8: [0, 0, 1, "tie"], 9: [0, 0, 0, "tie", "bad"], 10: ["tie", "bad"]}
     answers = {(f"person {n}", names[pair]): answer(names[pair], choice)
@@ -172,7 +172,7 @@ def test_what_most_people_prefer(pairs, tmp_path):
 
 
 def test_kappa_by_hand():
-    """50 pairs, the textbook's table: both yes 20, only the first 5, only the second 10, both no 15."""
+    """Check a table of 50 pairs: both say yes to 20, only the first to 5, only the second to 10, and neither to 15."""
     first = [0] * 25 + [1] * 25
     second = [0] * 20 + [1] * 5 + [0] * 10 + [1] * 15
     assert answers_of.cohen_kappa(first, second) == pytest.approx((0.7 - 0.5) / (1 - 0.5))
@@ -188,8 +188,8 @@ def test_agreement_counts_common_pairs_only(pairs):
     assert answers_of.agreement(answers) == ["anna and ben, choice: 4 pairs, kappa 1.00"]
 
 
-def test_sides_are_blind_and_the_answer_is_about_the_reply(pairs, tmp_path):
-    """Whoever always presses A chooses the first reply about half of the time; what they saw is what they chose."""
+def test_sides_are_random_and_answers_name_the_reply(pairs, tmp_path):
+    """Press A every time: about half of the answers choose the first reply, and each names the reply shown as A."""
     session = annotate.Session(pairs, tmp_path / "answers.jsonl", seed=0, questions=False)
     chosen = []
     while (question := session.question("anna"))["pair"]:
@@ -211,7 +211,7 @@ def in_terminal(pairs_path: Path, answers: Path, typed: str, *more) -> subproces
                           timeout=300)
 
 
-def test_answering_through_a_pipe_and_going_on(world, pairs, tmp_path):
+def test_answering_through_a_pipe_continues(world, pairs, tmp_path):
     path = tmp_path / "answers.jsonl"
     done = in_terminal(world / "pairs.jsonl", path, "a\nz\nb\na\nt\n", "--questions")
     assert done.returncode == 0, done.stderr
@@ -226,8 +226,8 @@ def test_answering_through_a_pipe_and_going_on(world, pairs, tmp_path):
     assert [json.loads(line)["choice"] for line in path.read_text().splitlines()] == [sides[0], "bad"]
 
 
-def test_single_keys_and_each_answer_on_the_disk_before_the_next_question(world, pairs, tmp_path):
-    """In a real terminal, without Enter; when the second question is there, the first answer can be read."""
+def test_single_keys_in_a_terminal(world, pairs, tmp_path):
+    """Press keys without Enter; when the second question appears, the first answer is already on the disk."""
     path = tmp_path / "answers.jsonl"
     terminal, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, "-m", "feedback.annotate", "--pairs", world / "pairs.jsonl",
@@ -259,7 +259,7 @@ def test_single_keys_and_each_answer_on_the_disk_before_the_next_question(world,
 
 @pytest.fixture
 def served(pairs, tmp_path):
-    """A page about the pairs: its session and address."""
+    """Serve the annotation page for these pairs; yield its session and address."""
     session = annotate.Session(pairs, tmp_path / "answers.jsonl", seed=0, questions=False)
     server, listening = browser.web_server(session, 0)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
@@ -286,15 +286,15 @@ def test_the_page_asks_saves_and_refuses(served, tmp_path):
     assert post(**sent | {"pair": following.json()["pair"], "key": "z"}).status_code == 409
     assert post(**sent | {"annotator": " ", "pair": following.json()["pair"]}).status_code == 409
     assert post(**sent | {"pair": ["?"]}).status_code == 400
-    assert requests.post(address, data=json.dumps(sent), timeout=120).status_code == 415  # a stranger's form
+    assert requests.post(address, data=json.dumps(sent), timeout=120).status_code == 415  # a form on another website
     broken = requests.post(address, data="{", headers={"Content-Type": "application/json"}, timeout=120)
     assert broken.status_code == 400
     assert post(annotator="ben").json()["progress"].startswith("0 of")
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
 
 
-def test_the_page_is_for_this_machine_and_for_answers_alone(served, tmp_path):
-    """Other names, deep JSON, half letters, a closed tab, a body without end: an answer each, and nothing is kept."""
+def test_hostile_requests_to_the_page(served, tmp_path):
+    """Send wrong hosts, deep JSON, lone surrogates and half-open requests; the page survives and keeps none of them."""
     session, address = served
 
     def post(body: bytes, kind: str = "application/json; charset=utf-8", **headers) -> requests.Response:
@@ -313,7 +313,7 @@ def test_the_page_is_for_this_machine_and_for_answers_alone(served, tmp_path):
         assert post(body).status_code == 400
     where = ("127.0.0.1", int(address.rstrip("/").rpartition(":")[2]))
     threads, closing = threading.active_count(), []
-    for number in range(200):  # half open, and closed in the middle of an answer
+    for number in range(200):  # half-open requests, closed below
         closing.append(socket.create_connection(where))
         closing[-1].sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{"[:20 + number])
     assert post(json.dumps(sent).encode()).status_code == 200
@@ -324,15 +324,15 @@ def test_the_page_is_for_this_machine_and_for_answers_alone(served, tmp_path):
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
 
 
-def test_two_at_once_do_not_write_to_one_file(served, world, pairs, tmp_path):
+def test_a_second_annotating_process_is_refused(served, world, pairs, tmp_path):
     done = in_terminal(world / "pairs.jsonl", tmp_path / "answers.jsonl", "a\n")
     assert done.returncode == 2
     assert b"another feedback.annotate is writing to it" in done.stderr and done.stderr.count(b"\n") == 1
     assert not (tmp_path / "answers.jsonl").read_text()
 
 
-def test_the_page_in_a_browser_by_keyboard(served, tmp_path):
-    """Name, Enter, then single keys; the page shows what is asked and how far one is."""
+def test_the_page_works_by_keyboard(served, tmp_path):
+    """Enter a name, then press single keys; the page shows the progress."""
     from playwright.sync_api import sync_playwright
 
     if not os.path.exists("/usr/bin/chromium"):
@@ -358,7 +358,7 @@ def test_the_page_in_a_browser_by_keyboard(served, tmp_path):
 
 
 def test_simulated_annotators(pairs, tmp_path):
-    """The rule prefers the higher score in all but the noise; the coin does not; both are the same a second time."""
+    """Check that the rule follows the score except for the noise, that the coin does not, and that both are seeded."""
 
     def simulated(how: str, noise: float, seed: int = 0) -> list[tuple[str, object]]:
         path = tmp_path / f"{how}-{noise}-{seed}-{time.monotonic_ns()}.jsonl"

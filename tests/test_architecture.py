@@ -1,4 +1,4 @@
-"""A file imports only from those above it in the table of docs/architecture.md, and no file grows too long."""
+"""Check that files import only from those above them in docs/architecture.md, and that no file grows too long."""
 
 import ast
 import re
@@ -8,14 +8,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TRACKED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True,
                          text=True, check=True).stdout.split()
-OTHERS = ("tests/", "benchmarks/", "recipes/", "docs/", "data/", "models/")  # which may import anything
+OTHERS = ("tests/", "benchmarks/", "recipes/", "docs/", "data/", "models/")  # files in these may import anything
 SOURCES = [path for path in TRACKED if not path.startswith(OTHERS)]
 LONGEST = 600  # lines
 SCRIPTS = {"demo.py", "example_entry.py", "export.py", "train.py"}
 
 
 def imported(path: str) -> set[str]:
-    """The project's own modules that a file imports, at its top or within functions."""
+    """Return the project's own modules that a file imports, at its top or within functions."""
     modules = set()
     for node in ast.walk(ast.parse(Path(ROOT, path).read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -29,28 +29,28 @@ def test_imports_follow_the_table_of_files():
     table = Path(ROOT, "docs", "architecture.md").read_text("utf-8").partition("## Files")[2]
     floors = {path: floor for floor, path in enumerate(dict.fromkeys(re.findall(r"\]\(\.\./([\w/]+\.py)\)", table)))}
     ours = [path for path in SOURCES if not path.startswith("feedback/") or path in floors]
-    assert set(ours) == set(floors), "each file has its line in docs/architecture.md, and each line its file"
+    assert set(ours) == set(floors), "docs/architecture.md must list exactly these files"
     backwards = [f"{path} imports {module}" for path in ours for module in imported(path)
                  if floors.get(module, len(floors)) >= floors[path]]
     assert not backwards
 
 
-def test_the_imports_of_feedback_run_in_no_circle():
+def test_imports_form_no_circle():
     waiting = {path: imported(path) for path in SOURCES}
     while free := [path for path, needs in waiting.items() if not needs & waiting.keys()]:
         for path in free:
             del waiting[path]
-    assert not waiting, "these import each other"
+    assert not waiting, "these files import each other"
 
 
 def test_nothing_imports_a_script():
     importing = {path: imported(path) & SCRIPTS for path in SOURCES}
     assert {path: scripts for path, scripts in importing.items() if scripts} == {
-        "feedback/reward.py": {"train.py"}}  # a script itself, which runs the trainer on pairs
+        "feedback/reward.py": {"train.py"}}  # also a script: it runs the trainer on pairs
 
 
 def definitions(path: str) -> set[str]:
-    """Names at the top of a file, and its methods as ``Class.method``."""
+    """Return the names defined at the top of a file, and its methods as ``Class.method``."""
     names = set()
     for node in ast.parse(Path(ROOT, path).read_text("utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -62,18 +62,18 @@ def definitions(path: str) -> set[str]:
     return names
 
 
-def test_the_newcomers_walk_names_what_exists():
+def test_the_walk_names_existing_functions():
     text = Path(ROOT, "docs/architecture.md").read_text("utf-8")
     walk = text.partition("## A walk for newcomers\n")[2].partition("\n## ")[0]
     steps = re.findall(r"^\d+\..*(?:\n {3}.*)*", walk, re.M)
     named = [re.findall(r"`([\w./]+\.py)`((?:,? (?:or )?`[\w.]+`)*)", step) for step in steps]
-    assert all(named) and len(steps) > 20, "each step has its file"
+    assert all(named) and len(steps) > 20, "each step must name a file"
     missing = [f"{path} {name}" for step in named for path, names in step
                for name in re.findall(r"`([\w.]+)`", names) or ["a function"] if name not in definitions(path)]
     assert not missing
 
 
-def test_documents_name_what_modules_have():
+def test_documents_name_existing_functions():
     modules: dict[str, set[str]] = {}
     for path in SOURCES:
         modules.setdefault(Path(path).stem, {"py", "json", "safetensors"}).update(definitions(path))

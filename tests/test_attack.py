@@ -1,15 +1,16 @@
-"""The attacks of `make attack` in their short form: fewer requests, and nothing is judged by the clock."""
+"""Run the attacks of `make attack` in their short form: fewer requests, and nothing judged by the clock."""
 
 import asyncio
 
 import attack
 import pytest
+from conftest import make_parrot
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attacked")
-    attack.make_model(folder)
+    make_parrot(folder / "model")
     return folder
 
 
@@ -27,7 +28,7 @@ def test_the_server_withstands(server, monkeypatch, name):
     assert not succeeded
 
 
-def test_told_to_stop_it_ends_what_it_has_begun(folder):
+def test_stopping_finishes_the_replies_in_progress(folder):
     server = attack.Server(folder, "--drain", 120)
     try:
         succeeded = [attempt for attempt in asyncio.run(attack.attack(server, "stopping")) if not attempt.withstood]

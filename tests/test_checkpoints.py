@@ -1,4 +1,4 @@
-"""Runs that stop, fail or are killed, and go on to exactly what they would have become."""
+"""Test that interrupted runs resume to exactly the same result, whatever stopped or damaged them."""
 
 import ctypes
 import itertools
@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from conftest import ROOT, TINY, error_line, make_checkpoint, script, templates
+from conftest import ROOT, Evil, error_line, first_dialogs, make_checkpoint, run_main, script, templates, the_run
+from run_folder import assert_equal_checkpoints, assert_equal_tensors, scalars
 from safetensors.torch import load_file, save_file
-from test_commands import scalars
 from test_distributed import PATIENCE, until
 from transformers import GPT2Config
 
@@ -32,35 +32,23 @@ import train
 from checkpoints import Checkpoints, find_checkpoint, read_header, step_files
 from cli import InputError
 from schedule import AdamW, Decay
-from tokenization import get_tokenizer
 from utils import get_dataset, make_logdir
 from weights import load_model
-
-
-def the_run(work: Path) -> Path:
-    return next((work / "runs").iterdir())
 
 
 def files_of(run: Path) -> list[str]:
     return [path.name for path in step_files(run)]
 
 
-def assert_equal_to_the_last_bit(run: Path, expected: Path) -> None:
-    """The last checkpoints: weights, optimizer, schedule, random streams, validation; and the model that is left."""
-    last, theirs = step_files(run)[-1], step_files(expected)[-1]
-    assert last.name == theirs.name and read_header(last) == read_header(theirs)
-    assert_equal_tensors(last, theirs)
+def assert_equal_runs(run: Path, expected: Path) -> None:
+    """Compare the last checkpoints and the final models."""
+    assert_equal_checkpoints(run, expected)
     assert_equal_tensors(run / "model.safetensors", expected / "model.safetensors")
-
-
-def assert_equal_tensors(path: Path, other: Path) -> None:
-    tensors, others = load_file(path), load_file(other)
-    assert tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in others)
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory, small_corpus) -> list:
-    """Two epochs of eight batches, three of them a step: an epoch ends within a step. With dropout."""
+    """Return arguments for two epochs of eight batches with dropout; with three per step, epochs end within a step."""
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("dropout") / "model", n_layer=1, n_embd=32)
     return ["--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 2, "--lr", 1e-3,
             "--train_batch_size", 8, "--gradient_accumulation_steps", 3, "--checkpoint_every", 1]
@@ -75,7 +63,7 @@ def undisturbed(tmp_path_factory, arguments) -> Path:
 
 @contextmanager
 def started(*args, cwd: Path):
-    """train.py at work, to be disturbed."""
+    """Run train.py in the background, to be disturbed, and kill it at the end."""
     log = cwd / "log"
     log.touch()
     process = warm.start(ROOT / "train.py", list(map(str, args)), cwd, dict(os.environ),
@@ -88,7 +76,7 @@ def started(*args, cwd: Path):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_run_that_is_stopped_goes_on_to_the_same_weights(number, status, arguments, undisturbed, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_weights(number, status, arguments, undisturbed, tmp_path):
     with started(*arguments, cwd=tmp_path) as process:
         until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-*.safetensors")), [process])
         os.kill(process.pid, number)
@@ -97,13 +85,13 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(number, status, argum
     said, run = (tmp_path / "log").read_text(), the_run(tmp_path)
     assert "Traceback" not in said and ("--resume" in said) == (number != signal.SIGKILL)
     script("train.py", "--resume", run, cwd=tmp_path)
-    assert_equal_to_the_last_bit(run, undisturbed)
+    assert_equal_runs(run, undisturbed)
     script("train.py", "--resume", run, cwd=tmp_path)  # nothing is left to do
     assert "The run is in" in script.stderr and "Epoch" not in script.stderr
 
 
-def resumed_from(checkpoint: Path, work: Path) -> Path:
-    """The run of a checkpoint, as it was when that was its last one, resumed."""
+def copied_at(checkpoint: Path, work: Path) -> Path:
+    """Copy a run in the state that it had at one of its checkpoints."""
     run = work / "runs" / "copy"
     (run / "checkpoints").mkdir(parents=True)
     for path in checkpoint.parents[1].iterdir():
@@ -116,15 +104,15 @@ def resumed_from(checkpoint: Path, work: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 4])
-def test_every_checkpoint_leads_to_the_same_end(place, undisturbed, tmp_path):
-    """Also that of the first epoch's end, which lies within a step: the epoch is validated again."""
-    run = resumed_from(step_files(undisturbed)[place], tmp_path)
+def test_every_checkpoint_resumes_to_the_same_end(place, undisturbed, tmp_path):
+    """Resume from several checkpoints. The first epoch ends within a step, so resuming validates that epoch again."""
+    run = copied_at(step_files(undisturbed)[place], tmp_path)
     script("train.py", "--resume", run, cwd=tmp_path)
-    assert_equal_to_the_last_bit(run, undisturbed)
+    assert_equal_runs(run, undisturbed)
     assert files_of(run) == files_of(undisturbed) == [f"step-{step}.safetensors" for step in range(1, 7)]
 
 
-def test_a_checkpoint_says_where_it_is(undisturbed):
+def test_headers_hold_the_position(undisturbed):
     headers = [read_header(path) for path in step_files(undisturbed)]
     assert [header["iteration"] for header in headers] == [3, 6, 9, 12, 15, 16]
     validated = [header["nll"] for header in headers if header["nll"]]
@@ -132,8 +120,8 @@ def test_a_checkpoint_says_where_it_is(undisturbed):
     assert [header["schedule"]["event_index"] for header in headers] == [3, 6, 9, 12, 15, 16]
 
 
-def test_the_last_ones_and_the_best_are_kept(arguments, small_corpus, tmp_path):
-    """At a rate that rises until it undoes everything: an early epoch validates best, and its checkpoint stays."""
+def test_the_last_and_the_best_checkpoints_are_kept(arguments, small_corpus, tmp_path):
+    """Train at a rate that rises until training diverges: an early epoch validates best, and its checkpoint stays."""
     script("train.py", *arguments, "--n_epochs", 4, "--lr", 10, "--warmup_ratio", 0.95, "--gradient_accumulation_steps",
            1, "--checkpoint_every", 3, "--keep_checkpoints", 2, cwd=tmp_path)
     nll = scalars(the_run(tmp_path))["validation/nll"]
@@ -142,35 +130,25 @@ def test_the_last_ones_and_the_best_are_kept(arguments, small_corpus, tmp_path):
     assert best < 30
 
 
-class Runs:
-    """Pickled, it would run a command."""
-
-    def __init__(self, proof: Path):
-        self.proof = proof
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.proof}",)
-
-
-def test_a_damaged_or_foreign_last_checkpoint_is_passed_over(undisturbed, tmp_path):
-    run = resumed_from(step_files(undisturbed)[4], tmp_path)
+def test_damaged_and_foreign_checkpoints_are_skipped(undisturbed, tmp_path):
+    run = copied_at(step_files(undisturbed)[4], tmp_path)
     whole = (run / "checkpoints" / "step-5.safetensors").read_bytes()
     (run / "checkpoints" / "step-5.safetensors").write_bytes(whole[:-1000])
-    (run / "checkpoints" / "step-6.safetensors").write_bytes(pickle.dumps(Runs(tmp_path / "proof")))
+    (run / "checkpoints" / "step-6.safetensors").write_bytes(pickle.dumps(Evil(tmp_path / "proof")))
     (run / "checkpoints" / "step-7.safetensors").write_bytes(b"")
     (run / "checkpoints" / "step-6.safetensors.99.unfinished").write_bytes(whole[:1000])
     script("train.py", "--resume", run, "--keep_checkpoints", 99, cwd=tmp_path)
     assert script.stderr.count("trying the one before") == 3 and "Going on after step 4" in script.stderr
     assert not (tmp_path / "proof").exists() and not list(run.rglob("*.unfinished"))
     (run / "checkpoints" / "step-7.safetensors").unlink()
-    assert_equal_to_the_last_bit(run, undisturbed)
+    assert_equal_runs(run, undisturbed)
 
 
-def test_what_cannot_be_resumed_is_refused(undisturbed, small_corpus, tmp_path):
+def test_runs_that_cannot_be_resumed_are_refused(undisturbed, small_corpus, tmp_path):
     def refused(*args, env=None) -> str:
         return error_line("train.py", "--resume", *args, cwd=tmp_path, env=env)
 
-    run = resumed_from(step_files(undisturbed)[0], tmp_path)
+    run = copied_at(step_files(undisturbed)[0], tmp_path)
     assert "is not a run folder" in refused(tmp_path / "nowhere")
     assert "--lr 0.5: the run began with 0.001" in refused(run, "--lr", 0.5)
     other = json.loads(small_corpus.read_text())
@@ -179,7 +157,7 @@ def test_what_cannot_be_resumed_is_refused(undisturbed, small_corpus, tmp_path):
     assert "its data was" in refused(run, "--dataset_path", tmp_path / "other.json")
     wider = make_checkpoint(tmp_path / "wider", n_layer=1, n_embd=64)
     assert "is not a checkpoint of this run's model" in refused(run, "--model_checkpoint", wider)
-    with started("--resume", run, cwd=tmp_path) as process:  # with two at once, one refuses
+    with started("--resume", run, cwd=tmp_path) as process:  # a second process on the same run is refused
         until(lambda: "Going on" in (tmp_path / "log").read_text(), [process])
         os.kill(process.pid, signal.SIGSTOP)
         assert "another process is training this run" in refused(run)
@@ -191,9 +169,9 @@ def test_what_cannot_be_resumed_is_refused(undisturbed, small_corpus, tmp_path):
 
 @contextmanager
 def nobody():
-    """Somebody to whom the files of the tests are closed; root keeps its own rights to come back."""
+    """Become the user nobody, to whom the tests' files are closed; root keeps the right to change back."""
     if os.geteuid():
-        pytest.skip("needs root, to become nobody")
+        pytest.skip("needs root to become the user nobody")
     os.seteuid(65534)
     try:
         yield
@@ -201,7 +179,7 @@ def nobody():
         os.seteuid(0)
 
 
-def test_a_folder_that_may_not_be_read_or_written(undisturbed, tmp_path, monkeypatch):
+def test_missing_permissions_are_named(undisturbed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o700)
     with nobody(), pytest.raises(InputError, match="cannot be read .Permission denied."):
@@ -212,7 +190,7 @@ def test_a_folder_that_may_not_be_read_or_written(undisturbed, tmp_path, monkeyp
 
 @contextmanager
 def small_disk(folder: Path, size: str):
-    """A file system of that size at ``folder``."""
+    """Mount a file system of this size at ``folder``."""
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small file system")
@@ -222,24 +200,24 @@ def small_disk(folder: Path, size: str):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_costs_checkpoints_and_no_more(arguments, undisturbed, tmp_path):
-    """The tokenizer and one checkpoint fit, not two, nor the model. With room, the run goes on from that one."""
+def test_a_full_disk_costs_only_checkpoints(arguments, undisturbed, tmp_path):
+    """Leave room for the tokenizer and one checkpoint; given more room, the run resumes from that checkpoint."""
     with small_disk(tmp_path / "runs", "1000k"):
         script("train.py", *arguments, cwd=tmp_path, status=2)
         run = the_run(tmp_path)
         assert script.stderr.count("cannot be written (") == 2 == script.stderr.count("No space left on device")
         assert re.search(r"step-2.safetensors cannot .*, step-1.safetensors is kept", script.stderr)
-        assert "Epoch [2/2]: [8/8]" in script.stderr  # it went on to the end
+        assert "Epoch [2/2]: [8/8]" in script.stderr  # training reached its end
         assert "training is complete, but the weights could not be written; make room" in script.stderr
         assert files_of(run) == ["step-1.safetensors"] and not list(run.rglob("*.unfinished"))
         subprocess.run(["mount", "-o", "remount,size=50m", tmp_path / "runs"], check=True)
         script("train.py", "--resume", run, cwd=tmp_path)
-        assert_equal_to_the_last_bit(run, undisturbed)
+        assert_equal_runs(run, undisturbed)
 
 
 @pytest.mark.parametrize("size", [8, 16, 24, 40, 64, 104])
-def test_a_disk_that_is_full_at_the_start_is_one_line(size, arguments, tmp_path):
-    """Whichever file it is that finds no room: of the tokenizer, the arguments, the curves."""
+def test_a_full_disk_at_the_start_is_one_error_line(size, arguments, tmp_path):
+    """Vary which file finds no room: one of the tokenizer's files, the arguments or the curves."""
     with small_disk(tmp_path / "runs", f"{size}k"):
         line = error_line("train.py", *arguments, cwd=tmp_path)
         assert "No space left on device" in script.stderr and "make room" in line
@@ -247,28 +225,22 @@ def test_a_disk_that_is_full_at_the_start_is_one_line(size, arguments, tmp_path)
 
 
 def test_a_clock_that_jumps_changes_nothing(arguments, undisturbed, tmp_path, monkeypatch):
-    """Each look at the clock is a year off, ahead or back; checkpoints go by their steps, whatever their dates say."""
+    """Shift each reading of the clock by up to a year; checkpoints are ordered by step, whatever their dates."""
     monkeypatch.chdir(tmp_path)
     year, looks, now = 365 * 24 * 3600, itertools.count(), time.time
     monkeypatch.setattr(time, "time", lambda: now() + (next(looks) % 3 - 1) * year)
-    train_here(monkeypatch, *arguments, "--keep_checkpoints", 99)
+    run_main(monkeypatch, train.main, *arguments, "--keep_checkpoints", 99)
     run = the_run(tmp_path)
     for path in step_files(run):
         os.utime(path, (0, 4_000_000_000 - int(path.stem[5:])))
     (run / "checkpoints" / "step-6.safetensors").unlink()
-    train_here(monkeypatch, "--resume", run)
+    run_main(monkeypatch, train.main, "--resume", run)
     assert_equal_tensors(step_files(run)[-1], step_files(undisturbed)[-1])
     assert files_of(run) == files_of(undisturbed)
 
 
-def train_here(monkeypatch, *args) -> None:
-    """train.py's command line in this process."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-    train.main()
-
-
-def test_the_generator_of_the_gpu_in_use_is_the_one_kept(tmp_path, monkeypatch):
-    """With ``--device cuda:1`` alone the other GPU's generator is nobody's. (GPUs that this machine may lack.)"""
+def test_the_used_gpus_generator_is_saved(tmp_path, monkeypatch):
+    """Save only the generator of ``--device cuda:1``. The GPUs are simulated, because this machine may lack them."""
     states = {"cuda:0": 10, "cuda:1": 11}
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state",
@@ -289,16 +261,15 @@ def test_the_generator_of_the_gpu_in_use_is_the_one_kept(tmp_path, monkeypatch):
     assert states == {"cuda:0": 20, "cuda:1": 11}
 
 
-def test_processes_that_want_one_cache_build_it_once(small_corpus, tmp_path):
-    """Four at the same moment: one writes the table, the others read it."""
-    tokenizer = get_tokenizer(str(TINY))
+def test_parallel_processes_build_a_table_once(tokenizer, small_corpus, tmp_path):
+    """Start four processes at the same moment: one writes the table, the others read it."""
     tokenizer("in one process first")
     gate, opened = os.pipe()
     children = []
     for number in range(4):
         if not (child := os.fork()):
             os.close(opened)
-            os.read(gate, 1)  # until all are there
+            os.read(gate, 1)  # wait until all have started
             messages = logging.FileHandler(tmp_path / f"log-{number}")
             logging.getLogger("utils").addHandler(messages)
             logging.getLogger("utils").setLevel(logging.INFO)
@@ -318,10 +289,10 @@ def test_processes_that_want_one_cache_build_it_once(small_corpus, tmp_path):
     assert len(list(tmp_path.glob("cache*.safetensors"))) == 1 and not list(tmp_path.glob("*.unfinished"))
 
 
-def test_a_loss_that_is_no_number_names_the_turns(tmp_path):
-    """At an absurd learning rate. The batch that shows it is named, and an earlier checkpoint is still there."""
+def test_an_infinite_loss_names_the_turns(tmp_path):
+    """Train at an absurd learning rate: the error names the batch's turns, and the last checkpoint is still finite."""
     corpus = json.loads(templates().read_text("utf-8"))
-    (tmp_path / "few.json").write_text(json.dumps({"train": corpus["train"][:3], "valid": corpus["valid"][:1]}))
+    first_dialogs(templates(), tmp_path / "few.json", 3)
     turns = [f"train[{dialog}].utterances[{turn}]" for dialog, entry in enumerate(corpus["train"][:3])
              for turn in range(len(entry["utterances"]))]
     checkpoint = make_checkpoint(tmp_path / "model", n_layer=1, n_embd=32)
@@ -334,21 +305,20 @@ def test_a_loss_that_is_no_number_names_the_turns(tmp_path):
     assert all(tensor.isfinite().all() for tensor in last.values())
 
 
-def test_memory_that_runs_out_says_what_to_lower(small_corpus, tmp_path, monkeypatch):
-    """57 turns of 100 tokens through 40,000 inner units are 900 MB; the process may have 500 more than it has."""
+def test_running_out_of_memory_says_what_to_lower(small_corpus, tmp_path, monkeypatch):
+    """Allow 500 MB more than the process uses; 57 turns of 100 tokens through 40,000 inner units need 900 MB."""
     monkeypatch.chdir(tmp_path)
     checkpoint = make_checkpoint(tmp_path / "wide", model_type="gpt2", vocab_size=1152, n_layer=1, n_embd=32,
                                  n_inner=40_000)
+    data = ["--dataset_path", small_corpus, "--model_checkpoint", checkpoint]
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, limits[1]))
     try:
         with pytest.raises(InputError) as training:
-            train_here(monkeypatch, "--dataset_path", small_corpus, "--model_checkpoint", checkpoint,
-                       "--train_batch_size", 57, "--gradient_accumulation_steps", 3)
+            run_main(monkeypatch, train.main, *data, "--train_batch_size", 57, "--gradient_accumulation_steps", 3)
         with pytest.raises(InputError) as validating:
-            train_here(monkeypatch, "--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 0,
-                       "--valid_batch_size", 17)
+            run_main(monkeypatch, train.main, *data, "--n_epochs", 0, "--valid_batch_size", 17)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert re.search("out of memory on a batch of 57 turns, .*--train_batch_size 29 --gradient_accumulation_steps 6",
@@ -359,8 +329,8 @@ def test_memory_that_runs_out_says_what_to_lower(small_corpus, tmp_path, monkeyp
 # --------------------------------------------------------------------------------------------- damage, kills, slips
 
 
-def test_no_flipped_byte_is_resumed(undisturbed, tmp_path):
-    """Wherever in the file it is: in the weights, the optimizer's moments, the header or the hash itself."""
+def test_a_flipped_bit_is_detected(undisturbed, tmp_path):
+    """Flip bits anywhere: in the weights, the optimizer's moments, the header and the hash itself."""
     whole = step_files(undisturbed)[1].read_bytes()
     header, path = 8 + int.from_bytes(whole[:8], "little"), tmp_path / "runs" / "checkpoints" / "step-2.safetensors"
     path.parent.mkdir(parents=True)
@@ -373,8 +343,8 @@ def test_no_flipped_byte_is_resumed(undisturbed, tmp_path):
             read_header(path, verify=True)
 
 
-def test_a_checkpoint_with_a_changed_weight_is_passed_over(undisturbed, tmp_path):
-    run = resumed_from(step_files(undisturbed)[3], tmp_path)
+def test_a_checkpoint_with_a_changed_weight_is_skipped(undisturbed, tmp_path):
+    run = copied_at(step_files(undisturbed)[3], tmp_path)
     last = step_files(run)[-1]
     with open(last, "r+b") as file:
         file.seek(-7, os.SEEK_END)
@@ -386,11 +356,11 @@ def test_a_checkpoint_with_a_changed_weight_is_passed_over(undisturbed, tmp_path
     script("train.py", "--resume", run, "--keep_checkpoints", 99, cwd=tmp_path)
     assert f"{last.name}: is damaged, its hash differs" in script.stderr
     assert "Going on after step 3" in script.stderr
-    assert_equal_to_the_last_bit(run, undisturbed)
+    assert_equal_runs(run, undisturbed)
 
 
-def test_a_checkpoint_from_before_there_were_hashes_still_resumes(undisturbed, tmp_path):
-    run = resumed_from(step_files(undisturbed)[3], tmp_path)
+def test_a_checkpoint_without_a_hash_resumes(undisturbed, tmp_path):
+    run = copied_at(step_files(undisturbed)[3], tmp_path)
     last = step_files(run)[-1]
     header = read_header(last)
     del header["config"]
@@ -401,9 +371,9 @@ def test_a_checkpoint_from_before_there_were_hashes_still_resumes(undisturbed, t
     assert_equal_tensors(run / "model.safetensors", undisturbed / "model.safetensors")
 
 
-def test_an_unfinished_run_is_called_so_and_its_last_checkpoint_can_be_used(undisturbed, small_corpus, tmp_path):
-    """Killed in the first epoch, it has no model; in the second, the first one's. Of a finished one nothing is said."""
-    run = resumed_from(step_files(undisturbed)[1], tmp_path)
+def test_an_unfinished_run_is_reported(undisturbed, small_corpus, tmp_path):
+    """Use runs killed in the first epoch (without a model) and in the second (with a model), and a finished run."""
+    run = copied_at(step_files(undisturbed)[1], tmp_path)
     last = step_files(run)[-1]
     (run / "config.json").unlink()
     data = ["--dataset_path", small_corpus, "--device", "cpu"]
@@ -433,9 +403,9 @@ def test_an_unfinished_run_is_called_so_and_its_last_checkpoint_can_be_used(undi
     assert "this run is stopped before its first checkpoint; train anew" in line
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps what is free")
-def test_memory_that_batches_leave_behind_is_given_back():
-    """300 MB in pieces, all freed but every hundredth, stay in glibc's heap; after eight batches they do not."""
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps freed memory")
+def test_freed_memory_is_returned():
+    """Free 300 MB in pieces, but keep every hundredth: glibc holds the memory until eight batches have run."""
     def used() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 
@@ -468,9 +438,9 @@ print(heap().used - before >> 20)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc tells what its heap holds")
-def test_half_precision_keeps_little_for_each_shape():
-    """What twelve further shapes of bfloat16 matrices leave behind: 61 MiB with oneDNN's own bounds."""
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc reports the size of its heap")
+def test_half_precision_caches_little_per_shape():
+    """Measure what twelve more shapes of bfloat16 matrices leave in the heap: 61 MiB with oneDNN's default limits."""
     done = subprocess.run([sys.executable, "-c", GROWING], capture_output=True, text=True, check=True,
                           cwd=ROOT)
     assert int(done.stdout) < 30

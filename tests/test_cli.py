@@ -1,4 +1,4 @@
-"""Numbers on the command line: those in range are read, everything else is refused in a line that names the range."""
+"""Test numbers on the command line: those in range are read, and all others are refused with the range."""
 
 import math
 import re
@@ -18,7 +18,7 @@ KINDS = [value for value in vars(cli).values() if isinstance(value, Number)]
 @given(kind=st.sampled_from(KINDS), text=st.one_of(
     st.text(max_size=12), st.integers().map(str), st.floats().map(str), st.sampled_from(
         ["nan", "-nan", "inf", "-inf", "1e400", "-1e400", "9" * 5000, "0x10", "", "True", "1,5", "²", "\x1b[2J"])))
-def test_a_number_is_finite_and_in_range_or_refused_in_words(kind, text):
+def test_numbers_are_in_range_or_refused(kind, text):
     try:
         value = kind(text)
     except ArgumentTypeError as error:
@@ -38,7 +38,7 @@ def test_a_number_is_finite_and_in_range_or_refused_in_words(kind, text):
     (cli.port_number, [0, 65535], [-1, 65536], "a whole number from 0 to 65,535"),
     (Number(float, 0, 2, below_most=True), [0, 1.99], [2], "a number from 0 and below 2"),
 ])
-def test_values_from_elsewhere_are_asked_for_by_in(kind, inside, outside, words):
+def test_in_checks_values_of_any_type(kind, inside, outside, words):
     assert str(kind) == words
     assert [value in kind for value in [*inside, *outside]] == [True] * len(inside) + [False] * len(outside)
 
@@ -61,25 +61,25 @@ def test_values_from_elsewhere_are_asked_for_by_in(kind, inside, outside, words)
     ("models/tiny_corpus.py", "--values", "2", "from 3 to 10"), ("models/tiny_corpus.py", "--seed", "-1", "from 0 to"),
     ("example_entry.py", "--seed", "nan", "from 0 to"), ("demo.py", "--port", "-1", "from 0 to 65,535"),
 ])
-def test_every_script_refuses_such_numbers_by_flag_and_range(tmp_path, script, flag, value, allowed):
+def test_scripts_name_flag_and_range(tmp_path, script, flag, value, allowed):
     line = error_line(script, flag, value, cwd=tmp_path)
     assert f"argument {flag}" in line and f"{value[:20]!r} is not a" in line and allowed in line
 
 
 @pytest.mark.parametrize("script", ["train.py", "interact.py", "convai_evaluation.py", "demo.py", "feedback/reward.py"])
-def test_a_device_that_holds_no_numbers_is_refused(tmp_path, script):
+def test_the_meta_device_is_refused(tmp_path, script):
     assert "--device: 'meta' cannot be used here" in error_line(script, "--device", "meta", cwd=tmp_path)
 
 
-def test_what_needs_more_memory_than_there_is_is_refused_with_the_figure(monkeypatch):
+def test_too_little_memory_is_refused_with_figures(monkeypatch):
     monkeypatch.setattr(cli, "machine_memory", lambda: 8 * 2 ** 30)
     cli.require_memory(8 * 2 ** 30, "--batch_size 64")
     with pytest.raises(InputError, match="--batch_size 65 needs at least 12 GiB, and this machine has 8; give less"):
         cli.require_memory(12 * 2 ** 30, "--batch_size 65")
 
 
-def test_flags_that_ask_for_more_memory_than_there_is_name_it_and_themselves(trained, small_corpus, tmp_path):
-    """Nobody has a petabyte. Refused before anything is decoded or trained, and nothing is left behind."""
+def test_flags_that_need_too_much_memory_are_refused(trained, small_corpus, tmp_path):
+    """Ask for a petabyte: the scripts refuse before they decode or train anything, and leave nothing behind."""
     model = ["--model_checkpoint", trained, "--device", "cpu"]
     data = ["--dataset_path", small_corpus]
     for name, flag, value, more in [

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: train, evaluate, chat; and what they say to wrong input."""
+"""Test the scripts as a user runs them: training, evaluation, chat, and their messages about wrong input."""
 
 import json
 import math
@@ -11,9 +11,9 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SAMPLE, TINY, TINY_TOKENS, error_line, make_checkpoint, script, shared
+from conftest import NO_DROPOUT, SAMPLE, TINY, TINY_TOKENS, error_line, make_checkpoint, script, shared, the_run
+from run_folder import evaluate, scalars
 from safetensors.torch import load_file
-from tensorboardX.proto import event_pb2
 from torch.nn import functional as F
 
 from cli import InputError
@@ -23,21 +23,8 @@ from tokenization import get_tokenizer
 from train import build_input_from_segments
 
 
-def figures(output: str) -> dict[str, float]:
-    """What convai_evaluation.py printed, by name, the headline first."""
-    lines = [line.removeprefix("FINAL ").split(": ") for line in output.splitlines() if line.startswith("FINAL ")]
-    return {name: float(value) for name, value in lines}
-
-
-def evaluate(kind: str, run: Path, data: Path, cwd: Path, *more) -> tuple[float, list[dict]]:
-    out = script("convai_evaluation.py", "--eval_type", kind, "--model_checkpoint", run, "--dataset_path", data,
-                 "--predictions", "predictions.jsonl", *more, cwd=cwd)
-    lines = (cwd / "predictions.jsonl").read_text().splitlines()
-    return next(iter(figures(out).values())), [json.loads(line) for line in lines]
-
-
 def turns_of(data: Path) -> list[tuple[list[str], list[str], list[str]]]:
-    """(persona, history, candidates) of each validation turn, as text."""
+    """Return (persona, history, candidates) of each validation turn, as text."""
     return [(entry["personality"], turn["history"], turn["candidates"])
             for entry in json.loads(data.read_text())["valid"] for turn in entry["utterances"]]
 
@@ -45,7 +32,7 @@ def turns_of(data: Path) -> list[tuple[list[str], list[str], list[str]]]:
 # ------------------------------------------------------------------------------------------------------ train.py
 
 
-def test_training_learns_and_leaves_a_run_that_plain_transformers_opens(trained, small_corpus):
+def test_a_trained_run_opens_in_plain_transformers(trained, small_corpus):
     assert (trained / "training_args.json").exists() and not list(trained.glob("*.unfinished"))
     own, report = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(trained, output_loading_info=True)
     assert not any(report.values())
@@ -53,23 +40,11 @@ def test_training_learns_and_leaves_a_run_that_plain_transformers_opens(trained,
     assert len(tokenizer) == own.config.vocab_size == TINY_TOKENS + 5
     assert tokenizer.convert_ids_to_tokens(list(range(TINY_TOKENS, TINY_TOKENS + 5))) == [
         "<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>"]
-    start = math.log(TINY_TOKENS + 5)  # what guessing costs a token
+    start = math.log(TINY_TOKENS + 5)  # nats per token when guessing
     assert scalars(trained)["training/lm_loss"][-1] < 0.85 * start
 
 
-def scalars(run: Path) -> dict[str, list[float]]:
-    """The curves of a run's TensorBoard file: its records are length, checksum, event, checksum."""
-    data, place, curves = next(run.glob("events.out.tfevents.*")).read_bytes(), 0, {}
-    while place < len(data):
-        length = int.from_bytes(data[place:place + 8], "little")
-        event = event_pb2.Event.FromString(data[place + 12:place + 12 + length])
-        for value in event.summary.value:
-            curves.setdefault(value.tag, []).append(value.simple_value)
-        place += 16 + length
-    return curves
-
-
-def test_the_curves_hold_what_happened(trained):
+def test_curves_hold_rates_and_losses(trained):
     curves = scalars(trained)
     iterations = len(curves["training/loss"])
     assert iterations % 2 == 0 and len(curves["validation/ppl"]) == 2
@@ -81,8 +56,8 @@ def test_the_curves_hold_what_happened(trained):
         assert loss == pytest.approx(lm + mc, rel=1e-5)
 
 
-def test_the_scores_are_those_of_plain_transformers(trained, small_corpus, tmp_path):
-    """hits@1 and perplexity of the script against transformers' own model, one padded candidate after the other."""
+def test_scores_equal_plain_transformers(trained, small_corpus, tmp_path):
+    """Compare hits@1 and perplexity with transformers' own model, one padded candidate at a time."""
     hits, scored = evaluate("hits@1", trained, small_corpus, tmp_path)
     ppl, likelihoods = evaluate("ppl", trained, small_corpus, tmp_path)
     own = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(trained).eval()
@@ -109,14 +84,14 @@ def test_the_scores_are_those_of_plain_transformers(trained, small_corpus, tmp_p
     assert ppl == pytest.approx(math.exp(nll / tokens), rel=1e-3)
 
 
-def test_validation_while_training_agrees_with_the_evaluation_script(trained, small_corpus, tmp_path):
+def test_validation_agrees_with_the_evaluation_script(trained, small_corpus, tmp_path):
     curves = scalars(trained)
     assert evaluate("hits@1", trained, small_corpus, tmp_path)[0] == pytest.approx(
         curves["validation/hits_1"][-1], rel=1e-3)
     assert evaluate("ppl", trained, small_corpus, tmp_path)[0] == pytest.approx(curves["validation/ppl"][-1], rel=1e-3)
 
 
-def test_evaluating_only_and_the_same_seed_twice(tmp_path, small_corpus):
+def test_zero_epochs_evaluate_and_equal_seeds_train_alike(tmp_path, small_corpus):
     checkpoint = make_checkpoint(tmp_path / "one-layer", n_layer=1, n_embd=32)
     common = ["--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--lr", 1e-3, "--seed", 7]
     script("train.py", *common, "--n_epochs", 0, cwd=tmp_path)
@@ -126,27 +101,26 @@ def test_evaluating_only_and_the_same_seed_twice(tmp_path, small_corpus):
         script("train.py", *common, "--n_epochs", 1, "--gradient_accumulation_steps", 4, "--eval_before_start",
                "--personality_permutations", 2, "--num_workers", workers, cwd=tmp_path / folder)
         assert script.stderr.count("Validation: hits@1") == 2
-    one, two = (load_file(next((tmp_path / folder / "runs").iterdir()) / "model.safetensors") for folder in ("a", "b"))
+    one, two = (load_file(the_run(tmp_path / folder) / "model.safetensors") for folder in ("a", "b"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_accumulation_is_one_step_of_the_mean_gradient(tmp_path):
-    """Two batches of one turn under accumulation 2 move the weights as their mean gradient, clipped once, does."""
+    """Compare two accumulated batches of one turn with one step along their mean gradient, clipped once."""
     corpus = json.loads(SAMPLE.read_text())
     turns = corpus["train"][0]["utterances"][:2]
     entry = {"personality": corpus["train"][0]["personality"], "utterances": turns}
     (tmp_path / "two.json").write_text(json.dumps({"train": [entry], "valid": [entry]}))
-    checkpoint = make_checkpoint(tmp_path / "still", n_layer=1, n_embd=32, resid_pdrop=0.0, embd_pdrop=0.0,
-                                 attn_pdrop=0.0, summary_first_dropout=0.0)
-    # A run of no learning gives the starting weights; the real run then starts from them.
+    checkpoint = make_checkpoint(tmp_path / "still", n_layer=1, n_embd=32, **NO_DROPOUT)
+    # A run with a learning rate of 0 gives the starting weights of the real run.
     script("train.py", "--dataset_path", "two.json", "--model_checkpoint", checkpoint, "--n_epochs", 1, "--lr", 0,
            cwd=tmp_path)
-    start = next((tmp_path / "runs").iterdir())
+    start = the_run(tmp_path)
     (tmp_path / "step").mkdir()
     script("train.py", "--dataset_path", "../two.json", "--model_checkpoint", start.resolve(), "--n_epochs", 1,
            "--lr", 0.01, "--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--max_norm", 0.5, "--mc_coef", 3,
            cwd=tmp_path / "step")
-    moved = load_file(next((tmp_path / "step" / "runs").iterdir()) / "model.safetensors")
+    moved = load_file(the_run(tmp_path / "step") / "model.safetensors")
 
     own = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(start)
     tokenizer = get_tokenizer(str(start))
@@ -165,10 +139,10 @@ def test_accumulation_is_one_step_of_the_mean_gradient(tmp_path):
                   labels=padded("lm_labels", -100))
         ((out.loss + 3 * out.mc_loss) / 2).backward()
     torch.nn.utils.clip_grad_norm_(own.parameters(), 0.5)
-    # The rate has fallen to half its start when the second and last batch is done: 0.01 * (1 - 1/2).
+    # After the second and last batch the rate is half its start: 0.01 * (1 - 1/2).
     compared = 0
     for name, weight in own.named_parameters():
-        # The first step of transformers 2.5's AdamW. Where the gradient is rounding noise, so is the step's direction.
+        # This is the first step of transformers 2.5's AdamW. Tiny gradients are rounding noise, and so are their steps.
         clear = weight.grad.abs() > 1e-4
         root = 0.001 ** 0.5 * weight.grad.abs()
         weight = weight.detach() - 0.005 * 0.001 ** 0.5 * weight.grad / (root + 1e-6)
@@ -177,39 +151,34 @@ def test_accumulation_is_one_step_of_the_mean_gradient(tmp_path):
     assert compared > 3000
 
 
-def test_a_group_of_fewer_batches_is_the_mean_of_those(tmp_path, small_corpus):
-    """Three batches, where a step takes up to eight, move the weights as a step of exactly three does."""
-    checkpoint = make_checkpoint(tmp_path / "still", n_layer=1, n_embd=32, resid_pdrop=0.0, embd_pdrop=0.0,
-                                 attn_pdrop=0.0, summary_first_dropout=0.0)
+def test_an_incomplete_group_of_batches_is_averaged(tmp_path, small_corpus):
+    """Compare three batches in a group of up to eight with a group of exactly three."""
+    checkpoint = make_checkpoint(tmp_path / "still", n_layer=1, n_embd=32, **NO_DROPOUT)
     moved = []
     for every in (3, 8, 2):
         work = tmp_path / f"every-{every}"
         work.mkdir()
         script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 1,
                "--train_batch_size", 20, "--gradient_accumulation_steps", every, "--lr", 0.01, cwd=work)
-        moved.append(load_file(next((work / "runs").iterdir()) / "model.safetensors"))
+        moved.append(load_file(the_run(work) / "model.safetensors"))
     assert all(torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
     assert not all(torch.equal(moved[0][name], moved[2][name]) for name in moved[0])
 
 
-def test_train_stays_a_page():
-    assert len((ROOT / "train.py").read_text().splitlines()) <= 250
+# ------------------------------------------------------------------------------------- run folders from elsewhere
 
 
-# ------------------------------------------------------------------------------------- run folders of elsewhere
-
-
-def test_a_2019_run_folder_evaluates_and_trains_on(run_2019, small_corpus, tmp_path):
+def test_a_2019_run_evaluates_and_trains(run_2019, small_corpus, tmp_path):
     hits, scored = evaluate("hits@1", run_2019, small_corpus, tmp_path)
     assert 0 <= hits <= 1 and len(scored) == len(turns_of(small_corpus))
     script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", run_2019, "--n_epochs", 1, cwd=tmp_path)
-    run = next((tmp_path / "runs").iterdir())
+    run = the_run(tmp_path)
     assert "RANDOM" not in script.stderr
     assert json.loads((run / "config.json").read_text())["model_type"] in run_2019.name
 
 
-def test_a_run_folder_older_than_model_types_is_told_by_its_other_settings(run_2019, small_corpus, tmp_path):
-    """Configurations of early 2019 name no family, and count control tokens apart from the vocabulary."""
+def test_a_config_without_model_type_is_recognised(run_2019, small_corpus, tmp_path):
+    """Read a configuration of early 2019, which names no family and counts control tokens outside the vocabulary."""
     old = tmp_path / "a-run-of-gpt2-or-openai-gpt"
     shutil.copytree(run_2019, old)
     settings = json.loads((run_2019 / "config.json").read_text())
@@ -220,9 +189,8 @@ def test_a_run_folder_older_than_model_types_is_told_by_its_other_settings(run_2
     assert evaluate("hits@1", old, small_corpus, tmp_path) == evaluate("hits@1", run_2019, small_corpus, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["openai-gpt", "gpt2"])
-def test_a_pretrained_language_model_is_taken_up(family, tmp_path, small_corpus):
-    """What the hub's openai-gpt and gpt2 are: no control tokens, no choice head. Every weight they have is kept."""
+def test_a_pretrained_language_model_keeps_its_weights(family, tmp_path, small_corpus):
+    """Train from models like the hub's openai-gpt and gpt2, which have no control tokens and no choice head."""
     folder = tmp_path / "pretrained"
     if family == "openai-gpt":
         make_checkpoint(folder)
@@ -239,7 +207,7 @@ def test_a_pretrained_language_model_is_taken_up(family, tmp_path, small_corpus)
     script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", folder, "--n_epochs", 1, "--lr", 0,
            cwd=tmp_path)
     assert "no choice head: starting from a random one" in script.stderr and "RANDOM" not in script.stderr
-    run = next((tmp_path / "runs").iterdir())
+    run = the_run(tmp_path)
     kept, given = load_file(run / "model.safetensors"), pretrained.state_dict()
     vocabulary = len(given[table])
     assert len(kept[table]) == vocabulary + 5
@@ -251,13 +219,13 @@ def test_a_pretrained_language_model_is_taken_up(family, tmp_path, small_corpus)
     assert evaluate("ppl", run, small_corpus, tmp_path)[0] > 1
 
 
-def test_a_folder_without_weights_starts_at_random_and_says_so(tmp_path, small_corpus):
+def test_missing_weights_start_at_random_with_a_warning(tmp_path, small_corpus):
     script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", TINY, "--n_epochs", 0, cwd=tmp_path)
     assert "has no weights: starting from RANDOM weights" in script.stderr
 
 
-def test_the_family_is_what_the_config_says(tmp_path, small_corpus):
-    """A GPT-2 in a folder called openai-gpt is a GPT-2, whatever --model hints."""
+def test_the_config_decides_the_family(tmp_path, small_corpus):
+    """Open a GPT-2 in a folder called openai-gpt; neither this name nor --model misleads."""
     source, folder = shared("golden/run-2019-gpt2"), tmp_path / "openai-gpt"
     folder.symlink_to(source, target_is_directory=True)
     out = script("interact.py", "--model_checkpoint", folder, "--model", "openai-gpt", "--personality", "i am .",
@@ -270,7 +238,7 @@ def test_the_family_is_what_the_config_says(tmp_path, small_corpus):
 # --------------------------------------------------------------------------------------------- convai_evaluation
 
 
-def test_f1_is_the_mean_over_the_replies_it_wrote_down(trained, small_corpus, tmp_path):
+def test_f1_is_the_mean_over_the_predictions(trained, small_corpus, tmp_path):
     f1, written = evaluate("f1", trained, small_corpus, tmp_path, "--seed", 3)
     again, same = evaluate("f1", trained, small_corpus, tmp_path, "--seed", 3)
     assert (f1, written) == (again, same)
@@ -293,13 +261,13 @@ def test_f1_is_the_mean_over_the_replies_it_wrote_down(trained, small_corpus, tm
     assert f1 == pytest.approx(total / len(written), rel=1e-3, abs=1e-4)
 
 
-def test_a_batch_of_replies_is_each_reply_alone(trained, small_corpus, tmp_path):
+def test_batched_replies_equal_single_replies(trained, small_corpus, tmp_path):
     _, together = evaluate("f1", trained, small_corpus, tmp_path, "--no_sample", "--batch_size", 16)
     _, alone = evaluate("f1", trained, small_corpus, tmp_path, "--no_sample", "--batch_size", 1)
     assert together == alone
 
 
-def test_half_precision_evaluates_to_nearly_the_same(trained, small_corpus, tmp_path):
+def test_half_precision_changes_figures_little(trained, small_corpus, tmp_path):
     full, exact = evaluate("ppl", trained, small_corpus, tmp_path)
     half, rounded = evaluate("ppl", trained, small_corpus, tmp_path, "--fp16", "bf16")
     assert half == pytest.approx(full, rel=0.02) and rounded != exact
@@ -321,7 +289,7 @@ def test_a_chat_through_a_pipe(trained, tmp_path):
     assert other.splitlines()[3:] != out[3:]
 
 
-def test_a_personality_from_a_file_or_the_data_or_none(trained, small_corpus, tmp_path):
+def test_personalities_from_a_file_the_data_or_none(trained, small_corpus, tmp_path):
     (tmp_path / "me.txt").write_text("i fly kites .\ni am nine .\n")
     common = ["interact.py", "--model_checkpoint", trained, "--no_sample"]
     out = script(*common, "--personality", "me.txt", "--end_command", "stop", stdin="hi\nstop\nhi\n", cwd=tmp_path)
@@ -338,7 +306,7 @@ def test_a_personality_from_a_file_or_the_data_or_none(trained, small_corpus, tm
     assert len(chosen) > 1
 
 
-def test_a_personality_file_that_is_not_there_is_named(trained, tmp_path):
+def test_unreadable_personality_files_are_named(trained, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 is what i drink .")
     for name, complaint in (("me.txt", "no such file"),
                             ("latin.txt", "not UTF-8 at byte 3"),
@@ -354,7 +322,7 @@ def test_turns_that_do_not_fit_are_counted(tmp_path, small_corpus):
     counted = [line for line in script.stderr.splitlines() if "valid:" in line and "exceed" in line][0].split()[2]
     script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", short, "--n_epochs", 1, "--lr", 0,
            cwd=tmp_path)
-    run = next((tmp_path / "runs").iterdir())
+    run = the_run(tmp_path)
     script("convai_evaluation.py", "--dataset_path", small_corpus, "--model_checkpoint", run, cwd=tmp_path)
     assert f"{counted} turns exceed the model's positions" in script.stderr
 
@@ -371,8 +339,8 @@ def test_lengths_bound_the_reply(trained):
         assert min(low, high) <= len(reply) <= high
 
 
-def test_what_a_model_says_after_a_long_chat_depends_on_the_last_exchanges_only(trained, tmp_path):
-    """--max_history 0 keeps one utterance: its reply is that of a chat just begun."""
+def test_max_history_bounds_what_a_reply_depends_on(trained, tmp_path):
+    """Compare the last reply of a long chat under --max_history 0 with the reply of a new chat."""
     common = ["interact.py", "--model_checkpoint", trained, "--personality", "i am .", "--no_sample"]
     common += ["--max_history", 0]
     long = script(*common, stdin="hi\nhow are you ?\ntell me more\nwhat do you do ?\n", cwd=tmp_path).splitlines()
@@ -380,12 +348,12 @@ def test_what_a_model_says_after_a_long_chat_depends_on_the_last_exchanges_only(
     assert long[5] == short[2]
 
 
-def test_a_run_remembers_its_history_and_a_flag_overrides_it(trained, small_corpus, tmp_path):
-    """A run that saw one utterance is evaluated and chats so; it differs from one that saw five."""
+def test_a_run_remembers_its_max_history(trained, small_corpus, tmp_path):
+    """Evaluate and chat with a run that saw one utterance; flags override what the run remembers."""
     assert json.loads((trained / "config.json").read_text())["max_history"] == 2
     script("train.py", "--dataset_path", small_corpus, "--model_checkpoint", trained, "--n_epochs", 1, "--lr", 0,
            "--max_history", 0, cwd=tmp_path)
-    short = next((tmp_path / "runs").iterdir())
+    short = the_run(tmp_path)
     assert load_file(short / "model.safetensors").keys() == load_file(trained / "model.safetensors").keys()
     one = evaluate("hits@1", short, small_corpus, tmp_path)
     five = evaluate("hits@1", short, small_corpus, tmp_path, "--max_history", 2)
@@ -404,7 +372,7 @@ def test_a_run_remembers_its_history_and_a_flag_overrides_it(trained, small_corp
 
 
 def damaged(folder: Path, trained: Path, **files: bytes | None) -> Path:
-    """A copy of a run with some files replaced or removed."""
+    """Copy a run and replace some files; those given as None are removed."""
     folder.mkdir()
     for file in trained.iterdir():
         if file.is_file():
@@ -441,7 +409,7 @@ def test_unusable_checkpoints_are_named(trained, tmp_path):
     assert "weights cannot be loaded" in line
 
 
-def test_a_mistyped_run_folder_is_no_hub_name(trained, tmp_path):
+def test_mistyped_checkpoints_get_a_suggestion(trained, tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / trained.name).symlink_to(trained, target_is_directory=True)
     for name, cure in ((f"kept/{trained.name[:-1]}", f"did you mean kept/{trained.name}?"),
@@ -452,8 +420,8 @@ def test_a_mistyped_run_folder_is_no_hub_name(trained, tmp_path):
     assert "nor a model that the hub provides" in line and "did you mean persona?" in line
 
 
-def test_a_hub_that_does_not_answer_is_given_up_after_one_try(monkeypatch):
-    """The library itself would ask five times."""
+def test_a_silent_hub_is_asked_once(monkeypatch):
+    """Let the hub stay silent: the script gives up after one attempt, whereas the library alone would make five."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -463,14 +431,6 @@ def test_a_hub_that_does_not_answer_is_given_up_after_one_try(monkeypatch):
         silent.accept()
         with pytest.raises(BlockingIOError):
             silent.accept()
-
-
-def test_a_text_file_where_the_data_format_is_wanted_is_pointed_to_convert(tmp_path):
-    (tmp_path / "talk.txt").write_text("hello there\nhi you\n")
-    assert "looks like plain text; convert it with --convert talk.txt" in error_line(
-        "example_entry.py", "talk.txt", cwd=tmp_path)
-    (tmp_path / "talk.json").write_text("hello there\n")
-    assert "correct the JSON there" in error_line("example_entry.py", "talk.json", cwd=tmp_path)
 
 
 def test_an_unreachable_hub_names_the_flag(tmp_path):

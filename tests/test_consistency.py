@@ -1,4 +1,4 @@
-"""The judge of replies to questions about the persona, by hand; the questions that stand in benchmarks/."""
+"""Test the judge of replies about the persona, and the questions in benchmarks/."""
 
 import json
 
@@ -30,7 +30,7 @@ ALONE = question("do you live alone ?", "family", "no, my wife", "yes, alone")
 
 
 @pytest.mark.parametrize(("asked", "reply", "verdict"), [
-    # the value itself, inflected, in other spellings
+    # the value itself, also inflected or in other spellings
     (DOGS, "i have two dogs .", "answered"),
     (DOGS, "yes .", "answered"),
     (DOGS, "oh yeah , they are so cute !", "answered"),
@@ -51,7 +51,7 @@ ALONE = question("do you live alone ?", "family", "no, my wife", "yes, alone")
     (MEAT, "nope , vegetarian", "answered"),
     (MUSIC, "i can't live without jazz .", "answered"),
     (MUSIC, "i can not get enough of jazz", "answered"),
-    (MUSIC, "jazz and a bit of rock", "answered"),  # one may like both
+    (MUSIC, "jazz and a bit of rock", "answered"),  # people can like both
     (HATE, "i can't stand mushrooms .", "answered"),
     (HATE, "mushrooms ! i do not like them", "answered"),
     (BEFORE, "i was a fire-fighter for years", "answered"),
@@ -74,7 +74,7 @@ ALONE = question("do you live alone ?", "family", "no, my wife", "yes, alone")
     (DOGS, "nope , too much work", "contradicted"),
     (JOB, "i am a teacher .", "contradicted"),
     (JOB, "i'm not a nurse .", "contradicted"),
-    (JOB, "i am a nurse and a teacher", "contradicted"),  # mixing up facts
+    (JOB, "i am a nurse and a teacher", "contradicted"),  # the reply mixes two facts
     (AGE, "i am twenty five years old .", "contradicted"),
     (AGE, "forty .", "contradicted"),
     (KIDS, "i have 2 kids", "contradicted"),
@@ -89,7 +89,7 @@ ALONE = question("do you live alone ?", "family", "no, my wife", "yes, alone")
     (BEFORE, "i was a teacher .", "contradicted"),
     (FATHER, "he is a doctor .", "contradicted"),
     (ALONE, "yes , i live alone .", "contradicted"),
-    # neither
+    # neither an answer nor a contradiction
     (DOGS, "what about you ?", "evaded"),
     (DOGS, "do you have a dog ?", "evaded"),
     (DOGS, "i had a cat when i was a kid , he had a cat too .", "contradicted"),
@@ -120,11 +120,11 @@ def test_a_reply_is_judged_as_a_person_would(asked, reply, verdict):
     ("he has a dog but never the two cats", "| he have dog | not 2 cat |"),
     ("the 10th grade", "| 10 grade |"),
 ])
-def test_words_have_one_spelling(text, words):
+def test_canonical_words(text, words):
     assert " ".join(canonical_words(text)) == words
 
 
-def test_the_questions_are_many_and_answered_by_their_personas():
+def test_personas_answer_their_questions():
     questions = read_questions(QUESTIONS)
     assert len(questions) >= 500 and len({tuple(one.persona) for one in questions}) >= 100
     assert len({(tuple(one.persona), one.question) for one in questions}) == len(questions)
@@ -140,14 +140,14 @@ def test_the_questions_are_many_and_answered_by_their_personas():
 
 
 def test_another_persona_does_not_answer():
-    """Replies that come from the next persona's sentences are seldom taken for answers."""
+    """Judge sentences of other personas: hardly any is taken for an answer."""
     questions = read_questions(QUESTIONS)
     verdicts = [judge(sentence, one) for one, other in zip(questions, questions[20:], strict=False)
                 for sentence in other.persona]
     assert shares(verdicts)["answered"][0] < 0.03
 
 
-def test_intervals_are_those_of_scipy():
+def test_intervals_equal_scipys():
     stats = pytest.importorskip("scipy.stats")
     for count, total in ((0, 5), (3, 7), (490, 516), (516, 516)):
         assert wilson(count, total) == pytest.approx(tuple(stats.binomtest(count, total).proportion_ci(
@@ -156,13 +156,13 @@ def test_intervals_are_those_of_scipy():
 
 @pytest.mark.parametrize("line", ["[]", "{", '{"persona": []}', json.dumps(DOGS._asdict() | {"answers": "dog"}),
                                   json.dumps(DOGS._asdict() | {"answers": []})])
-def test_a_line_that_is_no_question_is_named(line, tmp_path):
+def test_wrong_lines_are_named(line, tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps(DOGS._asdict()) + "\n" + line + "\n")
     with pytest.raises(InputError, match="line 2"):
         read_questions(tmp_path / "q.jsonl")
 
 
-def test_a_model_is_asked_and_its_replies_written_down(trained, tmp_path):
+def test_replies_and_verdicts_are_written(trained, tmp_path):
     asked = read_questions(QUESTIONS)[:12]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(one._asdict()) + "\n" for one in asked))
     flags = ["--model_checkpoint", trained, "--questions", "q.jsonl", "--batch_size", 5, "--predictions", "p.jsonl"]

@@ -1,4 +1,4 @@
-"""Readers of published corpora and of people's own files, the conversion to our format, and distractors."""
+"""Test the readers of published corpora, the conversion to our format, splits and distractors."""
 
 import csv
 import gzip
@@ -32,13 +32,13 @@ from words import normalized, text_key, words
 
 
 def entries_of(path, content: str, target: str = "both") -> list[dict]:
-    """What `read_any` makes of a file without splits."""
+    """Return the entries that `read_any` makes of a file without splits."""
     path.write_text(content)
     return list(keep_target(read_any(path)[None], target))
 
 
 def pairs(found: list[dict]) -> list[tuple]:
-    """(personality, history, gold) of each turn."""
+    """Return (personality, history, gold reply) of each turn."""
     return [(entry["personality"], turn["history"], turn["candidates"][-1])
             for entry in found for turn in entry["utterances"]]
 
@@ -46,7 +46,7 @@ def pairs(found: list[dict]) -> list[tuple]:
 # ---------------------------------------------------------------------------------------------- one file each layout
 
 
-def test_both_sides_are_learnt_each_with_its_own_persona(tmp_path):
+def test_both_sides_become_entries_with_their_personas(tmp_path):
     dialog = {"personas": [["i open ."], ["i answer ."]], "turns": ["hi !", "hello .", "tea ?", "yes ."]}
     found = entries_of(tmp_path / "own.jsonl", json.dumps(dialog))
     assert found == [
@@ -58,7 +58,7 @@ def test_both_sides_are_learnt_each_with_its_own_persona(tmp_path):
     assert pairs(entries_of(tmp_path / "own.jsonl", json.dumps(dialog), "first")) == pairs(found[1:])
 
 
-def test_utterances_of_one_speaker_merge_and_silence_is_nobodys_turn(tmp_path):
+def test_utterances_merge_and_silence_is_dropped(tmp_path):
     dialog = {"turns": ["__SILENCE__", "hi_comma_ you !", "still\there ?", "yes .", " ", "go on ."],
               "speakers": [0, 1, 1, 0, 1, 0]}
     assert pairs(entries_of(tmp_path / "own.jsonl", json.dumps(dialog))) == [
@@ -117,13 +117,13 @@ def test_parlai_text_with_and_without_candidates(tmp_path):
         {"personality": [], "utterances": [{"history": ["anybody ?", "me ."], "candidates": ["q", "and me ."]}]}]
 
 
-def test_parlai_text_is_the_published_json_of_the_same_dialogs():
+def test_parlai_text_equals_the_published_json():
     text = shared("data/personachat/ConvAI2/valid_self_original.txt")
     published = read_corpus(shared("data/personachat/personachat_self_original.json"))["valid"]
     assert list(read_any(text)[None]) == published
 
 
-def test_the_published_jsons_silence_is_no_utterance(tmp_path):
+def test_silence_in_the_published_json_is_dropped(tmp_path):
     turns = [{"history": ["__ SILENCE __"], "candidates": ["b", "hi !"]},
              {"history": ["__ SILENCE __", "hi !", "you ?"], "candidates": ["c", "fine ."]}]
     (tmp_path / "personachat_self_original.json").write_text(
@@ -136,7 +136,7 @@ def test_the_published_jsons_silence_is_no_utterance(tmp_path):
 
 
 def beginnings(dialogs: list[list[str]]) -> Counter:
-    """Each dialog up to each of its utterances but the first: what there is to learn, counted."""
+    """Count the beginnings of dialogs that end with any utterance but the first: these are the turns to learn."""
     return Counter(tuple(dialog[:end]) for dialog in dialogs for end in range(2, len(dialog) + 1))
 
 
@@ -144,7 +144,7 @@ def learnt(found: list[dict]) -> Counter:
     return Counter((*history, gold) for _, history, gold in pairs(found))
 
 
-def test_every_utterance_of_the_real_dailydialog_is_there():
+def test_dailydialog_is_read_completely():
     folder = shared("data/dailydialog")
     corpus = read_any(folder)
     for split, file in (("train", "train"), ("valid", "validation"), ("test", "test")):
@@ -154,7 +154,7 @@ def test_every_utterance_of_the_real_dailydialog_is_there():
         assert learnt(list(corpus[split])) == beginnings(dialogs)
 
 
-def test_every_utterance_of_the_real_empathetic_dialogues_is_there():
+def test_empathetic_dialogues_is_read_completely():
     folder = shared("data/empatheticdialogues")
     corpus = read_any(folder)
     for split in ("train", "valid", "test"):
@@ -204,7 +204,7 @@ def test_wrong_files_are_refused_with_file_line_and_cure(tmp_path, name, content
     assert message.startswith(f"{path}: {complaint}") and "; " in message and "\n" not in message
 
 
-def test_dialogs_that_teach_nothing_are_counted_and_shown(tmp_path, caplog):
+def test_dialogs_without_replies_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found = entries_of(tmp_path / "own.txt", "hi !\n\nhello ?\nyes .\n\n__SILENCE__\nalone .\n")
     assert pairs(found) == [([], ["hello ?"], "yes .")]
@@ -215,19 +215,19 @@ def test_dialogs_that_teach_nothing_are_counted_and_shown(tmp_path, caplog):
     assert list(make_entries([crowd], "f")) == [] and "more than two speakers; the first is at line 7" in caplog.text
 
 
-def test_a_dialog_without_end_takes_room_in_proportion(tmp_path):
+def test_long_dialogs_have_bounded_histories(tmp_path):
     (tmp_path / "own.txt").write_text("word\n" * 3001)
     found = list(read_any(tmp_path / "own.txt")[None])
     lengths = [len(turn["history"]) for entry in found for turn in entry["utterances"]]
     assert len(lengths) == 3000 and max(lengths) <= MOST_HISTORY
-    assert sum(length % 2 for length in lengths) == 1500  # sides stay apart
+    assert sum(length % 2 for length in lengths) == 1500  # half of the turns belong to each side
 
 
 @given(st.one_of(st.binary(max_size=300), st.lists(st.sampled_from(
     [b"1 ", b"2 your persona: a.", b"\t", b"|", b"\n", b"__SILENCE__", b"x", b"\\n", b"__eou__", b'["a"]}',
      b"conv_id,utterance_idx,context,prompt,speaker_idx,utterance", b",,,,,,,", b"\xff", b"[", b"\x1f\x8b",
      b'{"turns": ', "é\u2028".encode()]), max_size=30).map(b"".join)))
-def test_whatever_the_file_holds_it_is_entries_or_one_clear_line(tmp_path_factory, content):
+def test_any_file_gives_entries_or_one_error_line(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("any") / "file"
     path.write_bytes(content)
     try:
@@ -241,7 +241,7 @@ def test_whatever_the_file_holds_it_is_entries_or_one_clear_line(tmp_path_factor
 # ------------------------------------------------------------------------------------- conversion, splits, distractors
 
 
-def test_your_own_dialogs_converted_by_the_command(tmp_path):
+def test_converting_own_dialogs(tmp_path):
     (tmp_path / "own.jsonl").write_text("".join(
         json.dumps({"personas": [["i am ä ."], []], "turns": [f"question {n} ?", f"answer {n} .", "bye ."]}) + "\n"
         for n in range(20)))
@@ -264,7 +264,7 @@ def test_your_own_dialogs_converted_by_the_command(tmp_path):
     assert (tmp_path / "other.json").read_text() != again
 
 
-def test_a_folder_keeps_its_splits_unless_asked(tmp_path):
+def test_splits_are_kept_unless_train_frac_is_given(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     for split, count in (("train", 6), ("valid", 3), ("test", 2)):
@@ -291,7 +291,7 @@ def test_a_folder_keeps_its_splits_unless_asked(tmp_path):
         divide_dialogs([], 0.5, 0, "own")
 
 
-def test_random_distractors_come_from_other_dialogs_as_often_as_they_were_said():
+def test_random_distractors_follow_reply_frequency():
     texts = ["common", *(f"rare {n}" for n in range(50))]
     replies = np.array([0] * 50 + list(range(1, 51)))
     dialogs = np.arange(100) // 2
@@ -299,7 +299,7 @@ def test_random_distractors_come_from_other_dialogs_as_often_as_they_were_said()
     for turn, wrong in enumerate(drawn.tolist()):
         own = {reply for reply, dialog in zip(replies, dialogs, strict=True) if dialog == dialogs[turn]}
         assert len(set(wrong)) == 5 and -1 not in wrong and not own & set(wrong)
-    assert (drawn[50:] == 0).any(1).mean() > 0.9  # half of what was said
+    assert (drawn[50:] == 0).any(1).mean() > 0.9  # half of all replies are "common"
     assert (draw_distractors(replies, dialogs, texts, count=5, seed=3) == drawn).all()
     assert (draw_distractors(replies, dialogs, texts, count=5, seed=4) != drawn).any()
     few = draw_distractors(np.array([0, 1, 2]), np.array([0, 0, 1]), texts, count=4)
@@ -327,8 +327,8 @@ def test_words_of_scripts_with_and_without_spaces():
 
 
 @pytest.mark.parametrize("how", ["random", "hard"])
-def test_the_right_reply_in_another_spelling_is_no_distractor(tmp_path, how):
-    """By ParlAI's normalisation, and whatever spaces, cases, quotation marks and widths a tokenizer makes one of."""
+def test_the_gold_reply_in_another_spelling_is_no_distractor(tmp_path, how):
+    """Use spellings that ParlAI's normalisation or a tokenizer does not tell apart."""
     spellings = ["Yes , it's a dog !", "yes, it's the dog", "YES IT S DOG.", "yes it \u2019s dog", "\uff39es it's dog"]
     replies = spellings + [f"no {n} , it is a cow" for n in range(30)]
     (tmp_path / "own.txt").write_text("".join(f"what {n} ?\n{reply}\n\n" for n, reply in enumerate(replies)))
@@ -342,7 +342,7 @@ def test_the_right_reply_in_another_spelling_is_no_distractor(tmp_path, how):
         assert len({text_key(one) for one in wrong}) == len(wrong)
 
 
-def test_words_that_a_tokenizer_cannot_tell_apart_are_no_distractors():
+def test_texts_with_equal_tokens_are_no_distractors():
     texts = ["\u4eca\u5929", "\u660e\u5929", "\u4e0b\u96e8\u4e86", "\u5403\u996d\u4e86"]
     unknown = {number: (0,) * len(text) for number, text in enumerate(texts)}
     drawn = draw_distractors(np.arange(4), np.arange(4), texts, tokens=unknown, count=2)
@@ -350,8 +350,8 @@ def test_words_that_a_tokenizer_cannot_tell_apart_are_no_distractors():
     assert [len(set(row) - {-1}) for row in drawn.tolist()] == [1, 1, 1, 1]
 
 
-def test_the_hardest_stand_next_to_the_reply_though_many_say_the_same(tmp_path):
-    """Training takes the last candidates. A hundred replies that are the right one again do not use up the search."""
+def test_the_hardest_distractor_stands_next_to_the_reply(tmp_path):
+    """Repeat the gold reply a hundred times: the hardest distractor still comes last, where training takes it."""
     said = ["the red boat is at sea"] * 100 + ["the red boat is gone", "a boat", *(f"filler {n}" for n in range(40))]
     (tmp_path / "own.txt").write_text("".join(f"what {n} ?\n{reply}\n\n" for n, reply in enumerate(said)))
     convert(tmp_path / "own.txt", tmp_path / "out.json", "both", "hard", 0.99, 0)
@@ -366,7 +366,7 @@ def test_the_hardest_stand_next_to_the_reply_though_many_say_the_same(tmp_path):
 # ------------------------------------------------------------------------------------------ dialogs, told apart whole
 
 
-def test_dialogs_that_begin_alike_are_different_ones(tmp_path):
+def test_dialogs_with_equal_beginnings_are_different(tmp_path):
     greeting = "hello , how can i help you ?\ni have a question .\nwhich ?\n"
     (tmp_path / "own.txt").write_text("".join(f"{greeting}number {n} ?\nit is {n} .\n\n" for n in range(30)))
     convert(tmp_path / "own.txt", tmp_path / "out.json", "both", "none", 0.7, 0)
@@ -382,8 +382,8 @@ LETTERS = st.lists(st.sampled_from("abc"), min_size=2, max_size=7)
 
 @given(st.lists(LETTERS, min_size=1, max_size=12), st.randoms(use_true_random=False), st.sampled_from(
     ["both", "second", "first"]))
-def test_sides_get_the_number_of_their_dialog_in_any_order(dialogs, random, target):
-    """In a reader's order each dialog gets one number; `representatives` are as many as different dialogs."""
+def test_both_sides_get_the_number_of_their_dialog(dialogs, random, target):
+    """Number entries in a reader's order and shuffled; there are as many `representatives` as different dialogs."""
     made = [list(keep_target(make_entries([Dialog("", [Utterance(n % 2, text) for n, text in enumerate(said)])], ""),
                              target)) for said in dialogs]
     numbers = DialogNumbers()
@@ -400,7 +400,7 @@ def test_sides_get_the_number_of_their_dialog_in_any_order(dialogs, random, targ
     assert len(shuffled.longest) >= len(set(map(tuple, dialogs))) or target != "both"
 
 
-def test_what_a_later_split_repeats_is_left_out_of_training(tmp_path, caplog):
+def test_training_leaves_out_evaluated_dialogs(tmp_path, caplog):
     own = tmp_path / "own"
     own.mkdir()
     (own / "train.txt").write_text("tea ?\nyes , a cup .\nhere .\n\ntea ?\nno .\nwell .\n\n"
@@ -426,7 +426,7 @@ def test_what_a_later_split_repeats_is_left_out_of_training(tmp_path, caplog):
     assert training() == [["bread ?", "no ."]] and "own: every training dialog is also in valid or test" in caplog.text
 
 
-def test_no_dialog_of_the_real_dailydialog_is_trained_on_and_evaluated():
+def test_dailydialog_trains_on_no_evaluated_dialog():
     folder = shared("data/dailydialog")
     evaluated = {tuple(text_key(said) for said in line.split("__eou__") if said.strip())
                  for split in ("validation", "test")

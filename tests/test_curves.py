@@ -1,36 +1,21 @@
-"""What a training leaves to look at."""
+"""Test the curves, texts and metrics that a training run leaves."""
 
 import json
-import struct
 
 import pytest
-from conftest import SAMPLE, TINY, script
-from tensorboardX.proto.event_pb2 import Event
-
-
-def events(run) -> list[tuple[str, int, object]]:
-    """(tag, step, number or text) of all that TensorBoard would show, read by the format's definition."""
-    data, found = next(run.glob("events.out.tfevents.*")).read_bytes(), []
-    while data:
-        length = struct.unpack("<Q", data[:8])[0]  # then a checksum of 4 bytes, the event, and another checksum
-        event = Event.FromString(data[12:12 + length])
-        data = data[16 + length:]
-        for value in event.summary.value:
-            text = value.tensor.string_val[0].decode() if value.tensor.string_val else None
-            found.append((value.tag, event.step, text if text is not None else value.simple_value))
-    return found
+from conftest import SAMPLE, TINY, first_dialogs, script, the_run
+from run_folder import events
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     work = tmp_path_factory.mktemp("curves")
-    corpus = json.loads(SAMPLE.read_text("utf-8"))
-    (work / "data.json").write_text(json.dumps({"train": corpus["train"][:3], "valid": corpus["valid"][:1]}))
+    first_dialogs(SAMPLE, work / "data.json", 3)
     script("train.py", "--model_checkpoint", TINY, "--dataset_path", "data.json", "--n_epochs", 2, cwd=work)
-    return next((work / "runs").iterdir())
+    return the_run(work)
 
 
-def test_training_and_validation_share_an_axis_and_flags_and_replies_are_there(run):
+def test_curves_share_steps_and_show_flags_and_replies(run):
     shown = events(run)
     losses = [step for tag, step, _ in shown if tag == "training/loss"]
     batches = len(losses) // 2
@@ -52,6 +37,6 @@ def test_metrics_json_has_the_validation_of_each_epoch(run):
     for name in ("hits@1", "nll", "ppl"):
         of_curve = [value for tag, _, value in shown if tag == f"validation/{name.replace(chr(64), chr(95))}"]
         assert [row[name] for row in rows] == pytest.approx(of_curve, rel=1e-6)
-    resumed = sorted((run / "checkpoints").iterdir())[0]  # goes on after the first epoch, and measures the same again
+    resumed = sorted((run / "checkpoints").iterdir())[0]  # resumes after the first epoch, and validates again
     script("train.py", "--resume", resumed, cwd=run.parents[1])
     assert json.loads((run / "metrics.json").read_text()) == rows

@@ -1,8 +1,8 @@
-"""Files of dialogs: what is accepted, what is refused and in which words, and the token table made of them."""
+"""Test data files: which are accepted, how others are refused, and the token table made from them."""
 
+import functools
 import gzip
 import json
-import multiprocessing
 import re
 
 import pytest
@@ -18,16 +18,11 @@ from inputs import Specials
 from tables import tokenize
 from tokenization import get_tokenizer
 
-TEXT = st.text(st.characters(), max_size=12)  # lone surrogates, which JSON can spell, included
+TEXT = st.text(st.characters(), max_size=12)  # includes lone surrogates, which JSON can spell
 SENTENCES = st.lists(TEXT, min_size=1, max_size=3)
 TURNS = st.fixed_dictionaries({"history": SENTENCES, "candidates": SENTENCES})
 ENTRIES = st.fixed_dictionaries(
     {"utterances": st.lists(TURNS, min_size=1, max_size=3)}, optional={"personality": st.lists(TEXT)})
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return get_tokenizer(str(TINY))
 
 
 def corpus_with(**turn) -> dict:
@@ -78,7 +73,7 @@ def test_damaged_files_are_refused(tmp_path, content, complaint):
     assert complaint in line and str(path) in line
 
 
-def test_missing_files_and_splits_are_refused_by_the_command(tmp_path):
+def test_missing_files_and_splits_are_refused(tmp_path):
     assert "nowhere.json: no such file" in error_line("example_entry.py", "nowhere.json", cwd=tmp_path)
     assert "cannot be read (Is a directory)" in error_line("example_entry.py", tmp_path, cwd=tmp_path)
     (tmp_path / "train_only.json").write_text(json.dumps({"train": corpus_with()["train"]}))
@@ -89,7 +84,7 @@ def test_missing_files_and_splits_are_refused_by_the_command(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_example_entry_prints_as_data_that_passes_the_check(tmp_path):
+def test_the_example_entry_passes_the_check(tmp_path):
     entry = json.loads(script("example_entry.py", cwd=tmp_path))
     assert entry == EXAMPLE_ENTRY
     (tmp_path / "own.json").write_text(json.dumps({"train": [entry], "valid": [entry]}))
@@ -104,7 +99,7 @@ def test_real_personachat_passes_the_check(tmp_path):
     assert "valid: 500 entries (500 with a persona), 3,907 turns, 20 candidates per turn" in said
 
 
-def test_the_sample_keeps_its_promises():
+def test_the_sample_is_as_documented():
     corpus = read_corpus(SAMPLE)
     personas = {split: {frozenset(entry["personality"]) for entry in entries} for split, entries in corpus.items()}
     assert len(personas["train"]) == len(corpus["train"]) and len(personas["valid"]) == len(corpus["valid"])
@@ -119,26 +114,26 @@ def test_the_sample_keeps_its_promises():
         for text in dialog["turns"]:
             assert text == " ".join(text.split()).lower() and re.search(r" [.?!]$", text)
             said.setdefault(text, set()).add(place)
-    assert len(lines) == 90 and sum(len(dialogs) > 1 for dialogs in said.values()) <= 3  # nobody speaks by rote
+    assert len(lines) == 90 and sum(len(dialogs) > 1 for dialogs in said.values()) <= 3  # few utterances repeat
     for entry in corpus["valid"]:
         for turn in entry["utterances"]:
             assert len(set(turn["candidates"])) == 20
 
 
-def test_the_sample_is_what_its_script_writes(tmp_path):
+def test_the_script_writes_the_sample(tmp_path):
     script("data/make_sample.py", "--out", tmp_path / "again.json", cwd=tmp_path)
     assert (tmp_path / "again.json").read_bytes() == SAMPLE.read_bytes()
 
 
-# Names of splits; an object with "turns" is a dialog in JSON lines.
+# Names of splits, except "turns": an object with "turns" is a dialog in JSON lines.
 NAMES = st.text(min_size=1, max_size=5).filter(lambda name: name.isprintable() and name != "turns")
 
 
 @given(st.dictionaries(NAMES, st.lists(ENTRIES, max_size=3), min_size=1))
-def test_whatever_has_the_format_comes_back_from_the_table(tmp_path_factory, tokenizer, corpus):
+def test_any_corpus_comes_back_from_the_table(tmp_path_factory, tokenizer, corpus):
     folder = tmp_path_factory.mktemp("table")
     path = folder / "data.json"
-    path.write_text(json.dumps(corpus))  # spells lone surrogates as JSON can
+    path.write_text(json.dumps(corpus))  # escapes lone surrogates
     check_corpus(corpus)
     table = utils.get_dataset(tokenizer, str(path), str(folder / "cache"))
     assert list(table) == list(corpus)
@@ -148,7 +143,7 @@ def test_whatever_has_the_format_comes_back_from_the_table(tmp_path_factory, tok
         for dialog, entry in enumerate(entries):
             persona = entry.get("personality", [])
             assert [len(one) for one in table[split].texts("persona", dialog)] == [len(one) for one in persona]
-            nested = table[split][dialog]  # the 2019 view
+            nested = table[split][dialog]  # nested lists, as in 2019
             assert nested["personality"] == [tokenizer.encode(one) for one in persona]
             for number, wanted in enumerate(entry["utterances"]):
                 for field in ("history", "candidates"):
@@ -159,18 +154,18 @@ def test_whatever_has_the_format_comes_back_from_the_table(tmp_path_factory, tok
         assert table[split].num_turns == turn
 
 
+cached_tokenizer = functools.cache(get_tokenizer)
+
+
 @given(st.one_of(TEXT, st.lists(st.sampled_from(
     ["<bos>", "<eos>", "<pad>", "<speaker1>", "<speaker2>", "<unk>", "</w>", "<|endoftext|>", " ", "\n", "é", "'s"]
 )).map("".join)))
 def test_no_text_becomes_a_control_token(text):
     for folder in (str(TINY), str(shared("golden/run-2019-openai-gpt")), str(shared("golden/run-2019-gpt2"))):
-        tokenizer = TOKENIZERS.setdefault(folder, get_tokenizer(folder))
+        tokenizer = cached_tokenizer(folder)
         control = set(Specials.of(tokenizer)) | ({50256} if "gpt2" in folder else set())
         assert not control & set(tokenizer.encode(text))
         assert tokenize(tokenizer, [text, "a"])[0] == tokenizer.encode(text)
-
-
-TOKENIZERS: dict[str, object] = {}
 
 
 def test_a_second_start_reads_the_cache(tmp_path, tokenizer):
@@ -183,7 +178,7 @@ def test_a_second_start_reads_the_cache(tmp_path, tokenizer):
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
-def test_a_changed_file_or_tokenizer_is_never_served_from_the_cache(tmp_path, tokenizer, small_corpus):
+def test_a_changed_file_or_tokenizer_misses_the_cache(tmp_path, tokenizer, small_corpus):
     utils.get_dataset(tokenizer, str(SAMPLE), str(tmp_path / "cache"))
     smaller = utils.get_dataset(tokenizer, str(small_corpus), str(tmp_path / "cache"))
     assert len(smaller["valid"]) == 4
@@ -206,18 +201,6 @@ def test_a_damaged_or_foreign_cache_is_built_again(tmp_path, tokenizer, small_co
     assert utils.get_dataset(tokenizer, str(small_corpus), str(tmp_path / "cache"))["valid"][0] == good
 
 
-def build_in_a_process(arguments):
-    path, cache = arguments
-    return utils.get_dataset(get_tokenizer(str(TINY)), path, cache)["valid"][0]
-
-
-def test_two_processes_build_one_cache(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        one, two = pool.map(build_in_a_process, [(str(SAMPLE), str(tmp_path / "cache"))] * 2, chunksize=1)
-    assert one == two
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1 and not list(tmp_path.glob("*.unfinished"))
-
-
-def test_gzip_is_read_by_its_content(tmp_path):
+def test_gzip_is_recognised_by_its_content(tmp_path):
     (tmp_path / "data.txt").write_bytes(gzip.compress(SAMPLE.read_bytes()))
     assert read_corpus(tmp_path / "data.txt") == read_corpus(SAMPLE)

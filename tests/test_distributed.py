@@ -1,4 +1,4 @@
-"""Several processes that train one model: the same batches, losses, weights and validation as one process has."""
+"""Test that several processes train as one does: the same batches, losses, weights and validation."""
 
 import os
 import random
@@ -13,21 +13,20 @@ import numpy as np
 import pytest
 import torch
 import warm
-from conftest import ROOT, make_checkpoint, script
+from conftest import NO_DROPOUT, ROOT, make_checkpoint, script, the_run
 from hypothesis import given
 from hypothesis import strategies as st
+from run_folder import assert_equal_checkpoints, scalars
 from safetensors.torch import load_file
-from test_commands import scalars
 
 from checkpoints import read_header, step_files
 from inputs import LengthBatches
 
-PATIENCE = 300  # seconds that anything may take on a busy machine
-STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
+PATIENCE = 300  # seconds, enough for any step on a busy machine
 
 
 def store_at(ports) -> torch.distributed.TCPStore:
-    """Where processes find each other, as torchrun has it, at the first port that is free; 0 is any."""
+    """Open the store where processes find each other, as torchrun does, at the first free port; port 0 means any."""
     for port in ports:
         try:
             return torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
@@ -38,7 +37,7 @@ def store_at(ports) -> torch.distributed.TCPStore:
 
 @contextmanager
 def processes(count: int, *args, cwd: Path, env: dict | None = None, ports=(0,)):
-    """train.py in that many processes; ``env`` may use each one's {rank} and the {job} that Slurm's port is made of."""
+    """Run train.py in ``count`` processes; ``env`` may contain {rank}, and {job}, which determines Slurm's port."""
     store = store_at(ports)
     env = env or {"RANK": "{rank}", "LOCAL_RANK": "{rank}", "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": store.port}
@@ -60,7 +59,7 @@ def processes(count: int, *args, cwd: Path, env: dict | None = None, ports=(0,))
 
 
 def ended(started: list) -> list[int]:
-    """Exit statuses, when all have ended."""
+    """Wait for all processes, and return their exit statuses."""
     for process in started:
         process.join(PATIENCE)
     return [process.exitcode for process in started]
@@ -81,8 +80,8 @@ def said(cwd: Path, rank: int) -> str:
 
 @pytest.fixture(scope="module")
 def still(tmp_path_factory, small_corpus) -> list:
-    """Arguments of 52 steps of two batches: 57 training turns, 17 validation turns, no dropout."""
-    checkpoint = make_checkpoint(tmp_path_factory.mktemp("still") / "model", n_layer=1, n_embd=32, **STILL)
+    """Return arguments for 52 steps of two batches: 57 training turns, 17 validation turns, no dropout."""
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("still") / "model", n_layer=1, n_embd=32, **NO_DROPOUT)
     return ["--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 13, "--lr", 1e-4,
             "--gradient_accumulation_steps", 2, "--keep_checkpoints", 99]
 
@@ -91,11 +90,11 @@ def still(tmp_path_factory, small_corpus) -> list:
 def one_process(tmp_path_factory, still) -> Path:
     work = tmp_path_factory.mktemp("one")
     script("train.py", *still, "--train_batch_size", 8, cwd=work)
-    return next((work / "runs").iterdir())
+    return the_run(work)
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """Losses of all batches and final weights within 1e-5, validation after each epoch within 1e-6."""
+    """Compare the losses of all batches and the final weights within 1e-5, and each validation within 1e-6."""
     curves, theirs = scalars(run), scalars(expected)
     for name in ("training/loss", "training/lm_loss", "training/mc_loss"):
         assert curves[name] == pytest.approx(theirs[name], abs=1e-5)
@@ -112,21 +111,21 @@ def assert_same_weights(run: Path, expected: Path, within: float = 1e-5) -> None
         assert (weights[name] - theirs[name]).abs().max() < within, name
 
 
-def test_the_published_command_for_eight_processes_is_one_process(still, tmp_path):
-    """Word for word, but for the data and the model: two steps of four global batches of sixteen turns."""
+def test_the_published_command_with_eight_processes(still, tmp_path):
+    """Run the published command on our data and model: two steps of four global batches of sixteen turns."""
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     (tmp_path / "one").mkdir()
     own = ["--dataset_path", str(still[1]), "--model_checkpoint", str(still[3])]
     recipe = ["--gradient_accumulation_steps=4", "--lm_coef=2.0", "--max_history=2", "--n_epochs=1",
               "--num_candidates=4", "--personality_permutations=2", "--train_batch_size=2", "--valid_batch_size=2"]
-    free = store_at([0]).port  # the store is gone when the launcher opens its own there
+    free = store_at([0]).port  # this store closes before the launcher opens its own
     launcher = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=8"]
     done = subprocess.run([*launcher, "./train.py", *recipe, *own], cwd=tmp_path, capture_output=True, text=True,
                           timeout=2 * PATIENCE, env={**os.environ, "PET_MASTER_PORT": str(free)})
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("The run is in") == 1
     script("train.py", *recipe, "--train_batch_size=16", *own, cwd=tmp_path / "one")
-    run, expected = (next((folder / "runs").iterdir()) for folder in (tmp_path, tmp_path / "one"))
+    run, expected = (the_run(folder) for folder in (tmp_path, tmp_path / "one"))
     curves, theirs = scalars(run), scalars(expected)
     assert len(theirs["training/loss"]) == 8 and len(step_files(expected)) == 1
     for name in ("training/loss", "training/lm_loss", "training/mc_loss"):
@@ -136,42 +135,42 @@ def test_the_published_command_for_eight_processes_is_one_process(still, tmp_pat
     assert_same_weights(run, expected, within=1e-6)
 
 
-def test_four_processes_are_one(still, one_process, tmp_path):
-    """The last batch of an epoch is one turn, the validation batches are of 16 and 1: some processes have none.
+def test_four_processes_train_as_one(still, one_process, tmp_path):
+    """Leave some processes without turns: an epoch's last batch has one turn, and validation batches have 16 and 1.
 
-    Also, that learning moves much more than what they may differ by.
+    Training also moves the weights much more than the two runs may differ.
     """
     first, *_, last = step_files(one_process)
     first, last = load_file(first), load_file(last)
     assert max((first[name] - last[name]).abs().max() for name in first if name.startswith("model.")) > 1e-3
     with processes(4, *still, "--train_batch_size", 2, cwd=tmp_path) as started:
         assert ended(started) == [0] * 4, [said(tmp_path, rank) for rank in range(4)]
-    assert [bool(said(tmp_path, rank)) for rank in range(4)] == [True, False, False, False]  # one speaks for all
-    assert_same_run(next((tmp_path / "runs").iterdir()), one_process)
+    assert [bool(said(tmp_path, rank)) for rank in range(4)] == [True, False, False, False]  # only one process logs
+    assert_same_run(the_run(tmp_path), one_process)
 
 
-def test_sharded_weights_under_slurm_are_one_process(still, one_process, tmp_path):
-    """Two of srun's tasks, each with a part of every weight; the run folder is an ordinary one."""
+def test_sharded_weights_under_slurm(still, one_process, tmp_path):
+    """Run two of srun's tasks, each with a part of every weight; the run folder is an ordinary one."""
     slurm = {"SLURM_JOB_ID": "12{job:04}", "SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}", "SLURM_NTASKS": 2,
              "SLURM_STEP_NUM_TASKS": 2, "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_NUM_NODES": 1}
-    ports = random.sample(range(15000, 25000), 100)  # ignite makes the port of the job's number
+    ports = random.sample(range(15000, 25000), 100)  # ignite computes the port from the job's number
     with processes(2, *still, "--train_batch_size", 4, "--shard", cwd=tmp_path, env=slurm, ports=ports) as started:
         assert ended(started) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
-    assert_same_run(next((tmp_path / "runs").iterdir()), one_process)
+    assert_same_run(the_run(tmp_path), one_process)
 
 
-def test_a_lost_process_ends_the_others_and_fewer_go_on(still, one_process, tmp_path):
+def test_fewer_processes_resume_after_a_loss(still, one_process, tmp_path):
     with processes(2, *still, "--train_batch_size", 4, "--checkpoint_every", 1, cwd=tmp_path) as started:
         until(lambda: len(list(tmp_path.glob("runs/*/checkpoints/step-*.safetensors"))) > 5, started)
         started[1].kill()
         assert ended(started) == [2, -signal.SIGKILL]
     assert "error: another process of this run was lost" in said(tmp_path, 0)
-    run = next((tmp_path / "runs").iterdir())
+    run = the_run(tmp_path)
     script("train.py", "--resume", run, cwd=tmp_path)
     assert_same_weights(run, one_process)
 
 
-def test_a_signal_to_one_process_stops_all_and_each_goes_on_with_its_own_dropout(small_corpus, tmp_path):
+def test_a_signal_to_one_process_stops_all(small_corpus, tmp_path):
     checkpoint = make_checkpoint(tmp_path / "model", n_layer=1, n_embd=32)
     args = ["--dataset_path", small_corpus, "--model_checkpoint", checkpoint, "--n_epochs", 2, "--lr", 1e-3,
             "--train_batch_size", 2, "--gradient_accumulation_steps", 3, "--checkpoint_every", 1]
@@ -184,19 +183,15 @@ def test_a_signal_to_one_process_stops_all_and_each_goes_on_with_its_own_dropout
         until(lambda: list(work.glob("runs/*/checkpoints/step-*.safetensors")), started)
         os.kill(started[1].pid, signal.SIGTERM)
         assert ended(started) == [143, 143]
-    run = next((work / "runs").iterdir())
+    run = the_run(work)
     assert "Stopped after step" in said(work, 0) and said(work, 1) == ""
     with processes(2, "--resume", run, cwd=work) as started:
         assert ended(started) == [0, 0]
-    expected = next((tmp_path / "undisturbed" / "runs").iterdir())
-    last, theirs = step_files(run)[-1], step_files(expected)[-1]
-    assert last.name == theirs.name and read_header(last) == read_header(theirs)
-    tensors, expected = load_file(last), load_file(theirs)
-    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert_equal_checkpoints(run, the_run(tmp_path / "undisturbed"))
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 9), st.sampled_from([None, 5]), st.integers(0, 3))
-def test_shares_of_the_processes_are_the_batches_of_one(turns, world, batch_size, seed, start):
+def test_processes_share_the_batches_of_one(turns, world, batch_size, seed, start):
     lengths = np.arange(turns) % 5
     one = LengthBatches(lengths, batch_size, seed)
     one.set_epoch(3)

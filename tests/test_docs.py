@@ -1,4 +1,4 @@
-"""The documents name what is there: flags, files, make targets, headings that links lead to."""
+"""Check that documents name existing flags, files, make targets and headings."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,11 @@ import pytest
 from conftest import ROOT, script
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/architecture.md", "docs/results.md",
-             "docs/programs.md", "docs/reliability.md", "feedback/README.md", "models/persona/README.md"]
+             "docs/programs.md", "docs/README.md", "docs/tutorial.py", "docs/tutorial.ko.md", "docs/reliability.md",
+             "feedback/README.md", "models/persona/README.md"]
 SCRIPTS = ["train.py", "interact.py", "convai_evaluation.py", "demo.py", "example_entry.py", "export.py", "weights.py"]
 OTHERS = {"--nproc_per_node", "--logdir", "--parlai", "--datapath",  # flags of torchrun, TensorBoard and ParlAI
-          "--data", "--tokenizer"}  # and of benchmarks/
+          "--data", "--tokenizer"}  # flags of benchmarks/
 
 
 def test_flags_exist(tmp_path):
@@ -21,7 +22,7 @@ def test_flags_exist(tmp_path):
 
 
 def anchor(heading: str) -> str:
-    """The part of a heading's address behind #, as GitHub makes it."""
+    """Return the part of a heading's address behind #, as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 

@@ -1,4 +1,4 @@
-"""The packed computation against the textbook path: transformers' own double-heads model on padded tensors."""
+"""Compare the packed computation with transformers' own double-heads model on padded tensors."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["openai-gpt", "gpt2"])
 def pair(request, tmp_path_factory):
-    """Our model with weights far from zero, and transformers' own opened from its run folder."""
+    """Return our model with weights far from zero, and transformers' model loaded from its run folder."""
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
     if family == "openai-gpt":
         config = transformers.OpenAIGPTConfig(vocab_size=2005, n_positions=256, n_embd=48, n_layer=3, n_head=4,
@@ -39,7 +39,7 @@ def pair(request, tmp_path_factory):
     config.save_pretrained(folder)
     torch.manual_seed(5)
     ours = load_model(str(folder))
-    for parameter in ours.parameters():  # biases and norms too: at their initial 0 and 1, mistakes would not show
+    for parameter in ours.parameters():  # also biases and norms: their initial values hide mistakes
         parameter.data += 0.05 * torch.randn_like(parameter)
     save_model(ours, folder)
     own = {"openai-gpt": transformers.OpenAIGPTDoubleHeadsModel, "gpt2": transformers.GPT2DoubleHeadsModel}[family]
@@ -47,7 +47,7 @@ def pair(request, tmp_path_factory):
 
 
 def textbook(model, tokenizer, turns, pad):
-    """Both losses and the scores as the textbook has them: every candidate a full row, padded, all logits."""
+    """Compute both losses and the scores as in textbooks: every candidate a full padded row, with all logits."""
     rows = [[build_input_from_segments(persona, history, reply, tokenizer, lm_labels=number == len(candidates) - 1)
              for number, reply in enumerate(candidates)] for persona, history, candidates in turns]
     width = max(len(row["input_ids"]) for turn in rows for row in turn)
@@ -87,7 +87,7 @@ def test_losses_scores_and_every_gradient(pair, table, candidates):
                  for name, parameter in ours.named_parameters()}
     checked = 0
     for name, parameter in own.named_parameters():
-        if parameter.grad is None:  # with one candidate there is nothing to choose
+        if parameter.grad is None:  # a single candidate gives the choice head no gradient
             assert gradients[name] is None or not gradients[name].any()
             continue
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
@@ -95,8 +95,8 @@ def test_losses_scores_and_every_gradient(pair, table, candidates):
     assert checked == len(gradients)
 
 
-def test_totals_are_sums_over_turns(pair, table):
-    """nll and tokens a turn add up to the batch's loss; a turn scores the same alone as in company."""
+def test_totals_add_up_over_turns(pair, table):
+    """Add up nll and tokens per turn, and compare each turn alone with the same turn in a batch."""
     model, _ = pair
     dataset = TurnDataset(table["valid"], get_tokenizer(str(TINY)), 256)
     rows = [dataset[turn] for turn in (1, 8, 90)]
@@ -111,10 +111,10 @@ def test_totals_are_sums_over_turns(pair, table):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
 def test_the_compiled_network_computes_the_same(pair, table):
-    """--compile: losses, scores and a gradient, on two batches of different shape."""
+    """Compare losses, scores and a gradient with --compile on two batches of different shape."""
     model, _ = pair
     if not model.renamed:
-        pytest.skip("one family is enough for a minute of compiling")
+        pytest.skip("compiling takes a minute, so one family is enough")
     compiled = copy.deepcopy(model)
     compiled.transformer.compile(dynamic=True)
     dataset = TurnDataset(table["valid"], get_tokenizer(str(TINY)), 256, num_candidates=3)
@@ -131,8 +131,8 @@ def test_the_compiled_network_computes_the_same(pair, table):
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 20.0])
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999, 1.0])
-def test_the_nucleus_of_a_large_vocabulary_by_its_definition(spread, top_p):
-    """The smallest set of likeliest tokens whose probability exceeds top_p, found one row and one token at a time."""
+def test_the_nucleus_by_definition(spread, top_p):
+    """Find the smallest set of likeliest tokens whose probability exceeds top_p, one row and one token at a time."""
     torch.manual_seed(int(10 * spread))
     logits = (spread * torch.randn(3, 5000)).double()
     filtered = top_filtering(logits, top_p=top_p)
@@ -148,14 +148,14 @@ def test_the_nucleus_of_a_large_vocabulary_by_its_definition(spread, top_p):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_equally_likely_tokens_the_first_are_the_nucleus(dtype):
+def test_ties_keep_the_earliest_tokens(dtype):
     logits = torch.tensor([[0.0] * 8, [2.0, -1.0, 2.0, 2.0, -1.0, 2.0, -9.0, 2.0]], dtype=dtype)
     kept = top_filtering(logits, top_p=0.55).isfinite()
     assert [row.nonzero().flatten().tolist() for row in kept] == [[0, 1, 2, 3, 4], [0, 2, 3]]
 
 
 def test_unequal_numbers_of_candidates(pair):
-    """A turn with fewer candidates than its neighbour keeps its own scores and its own gold."""
+    """Score a turn beside one with more candidates: its scores and the rank of the gold reply stay the same."""
     model, _ = pair
     special = Specials(2000, 2001, 2003, 2004, 2002)
     few = pack_turn([[5, 6]], [[7, 8]], [[9], [10, 11]], special, 256)
@@ -167,7 +167,7 @@ def test_unequal_numbers_of_candidates(pair):
     assert both.gold_rank[0] == alone.gold_rank[0]
 
 
-def test_the_gold_reply_listed_twice_is_a_hit_and_another_tie_is_none(pair):
+def test_a_repeated_gold_reply_is_a_hit(pair):
     model, _ = pair
     special = Specials(2000, 2001, 2003, 2004, 2002)
     row = pack_turn([[5, 6]], [[7, 8]], [[9, 10], [9, 10]], special, 256)  # the distractor is the gold reply
@@ -181,7 +181,7 @@ def test_the_gold_reply_listed_twice_is_a_hit_and_another_tie_is_none(pair):
 
 
 def test_candidate_mask_by_hand():
-    """Context of two, candidates of one and two tokens, one padding."""
+    """Check the mask of a context of two tokens, candidates of one and two tokens, and one padding token."""
     mask = candidate_mask(torch.tensor([[0, 0, 1, 2, 2, -1]]))[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0],
@@ -189,11 +189,11 @@ def test_candidate_mask_by_hand():
         [1, 1, 1, 0, 0, 0],
         [1, 1, 0, 1, 0, 0],
         [1, 1, 0, 1, 1, 0],
-        [1, 1, 0, 0, 0, 1],  # padding sees what it likes, and nothing else sees padding
+        [1, 1, 0, 0, 0, 1],  # no other token sees padding, so what it sees does not matter
     ]
 
 
-def test_a_batch_holds_every_turn_once_and_little_padding(table):
+def test_batches_hold_every_turn_once_with_little_padding(table):
     dataset = TurnDataset(table["train"], get_tokenizer(str(TINY)), 256, num_candidates=2, permutations=2)
     lengths, too_long = dataset.lengths()
     assert too_long == 0
@@ -209,7 +209,7 @@ def test_a_batch_holds_every_turn_once_and_little_padding(table):
     assert filled > 0.9
 
 
-def test_rotations_and_candidates_kept(table):
+def test_rotations_and_candidates(table):
     tokenizer = get_tokenizer(str(TINY))
     dataset = TurnDataset(table["train"], tokenizer, 256, num_candidates=2, max_history=1, permutations=3)
     turn, turns = 4, table["train"].num_turns
@@ -223,7 +223,7 @@ def test_rotations_and_candidates_kept(table):
 
 
 @pytest.mark.parametrize("positions", [40, 60, 90])
-def test_a_long_turn_loses_its_oldest_context_never_the_reply(table, positions):
+def test_long_turns_lose_context_but_no_reply(table, positions):
     tokenizer = get_tokenizer(str(TINY))
     whole = TurnDataset(table["valid"], tokenizer, 256, max_history=5)
     short = TurnDataset(table["valid"], tokenizer, positions, max_history=5)
@@ -233,12 +233,12 @@ def test_a_long_turn_loses_its_oldest_context_never_the_reply(table, positions):
         assert max(row.position_ids) < positions
         assert [token for token in row.labels if token != -100] == [token for token in full.labels if token != -100]
         context, full_context = row.segment_ids.count(0), full.segment_ids.count(0)
-        assert row.input_ids[context:] == full.input_ids[full_context:]  # all candidates whole
+        assert row.input_ids[context:] == full.input_ids[full_context:]  # all candidates are complete
         cut += context < full_context
     assert cut == short.lengths()[1] > 0
 
 
-def test_vocabulary_of_another_tokenizer_is_refused(tmp_path):
+def test_a_vocabulary_of_another_tokenizer_is_refused(tmp_path):
     transformers.OpenAIGPTConfig(vocab_size=777, n_embd=16, n_layer=1, n_head=1).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"777 tokens and its tokenizer {TINY_TOKENS + 5:,}"):
         add_special_tokens_(load_model(str(tmp_path)), get_tokenizer(str(TINY)))

@@ -1,4 +1,4 @@
-"""--fp16 with apex's meanings, on the type that CPUs have for it, bfloat16."""
+"""Test --fp16 with apex's meanings, on the half-precision type of CPUs, bfloat16."""
 
 import copy
 
@@ -49,8 +49,8 @@ def test_weights_and_losses_of_each_level(model_and_batch, fp16, weights):
     assert [gradient.dtype for gradient in gradients] == [parameter.dtype for parameter in model.parameters()]
 
 
-def test_o2_computes_with_rounded_copies_of_its_masters(model_and_batch):
-    """Losses and gradients are those of a model whose weights are in half precision; the masters stay as they are."""
+def test_o2_computes_with_rounded_weights(model_and_batch):
+    """Compare losses and gradients with a model whose weights are rounded; the master weights stay unchanged."""
     model, batch = model_and_batch
     pure, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     out, gradients = losses_and_gradients(devices.HalfPrecision(model, "cpu", "O2"), batch, model.parameters())
@@ -65,7 +65,7 @@ def test_o2_computes_with_rounded_copies_of_its_masters(model_and_batch):
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_products_in_bfloat16_are_as_near_to_exact_attention_as_torchs_kernel(key_heads):
+def test_bfloat16_attention_is_as_exact_as_torchs(key_heads):
     draw = torch.Generator().manual_seed(3)
     query, key, value = (torch.randn(2, heads, 33, 16, generator=draw) for heads in (4, key_heads, key_heads))
     segments = torch.tensor([[0] * 12 + [1] * 9 + [2] * 12, [0] * 20 + [1] * 8 + [-1] * 5])

@@ -1,4 +1,4 @@
-"""Positions with the dialog history always at the same place, whatever the persona's length."""
+"""Test --history_first: the history starts at the same position, whatever the length of the persona."""
 
 import json
 import math
@@ -7,10 +7,10 @@ from argparse import Namespace
 import pytest
 import torch
 import transformers
-from conftest import make_checkpoint, script
+from conftest import make_checkpoint, script, the_run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_commands import evaluate, scalars
+from run_folder import evaluate, scalars
 
 from inputs import Specials, build_context, collate, fit_context, pack_turn
 from interact import fitted_context, generate_replies
@@ -21,7 +21,7 @@ sentences = st.lists(st.lists(st.integers(5, 40), min_size=1, max_size=9), max_s
 
 
 @given(persona=sentences, history=sentences.filter(len), candidates=sentences.filter(len), start=st.integers(2, 20))
-def test_history_starts_where_it_should_and_everything_fits(persona, history, candidates, start):
+def test_the_history_starts_at_its_position(persona, history, candidates, start):
     row = pack_turn(persona, history, candidates, SPECIAL, 48, start)
     context = row.segment_ids.count(0)
     first_role = next(n for n, token in enumerate(row.input_ids) if token in (SPECIAL.speaker1, SPECIAL.speaker2))
@@ -31,7 +31,7 @@ def test_history_starts_where_it_should_and_everything_fits(persona, history, ca
     kept, _ = fit_context(persona, history, 48 - 2 - max(map(len, candidates)), start)
     assert row.input_ids[:first_role] == [SPECIAL.bos, *(token for sentence in kept for token in sentence)]
     assert kept == persona[:len(kept)]
-    if len(kept) < len(persona):  # a sentence goes only if it would not fit before the history
+    if len(kept) < len(persona):  # a sentence is dropped only if it does not fit
         assert 1 + sum(map(len, persona[:len(kept) + 1])) > start
 
 
@@ -43,7 +43,7 @@ def model():
     return GPT2DoubleHeads(config).eval()
 
 
-def test_scores_are_those_of_padded_rows_at_the_same_positions(model):
+def test_scores_equal_those_of_padded_rows(model):
     persona, history, candidates = [[6, 7, 8], [9, 10]], [[11, 12], [13], [14, 15, 16]], [[20, 21], [22], [23, 24, 25]]
     row = pack_turn(persona, history, candidates, SPECIAL, 96, model.history_start)
     own = transformers.GPT2DoubleHeadsModel(model.config).eval()
@@ -61,7 +61,7 @@ def test_scores_are_those_of_padded_rows_at_the_same_positions(model):
 
 
 def test_decoding_uses_the_same_positions(model):
-    """A batch of personas of unequal length against one full forward pass a token, without cache or padding."""
+    """Compare a batch of unequal personas with one full forward pass per token, without cache or padding."""
     dialogs = [([[6, 7, 8], [9, 10]], [[11, 12]]), ([], [[11, 12]]), ([[5] * 20], [[13], [14], [15, 16]])]
     args = Namespace(no_sample=True, max_length=10, min_length=10, temperature=1.0, top_k=0, top_p=0.0)
     contexts = [fitted_context(model, *dialog, SPECIAL, args.max_length) for dialog in dialogs]
@@ -76,11 +76,11 @@ def test_decoding_uses_the_same_positions(model):
             ids, types = [*ids, token], [*types, SPECIAL.speaker1]
 
 
-def test_a_run_remembers_and_every_script_follows(small_corpus, tmp_path):
+def test_scripts_follow_a_runs_history_start(small_corpus, tmp_path):
     checkpoint = make_checkpoint(tmp_path / "start", n_layer=2, n_embd=64)
     script("train.py", "--history_first", "--dataset_path", small_corpus, "--model_checkpoint", checkpoint,
            "--n_epochs", 1, "--lr", 1e-3, "--gradient_accumulation_steps", 1, cwd=tmp_path)
-    run = next((tmp_path / "runs").iterdir())
+    run = the_run(tmp_path)
     start = json.loads((run / "config.json").read_text())["history_start"]
     assert start > 10
     curves = scalars(run)
@@ -88,7 +88,7 @@ def test_a_run_remembers_and_every_script_follows(small_corpus, tmp_path):
     ppl, _ = evaluate("ppl", run, small_corpus, tmp_path)
     assert hits == pytest.approx(curves["validation/hits_1"][-1], abs=1e-3)
     assert ppl == pytest.approx(curves["validation/ppl"][-1], rel=1e-3)
-    # Told to forget it, the same weights evaluate differently: so it is followed.
+    # Without the setting the same weights evaluate differently, so the scripts do use it.
     config = json.loads((run / "config.json").read_text())
     del config["history_start"]
     (run / "config.json").write_text(json.dumps(config))

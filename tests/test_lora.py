@@ -1,15 +1,15 @@
-"""--lora: what is trained and what is not, the adapter on disk, in plain PEFT, and merged."""
+"""Test --lora: what is trained, the adapter on disk, the same adapter in plain PEFT, and merging."""
 
 import json
 import re
 import shutil
-import sys
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from conftest import TINY, error_line, make_checkpoint, script, templates
+from conftest import TINY, error_line, make_checkpoint, run_main, script, templates, the_run
 from peft.tuners import lora
 from test_decoders import FAMILIES, byte_level, write_checkpoint
 
@@ -27,19 +27,28 @@ BASES = {name: FAMILIES[name] for name in ("llama", "smollm", "opt", "gpt_neox")
     "gpt2": transformers.GPT2Config(**SMALL), "openai-gpt": transformers.OpenAIGPTConfig(**SMALL)}
 
 
-def run_main(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, args)])
-    main()
+def make_base(folder: Path, family: str = "llama") -> Path:
+    """Write a random model of a family with a byte-level tokenizer."""
+    base = write_checkpoint(folder / "base", BASES[family], byte_level())
+    if family == "openai-gpt":  # this family needs another kind of tokenizer
+        base = make_checkpoint(folder / "gpt", **{**SMALL, "vocab_size": 1146})
+    save_model(load_model(str(base)), base)
+    return base
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # what peft calls in transformers
+def with_adapter(base: Path):
+    """Load a model with a new adapter of rank 4, and its tokenizer."""
+    model, tokenizer = load_model(str(base)), get_tokenizer(str(base))
+    add_special_tokens_(model, tokenizer)
+    add_lora_(model, tokenizer, 4, str(base))
+    return model, tokenizer
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # from peft
 @pytest.mark.parametrize("family", BASES)
 def test_an_adapter_from_training_to_merging(family, tmp_path, monkeypatch):
     torch.manual_seed(4)
-    base = write_checkpoint(tmp_path / "base", BASES[family], byte_level())
-    if family == "openai-gpt":  # its tokenizer is of another make
-        base = make_checkpoint(tmp_path / "gpt", **{**SMALL, "vocab_size": 1146})
-    save_model(load_model(str(base)), base)
+    base = make_base(tmp_path, family)
     tokenizer = get_tokenizer(str(base))
     special = Specials.of(tokenizer)
     monkeypatch.chdir(tmp_path)
@@ -73,10 +82,10 @@ def test_an_adapter_from_training_to_merging(family, tmp_path, monkeypatch):
     tokenizer.save_pretrained(run)
     assert sorted(path.name for path in run.glob("*.safetensors")) == ["adapter_model.safetensors"]
     settings = json.loads((run / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(base)  # wherever one stands
+    assert settings["base_model_name_or_path"] == str(base)  # absolute, whatever the working folder
     monkeypatch.chdir("/")
 
-    run_main(monkeypatch, run, tmp_path / "merged")
+    run_main(monkeypatch, main, run, tmp_path / "merged")
     merged = [load_model(str(folder)) for folder in (run, tmp_path / "merged")]
     for again in merged:
         with torch.no_grad():
@@ -87,23 +96,21 @@ def test_an_adapter_from_training_to_merging(family, tmp_path, monkeypatch):
     assert all(map(torch.equal, merged[0].state_dict().values(), merged[1].state_dict().values()))
     assert type(merged[0]) is type(merged[1]) is type(load_model(str(base)))
 
-    if family != "openai-gpt":  # which plain transformers spells otherwise
+    if family != "openai-gpt":  # GPT-1's weights have other names in plain transformers
         plain = peft.AutoPeftModelForCausalLM.from_pretrained(run).eval()
         ids = torch.tensor([[*special, *range(10, 30)]])
         with torch.no_grad():
             torch.testing.assert_close(plain(ids).logits, merged[0](ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_train_resume_evaluate_and_refusals(trained, small_corpus, tmp_path, monkeypatch):
-    """On a run folder, with states computed twice; the adapter's folder gives training's figures, and a killed run goes
-    on to the same adapter.
-    """
+def test_lora_runs_resume_and_evaluate(trained, small_corpus, tmp_path, monkeypatch):
+    """Train with gradient checkpointing, evaluate, resume as after a kill, and refuse damaged adapters."""
     flags = ["--dataset_path", small_corpus, "--n_epochs", 1]
     script("train.py", *flags, "--model_checkpoint", trained, "--lora", 4, "--lr", 1e-2, "--gradient_checkpointing",
            "--gradient_accumulation_steps", 1, "--checkpoint_every", 5, "--keep_checkpoints", 99, cwd=tmp_path)
     assert "LoRA of rank 4" in script.stderr
     last = [line for line in script.stderr.splitlines() if "train: Validation: " in line][-1]
-    run = next((tmp_path / "runs").iterdir())
+    run = the_run(tmp_path)
     script("train.py", "--dataset_path", small_corpus, "--n_epochs", 0, "--model_checkpoint", run, cwd=tmp_path)
     assert [line for line in script.stderr.splitlines() if "train: Validation: " in line] == [last]
 
@@ -121,7 +128,7 @@ def test_train_resume_evaluate_and_refusals(trained, small_corpus, tmp_path, mon
     complaint = error_line("train.py", *flags, "--model_checkpoint", TINY, "--lora", 4, cwd=tmp_path)
     assert "has no weights" in complaint and "--lora" in complaint
     with pytest.raises(InputError, match="nothing to merge"):
-        run_main(monkeypatch, trained, tmp_path / "merged")
+        run_main(monkeypatch, main, trained, tmp_path / "merged")
     settings = json.loads((run / "adapter_config.json").read_text())
     (run / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/no/such/model"}))
     with pytest.raises(InputError, match="adapts /no/such/model: .*no such folder"):
@@ -135,13 +142,9 @@ def test_train_resume_evaluate_and_refusals(trained, small_corpus, tmp_path, mon
         load_model(str(run))
 
 
-def test_low_rank_layers_compute_what_pefts_own_do(tmp_path):
+def test_low_rank_layers_equal_pefts(tmp_path):
     torch.manual_seed(5)
-    base = write_checkpoint(tmp_path / "base", FAMILIES["llama"], byte_level())
-    save_model(load_model(str(base)), base)
-    model, tokenizer = load_model(str(base)), get_tokenizer(str(base))
-    add_special_tokens_(model, tokenizer)
-    add_lora_(model, tokenizer, 4, str(base))
+    model, tokenizer = with_adapter(make_base(tmp_path))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -168,10 +171,9 @@ def test_low_rank_layers_compute_what_pefts_own_do(tmp_path):
     assert rounded[0] < 1.5 * rounded[1] and rounded[1] < 0.2 * exact.norm()
 
 
-def test_an_adapter_of_the_same_rank_is_trained_on_and_another_is_merged(tmp_path, small_corpus):
+def test_adapters_of_equal_rank_are_continued(tmp_path, small_corpus):
     torch.manual_seed(6)
-    base = write_checkpoint(tmp_path / "base", FAMILIES["llama"], byte_level())
-    save_model(load_model(str(base)), base)
+    base = make_base(tmp_path)
     flags = ["--dataset_path", small_corpus, "--n_epochs", 1, "--epoch_batches", 4, "--lr", 1e-3,
              "--gradient_accumulation_steps", 1]
 
@@ -189,19 +191,15 @@ def test_an_adapter_of_the_same_rank_is_trained_on_and_another_is_merged(tmp_pat
     assert weights[2].no_token_types
     moved = [(later.model.layers[0].mlp.up_proj.weight - earlier.model.layers[0].mlp.up_proj.weight).norm().item()
              for earlier, later in zip(weights, weights[1:], strict=False)]
-    assert moved[0] > 0 < moved[1]  # the second run went on from the first's adapter, not from the base
+    assert moved[0] > 0 < moved[1]  # the second run continued the first adapter
     both = weights[2].model.layers[0].mlp.up_proj.weight - weights[0].model.layers[0].mlp.up_proj.weight
     assert torch.linalg.matrix_rank(both, rtol=1e-3) <= 4  # one adapter, not two
     assert len(tokenizer) == weights[2].get_input_embeddings().weight.shape[0]
 
 
-def test_an_adapter_passed_on_in_half_the_bytes_is_the_same_adapter_rounded(tmp_path, monkeypatch):
+def test_written_adapters_are_rounded_to_bfloat16(tmp_path, monkeypatch):
     torch.manual_seed(7)
-    base = write_checkpoint(tmp_path / "base", FAMILIES["llama"], byte_level())
-    save_model(load_model(str(base)), base)
-    model, tokenizer = load_model(str(base)), get_tokenizer(str(base))
-    add_special_tokens_(model, tokenizer)
-    add_lora_(model, tokenizer, 4, str(base))
+    model, tokenizer = with_adapter(make_base(tmp_path))
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -210,7 +208,7 @@ def test_an_adapter_passed_on_in_half_the_bytes_is_the_same_adapter_rounded(tmp_
     model.config.update({"trained_on": {"dataset_path": "/home/me/private.json"}, "max_history": 7})
     save_model(model, run)
     tokenizer.save_pretrained(run)
-    run_main(monkeypatch, run, tmp_path / "passed_on", "--adapter")
+    run_main(monkeypatch, main, run, tmp_path / "passed_on", "--adapter")
     assert "private" in (run / "config.json").read_text()
     assert not any("private" in file.read_text("utf-8") for file in (tmp_path / "passed_on").glob("*.json"))
     assert load_model(str(tmp_path / "passed_on")).max_history == 7

@@ -1,4 +1,4 @@
-"""The ConvAI2 metrics against their definitions, computed another way."""
+"""Compare the ConvAI2 metrics with their definitions, computed in another way."""
 
 import json
 import math
@@ -35,8 +35,14 @@ from utils import get_dataset
 from weights import add_special_tokens_, load_model
 
 
+def table_of(corpus: dict, folder):
+    """Write a corpus to ``folder``, and return its token table."""
+    (folder / "data.json").write_text(json.dumps(corpus))
+    return get_dataset(get_tokenizer(str(TINY)), str(folder / "data.json"), str(folder / "cache"))
+
+
 def setting(family: str, data, tmp_path):
-    """A 2019 run, or a random Llama with a tokenizer of another kind, and the validation turns of a data file."""
+    """Load a 2019 run, or a random Llama with another tokenizer, and the validation turns of a data file."""
     if family in FAMILIES:
         run = str(shared(f"golden/run-2019-{family}"))
     else:
@@ -52,8 +58,8 @@ def setting(family: str, data, tmp_path):
 @pytest.mark.parametrize(("family", "legacy"), [
     *((family, legacy) for family in FAMILIES for legacy in (False, True)), ("llama-bytes", False),
     ("llama-sentencepiece", False)])
-def test_word_perplexity_is_that_of_one_word_at_a_time(family, legacy, tmp_path):
-    """50 turns of templates, and one whose words are tokenised differently when more words follow."""
+def test_word_perplexity_word_by_word(family, legacy, tmp_path):
+    """Use 50 turns of templates, and a turn whose words are tokenised differently when more words follow."""
     corpus = read_corpus(templates())
     corpus = {"train": corpus["train"][:20], "valid": corpus["valid"][:12]}
     odd = "i can not.stop , it isn't the u.s.a .  o'neill's 3,5 ... ok?! Zürich 日本"
@@ -94,7 +100,7 @@ SHARES = {}
 
 
 def shares_of(counts, tokenizer, after_space: bool) -> dict[str, tuple[int, float]]:
-    """The protocol once more: word → (first piece, share among the words with that first piece)."""
+    """Compute the protocol independently: word → (first piece, share among the words with that first piece)."""
     key = id(tokenizer), after_space, id(counts)
     if key not in SHARES:
         first = {}
@@ -119,9 +125,7 @@ def test_the_dictionary_counts_every_text_once(tmp_path):
         {"history": ["hello red"], "candidates": ["not counted", "blue !"]},
         {"history": ["hello red", "blue !", "yes"], "candidates": ["not counted", "it's done.now"]}]}],
         "valid": [{"personality": [], "utterances": [{"history": ["red"], "candidates": ["wrong", "green"]}]}]}
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps(corpus))
-    table = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))
+    table = table_of(corpus, tmp_path)
     assert count_words(table) == {"red": 5, "i": 1, "like": 1, ".": 2, ",": 1, "hello": 1, "blue": 1, "!": 1,
                                   "yes": 1, "it's": 1, "done": 1, "now": 1, "green": 1}
 
@@ -131,20 +135,18 @@ def test_ranks(tmp_path, caplog):
         {"history": ["a"], "candidates": ["x", "y", "blue"]},
         {"history": ["a"], "candidates": ["Blue?", "y", "a blues"]},
         {"history": ["a"], "candidates": [*"abcdefg", "red"]}, {"history": ["a"], "candidates": ["alone"]}]}]}
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps(corpus))
-    table = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))
+    table = table_of(corpus, tmp_path)
     records = [{"scores": [1.0, 2.0, 3.0], "reply": "blue"}, {"scores": [5.0, 2.0, 2.0], "reply": "Blue?"},
                {"scores": [9.0] * 7 + [1.0], "reply": "a"}, {"scores": [4.0], "reply": "alone"}]
-    metrics = choice_metrics(records, table["valid"])  # ranks 1; 3, for a tie counts as better; 8; none
+    metrics = choice_metrics(records, table["valid"])  # ranks: 1; 3, because of a tie; 8; none
     assert metrics == pytest.approx({"Hits@1": 1 / 3, "Hits@5": 2 / 3, "Hits@10": 1.0, "MRR": (1 + 1 / 3 + 1 / 8) / 3,
                                      "F1": 1 / 3, "Accuracy": 1 / 3})
     assert "1 of 4 turns have the gold reply as their only candidate, so there is nothing to choose" in caplog.text
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.5]), st.booleans()), min_size=1, max_size=8))
-def test_a_rank_is_the_place_of_the_first_right_candidate_as_parlai_counts(candidates):
-    """ParlAI goes through the candidates that the agent has ranked, the best first, and of equals the earlier first."""
+def test_ranks_are_counted_as_in_parlai(candidates):
+    """Sort candidates by score as ParlAI does, the earlier first on ties, and find the first right one."""
     scores, right = [score for score, _ in candidates], [right for _, right in candidates[:-1]] + [True]
     ranked = sorted(range(len(scores)), key=lambda number: -scores[number])
     wanted = 1 + [right[number] for number in ranked].index(True)
@@ -153,12 +155,11 @@ def test_a_rank_is_the_place_of_the_first_right_candidate_as_parlai_counts(candi
     assert gold_rank_by_words(scores, ["The Gold!" if one else f"wrong {n}" for n, one in enumerate(right)]) == wanted
 
 
-def test_the_gold_reply_listed_twice_is_a_hit_in_every_figure(tmp_path):
-    """In other letters and with an article; a wrong candidate of the same score is none."""
+def test_a_repeated_gold_reply_is_a_hit(tmp_path):
+    """Repeat the gold reply in capitals and with an article; a wrong candidate with an equal score is no hit."""
     turns = [{"history": ["hi"], "candidates": ["A blue one !", "no", "blue one"]},
              {"history": ["hi"], "candidates": ["no", "yes", "blue one"]}]
-    (tmp_path / "data.json").write_text(json.dumps({"train": [], "valid": [{"utterances": turns}]}))
-    split = get_dataset(get_tokenizer(str(TINY)), str(tmp_path / "data.json"), str(tmp_path / "cache"))["valid"]
+    split = table_of({"train": [], "valid": [{"utterances": turns}]}, tmp_path)["valid"]
     records = [{"scores": [3.0, 2.0, 1.0], "reply": "A blue one !"}, {"scores": [1.0, 3.0, 3.0], "reply": "yes"}]
     figures = choice_metrics(records, split)
     assert (figures["Hits@1"], figures["MRR"], figures["Accuracy"]) == (0.5, 0.75, 0.5)
@@ -168,7 +169,7 @@ def test_the_gold_reply_listed_twice_is_a_hit_in_every_figure(tmp_path):
     assert sum(one["turns"] * one["accuracy"] for one in report["calibration"]) == pytest.approx(1)
 
 
-def test_a_reply_without_an_alternative_is_no_hit(tmp_path, trained):
+def test_turns_without_a_choice_do_not_count(tmp_path, trained):
     corpus = json.loads(shared("cases/one_candidate.json").read_text())
     (tmp_path / "alone.json").write_text(json.dumps(corpus))
     script("train.py", "--dataset_path", "alone.json", "--distractors", "none", "--model_checkpoint", trained,
@@ -185,47 +186,43 @@ def test_a_reply_without_an_alternative_is_no_hit(tmp_path, trained):
     (tmp_path / "alone.json").write_text(json.dumps(corpus))
     script("train.py", "--dataset_path", "alone.json", "--distractors", "none", "--model_checkpoint", trained,
            "--n_epochs", 0, cwd=tmp_path)
-    assert "Validation: hits@1 0.5000" in script.stderr  # of the two that have a choice, one is right
+    assert "Validation: hits@1 0.5000" in script.stderr  # one of the two turns with a choice is right
     said = script("convai_evaluation.py", "--dataset_path", "alone.json", "--distractors", "none", "--report", "report",
                   "--model_checkpoint", trained, cwd=tmp_path)
     assert "FINAL Hits@1: 0.5\n" in said
 
 
-def test_what_replies_look_like(tmp_path):
+def test_reply_metrics_by_hand(tmp_path):
     corpus = {"train": [], "valid": [{"personality": ["i love cats ."], "utterances": [
         {"history": ["old", "older", "what do you love ?"], "candidates": ["x", "the cats , of course"]},
         {"history": ["old", "older", "what do you love ?", "y", "z"], "candidates": ["x", "cats"]},
         {"history": ["a"], "candidates": ["x", "no"]}]}]}
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps(corpus))
-    table = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))
+    table = table_of(corpus, tmp_path)
     records = [{"reply": "I love cats."}, {"reply": "older cats cats"}, {"reply": ""}]
     metrics = reply_metrics(records, table["valid"], max_history=1)
     assert metrics["Stutters"] == 0
     assert metrics["F1"] == pytest.approx((2 * 1 / (3 + 3) + 2 * 1 / (3 + 1) + 0) / 3)
     assert metrics["Accuracy"] == 0
     assert metrics["Words per reply"] == pytest.approx((4 + 3 + 0) / 3)
-    assert metrics["Distinct-1"] == pytest.approx(5 / 7)  # I love cats . older, of which cats three times
+    assert metrics["Distinct-1"] == pytest.approx(5 / 7)  # the different words are: I love cats . older
     assert metrics["Distinct-2"] == pytest.approx(5 / 5)
-    assert metrics["Copied"] == pytest.approx(1 / 3)  # the first, from the persona, whatever the case
+    assert metrics["Copied"] == pytest.approx(1 / 3)  # the first reply copies the persona, ignoring case
     records[0] = {"reply": "cats cats cats . cats"}
     assert reply_metrics(records, table["valid"], max_history=1)["Stutters"] == pytest.approx(1 / 3)
 
 
 def test_calibration_by_hand():
-    """Two turns at probability 1/2, one of them right; two at nearly 1, both right."""
+    """Use two turns at probability 1/2, one of them right, and two turns at nearly 1, both right."""
     bins = calibration([[0.0, 0.001], [0.001, 0.0], [0.0, 9.0], [-9.0, 3.0]], [True, False, True, True])
     assert [(one["from"], one["turns"], one["accuracy"]) for one in bins] == [(0.5, 2, 0.5), (0.9, 2, 1.0)]
     assert bins[0]["confidence"] == pytest.approx(0.50025, abs=1e-5)
     assert calibration_error(bins) == pytest.approx((0.00025 + 0.00006) / 2, abs=1e-4)
 
 
-def test_the_report_shows_the_worst_turns_and_no_markup_of_others(tmp_path):
+def test_the_report_shows_the_worst_turns_escaped(tmp_path):
     corpus = {"train": [], "valid": [{"personality": ["<b>i</b>"], "utterances": [
         {"history": [f"said {n}"], "candidates": ["<script>alert(1)</script>", f"gold {n}"]} for n in range(30)]}]}
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps(corpus))
-    split = get_dataset(get_tokenizer(str(TINY)), str(data), str(tmp_path / "cache"))["valid"]
+    split = table_of(corpus, tmp_path)["valid"]
     records = [{"scores": [0.0, n - 10.0], "reply": "<i>"} for n in range(30)]
     folder = tmp_path / "deep" / "report"
     flags = {"model_checkpoint": "<run>", "top_k": 0, "fp16": ""}
@@ -240,7 +237,7 @@ def test_the_report_shows_the_worst_turns_and_no_markup_of_others(tmp_path):
     assert report["worst"][0]["probability"] == pytest.approx(1 / (1 + math.exp(10)))
 
 
-def test_an_interval_is_scipys_bootstrap_over_dialogs():
+def test_intervals_equal_scipys_bootstrap():
     draw = np.random.default_rng(1)
     groups = np.repeat(np.arange(60), draw.integers(2, 9, 60))
     weights = draw.integers(5, 20, len(groups)).astype(float)
@@ -253,4 +250,4 @@ def test_an_interval_is_scipys_bootstrap_over_dialogs():
     assert low == pytest.approx(theirs.low, abs=0.01) and high == pytest.approx(theirs.high, abs=0.01)
     assert low < values.sum() / weights.sum() < high
     alone = metrics.interval(values, weights, np.arange(len(groups)))
-    assert high - low > 1.3 * (alone[1] - alone[0])  # turns of one dialog are no independent evidence
+    assert high - low > 1.3 * (alone[1] - alone[0])  # turns of one dialog are not independent

@@ -1,4 +1,4 @@
-"""Published corpora as data sets: where they are found, how they are mixed, what of them reaches the token table."""
+"""Test published corpora as data sets: finding them, mixing them, and what reaches the token table."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY, make_checkpoint, script
+from conftest import make_checkpoint, script, the_run
 from test_corpora import BST, ED
 
 import downloads
@@ -22,19 +22,13 @@ from downloads import unpack
 from inputs import LengthBatches, TurnDataset, get_loader, longest_persona
 from schedule import Decay, add_schedule_flags
 from tables import Split, TokenTable
-from tokenization import get_tokenizer
 
 EOU = "what {0} ? __eou__ a {0} . __eou__ i like a {0} . __eou__\n"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return get_tokenizer(str(TINY))
-
-
 @pytest.fixture
 def data_dir(tmp_path) -> Path:
-    """Three corpora of a few dialogs, in the layouts of their releases: two folders and an archive of archives."""
+    """Write three small corpora in the layouts of their releases: two folders and an archive of archives."""
     folder = tmp_path / "data"
     made = folder / "made"
     made.mkdir(parents=True)
@@ -67,7 +61,7 @@ def test_corpora_are_found_and_mixed_split_by_split(tmp_path, data_dir, tokenize
     assert golds(table["valid"]) == ["a hen .", "i like a hen .", "a ant .", "i like a ant .", *rest]
     assert golds(table["test"]) == ["a bee .", "i like a bee .", *rest]
     animals = [said for animal in ("cat", "dog", "cow", "pig") for said in (f"a {animal} .", f"i like a {animal} .")]
-    assert golds(table["train"]) == animals  # the others are in valid and test, too
+    assert golds(table["train"]) == animals  # valid and test repeat the other corpora
     assert golds(mixed("dailydialog,empathetic_dialogues,blended_skill_talk", keep_repeated=True)["train"]) == [
         *animals, *rest]
     assert table["test"].texts("persona", len(table["test"]) - 1) == ["i mend bikes ."]
@@ -75,7 +69,7 @@ def test_corpora_are_found_and_mixed_split_by_split(tmp_path, data_dir, tokenize
     divided = mixed("dailydialog", train_frac=0.5)
     assert divided["train"].num_turns == divided["valid"].num_turns == 6
     assert golds(divided["test"]) == ["a bee .", "i like a bee ."]
-    assert len(list(tmp_path.glob("cache*.safetensors"))) == 4  # a choice more, a table more
+    assert len(list(tmp_path.glob("cache*.safetensors"))) == 4  # one table per choice of data
 
     def unreachable(address: str) -> Path:
         raise InputError(f"{address}: cannot be downloaded (no network); and so on")
@@ -108,8 +102,8 @@ def test_a_release_is_downloaded_where_it_is_missing(tmp_path, data_dir, tokeniz
 
 
 @pytest.mark.parametrize("how", ["random", "hard"])
-def test_distractors_in_the_table_are_other_dialogs_replies(tmp_path, data_dir, tokenizer, how):
-    own = [{"history": ["so ?"], "candidates": ["x", "so ."]}]  # brings its own
+def test_distractors_come_from_other_dialogs(tmp_path, data_dir, tokenizer, how):
+    own = [{"history": ["so ?"], "candidates": ["x", "so ."]}]  # has its own distractors
     corpus = json.dumps({"train": [{"utterances": own}], "valid": [{"utterances": own}]})
     (data_dir / "personachat").mkdir()
     (data_dir / "personachat" / "personachat_self_original.json").write_text(corpus)
@@ -124,11 +118,11 @@ def test_distractors_in_the_table_are_other_dialogs_replies(tmp_path, data_dir, 
             continue
         others = {reply for dialog in dialogs if gold not in dialog for reply in dialog}
         assert len(wrong) == len(set(wrong)) == len(others) and set(wrong) == others
-        if how == "hard":  # what is about this animal is of this dialog; of the rest, the same sentence is likest
+        if how == "hard":  # the most similar reply is the same sentence about another animal
             assert wrong[-1].startswith("i like") == gold.startswith("i like")
 
 
-def test_no_persona_leaves_it_out_and_lengths_agree(tmp_path, data_dir, tokenizer):
+def test_no_persona_and_lengths(tmp_path, data_dir, tokenizer):
     table = utils.get_dataset(tokenizer, "", str(tmp_path / "cache"), "blended_skill_talk", str(data_dir))
     split = table["train"]
     assert longest_persona(split) > 1
@@ -141,7 +135,7 @@ def test_no_persona_leaves_it_out_and_lengths_agree(tmp_path, data_dir, tokenize
             dataset.lengths()[0])
 
 
-def test_empty_persona_one_candidate_and_unequal_numbers_of_candidates_make_batches(tmp_path, tokenizer):
+def test_batches_with_unequal_candidates(tmp_path, tokenizer):
     turns = [{"history": ["hi"], "candidates": ["a"] * number + ["hello"]} for number in (0, 1, 3)]
     corpus = [{"personality": [], "utterances": turns[:1]}, {"utterances": turns}]
     (tmp_path / "own.json").write_text(json.dumps({"train": corpus}))
@@ -153,7 +147,7 @@ def test_empty_persona_one_candidate_and_unequal_numbers_of_candidates_make_batc
 
 
 @pytest.mark.parametrize("decay, power", [("linear", 1), ("polynomial", 2)])
-def test_the_learning_rate_is_that_of_transformers(decay, power):
+def test_learning_rates_equal_transformers(decay, power):
     parser = ArgumentParser()
     add_schedule_flags(parser.add_argument)
     for ratio, iterations in ((0.0, 7), (0.25, 40)):
@@ -169,13 +163,13 @@ def test_the_learning_rate_is_that_of_transformers(decay, power):
             reference.step()
 
 
-def test_the_multi_turn_system_trains_and_chats_without_a_word_about_personas(tmp_path, data_dir):
+def test_the_multi_turn_system_trains_and_chats(tmp_path, data_dir):
     checkpoint = make_checkpoint(tmp_path / "one-layer", n_layer=1, n_embd=32)
     script("train.py", "--dataset", "dailydialog,empathetic_dialogues,blended_skill_talk", "--data_dir", data_dir,
            "--no_persona", "--mc_coef", 0, "--max_turns", 3, "--max_len", 64, "--warmup_ratio", 0.1, "--lr_decay",
            "polynomial", "--lr", 1e-3, "--n_epochs", 1, "--model_checkpoint", checkpoint, cwd=tmp_path)
     assert "distractors" not in script.stderr and "Validation: nll" in script.stderr and "hits" not in script.stderr
-    run = next((tmp_path / "runs").iterdir())
+    run = the_run(tmp_path)
     config = json.loads((run / "config.json").read_text())
     assert config["no_persona"] and config["max_len"] == 64
     said = script("interact.py", "--model_checkpoint", run, "--max_turns", 5, "--seed", 1, "--end_command", "Enough",
@@ -183,11 +177,11 @@ def test_the_multi_turn_system_trains_and_chats_without_a_word_about_personas(tm
     assert said.splitlines()[:2] == ["Personality:", "  (none)"] and len(said.splitlines()) <= 3
     said = script("convai_evaluation.py", "--eval_type", "all", "--model_checkpoint", run, "--dataset",
                   "blended_skill_talk", "--data_dir", data_dir, cwd=tmp_path)
-    assert "Token PPL" in said and "FINAL Hits@1: nothing to choose\n" in said  # of one dialog, each turn is alone
+    assert "Token PPL" in said and "FINAL Hits@1: nothing to choose\n" in said  # a single dialog has no distractors
 
 
-def test_histories_keep_their_roles_when_the_bot_opened(tmp_path, data_dir, tokenizer):
-    """The first speaker's turns: an even number of utterances before, the last one the other person's."""
+def test_roles_when_the_bot_opens(tmp_path, data_dir, tokenizer):
+    """Learn the first speaker's turns: before each, an even number of utterances, the last by the other person."""
     table = utils.get_dataset(tokenizer, "", str(tmp_path / "cache"), "blended_skill_talk", str(data_dir),
                               target="first")
     dataset = TurnDataset(table["train"], tokenizer, 256, max_history=2)
@@ -198,7 +192,7 @@ def test_histories_keep_their_roles_when_the_bot_opened(tmp_path, data_dir, toke
                           [*tokenizer.encode("rye ?"), special.eos])
 
 
-def test_an_epoch_of_a_number_of_batches_repeats_no_turn_before_all_were_seen():
+def test_epoch_batches_repeat_no_turn_early():
     lengths = np.arange(10)
     for wanted in (2, 4, 11):
         batches = LengthBatches(lengths, 3, seed=5, epoch_batches=wanted)
@@ -216,7 +210,7 @@ def test_an_epoch_of_a_number_of_batches_repeats_no_turn_before_all_were_seen():
     (["--max_turns", "4"], "'4' is even"), (["--max_len", "8"], "'8' leaves no room"),
     (["--train_frac", "1"], "'1' is not a number between 0 and 1"), (["--target", "third"], "choose from"),
 ])
-def test_wrong_flags_are_named_with_what_is_right(flags, complaint, capsys):
+def test_wrong_flags_name_the_cure(flags, complaint, capsys):
     parser = ArgumentParser()
     utils.add_common_flags(parser, "")
     with pytest.raises(SystemExit):
@@ -225,8 +219,8 @@ def test_wrong_flags_are_named_with_what_is_right(flags, complaint, capsys):
     assert parser.parse_args(["--max_turns", "7"]).max_history == 3 and parser.parse_args([]).max_history is None
 
 
-def test_archives_of_archives_stay_in_their_folder_and_size(tmp_path):
-    """A zip within a zip is unpacked, one deeper is not; names that lead elsewhere end inside; bombs are refused."""
+def test_nested_archives_stay_in_their_folder(tmp_path):
+    """Unpack one level of nested archives; names that lead outside end inside, and bombs are refused."""
     def zipped(**members: bytes) -> bytes:
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:

@@ -1,4 +1,4 @@
-"""The optimizer against the definition of transformers 2.5's AdamW, computed by hand in float64."""
+"""Compare the optimizer with transformers 2.5's AdamW, computed by hand in float64."""
 
 import copy
 
@@ -10,16 +10,16 @@ from torch import nn
 from schedule import AdamW, Decay
 
 LR, BETA1, BETA2, EPS = 0.01, 0.9, 0.999, 1e-6
-SCALES = np.array([1e-9, 1e-7, 1e-5, 1e-3, 0.1, 10.0])  # of gradients; ε weighs most for the smallest
+SCALES = np.array([1e-9, 1e-7, 1e-5, 1e-3, 0.1, 10.0])  # sizes of gradients; ε matters most for the smallest
 
 
 def gradients(steps: int) -> np.ndarray:
-    """(steps, scales): of like size for each weight, of changing sign and size."""
+    """Draw gradients of shape (steps, scales); each weight has its own scale, with changing signs."""
     return np.random.default_rng(5).normal(size=(steps, len(SCALES))) * SCALES
 
 
 def by_definition(start: np.ndarray, gradients: np.ndarray, lr=LR) -> list[np.ndarray]:
-    """The weights after each step, as transformers 2.5 computes them: ε before the correction of the bias."""
+    """Return the weights after each step as transformers 2.5 computes them, with ε added before bias correction."""
     weights, m, v, after = start.astype(np.float64), 0.0, 0.0, []
     for t, gradient in enumerate(gradients, 1):
         m = BETA1 * m + (1 - BETA1) * gradient
@@ -38,18 +38,18 @@ def steps_of(optimizer, weight, gradients) -> list[np.ndarray]:
     return after
 
 
-def test_every_step_is_that_of_transformers_2_5():
+def test_steps_equal_transformers_2_5():
     start, given = np.zeros(len(SCALES)), gradients(50)
     weight = nn.Parameter(torch.zeros(len(SCALES)))
     np.testing.assert_allclose(steps_of(AdamW([weight], LR), weight, given), by_definition(start, given), rtol=2e-5)
-    # The definition can tell the two apart: torch's own first step is the gradient's sign alone.
+    # torch's own AdamW differs: its first step depends only on the sign of the gradient.
     other = nn.Parameter(torch.zeros(len(SCALES)))
     own = steps_of(torch.optim.AdamW([other], lr=LR, eps=EPS, weight_decay=0.0), other, given)
     assert abs(own[0][1] / by_definition(start, given)[0][1]) > 10
 
 
-def test_weights_are_moved_on_their_own_scale_by_a_schedule():
-    """With `Decay` the rate of each step is that of its iteration."""
+def test_a_schedule_sets_the_rate_of_each_step():
+    """Compute each step by hand with the rate that `Decay` gives to its iteration."""
     weight = nn.Parameter(torch.zeros(len(SCALES)))
     optimizer = AdamW([weight], LR)
     decay = Decay(optimizer, 4, LR)
@@ -65,7 +65,7 @@ def test_weights_are_moved_on_their_own_scale_by_a_schedule():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_state_that_is_saved_and_put_back_goes_on_alike(dtype):
+def test_a_restored_state_continues_alike(dtype):
     given = gradients(9)
     weight = nn.Parameter(torch.ones(len(SCALES), dtype=dtype))
     optimizer = AdamW([weight], LR)
@@ -78,7 +78,7 @@ def test_a_state_that_is_saved_and_put_back_goes_on_alike(dtype):
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_have_moments_in_float32(half):
-    """Each step is the definition's, from the rounded weight and to the nearest one that the type has."""
+    """Compute each step from the rounded weight; the result is the nearest number of the half-precision type."""
     weight = nn.Parameter(torch.zeros(len(SCALES), dtype=half))
     optimizer, given = AdamW([weight], LR), gradients(30)
     given = torch.tensor(given).to(half).double().numpy()
@@ -90,4 +90,4 @@ def test_half_precision_weights_have_moments_in_float32(half):
         ulp = torch.finfo(half).eps * np.abs(expected) + torch.finfo(half).smallest_normal * torch.finfo(half).eps
         assert (np.abs(weight.detach().double().numpy() - expected) <= ulp).all()
     assert all(value.dtype == torch.float32 for value in optimizer.state[weight].values())
-    assert optimizer.state[weight]["exp_avg_sq"][2] > 0  # the square of 1e-5, which float16 has not
+    assert optimizer.state[weight]["exp_avg_sq"][2] > 0  # the square of 1e-5 would be 0 in float16

@@ -1,4 +1,4 @@
-"""Our figures against those of the real ParlAI, turn by turn; in its own environment, which `make parlai` builds."""
+"""Compare our figures with the real ParlAI's, turn by turn; `make parlai` installs ParlAI."""
 
 import json
 import os
@@ -15,7 +15,7 @@ needs_parlai = pytest.mark.skipif(not PYTHON.exists(), reason="needs the real Pa
 
 
 def cut_corpora(folder: Path, dialogs: int) -> tuple[Path, Path]:
-    """The first dialogs of the validation split, in ParlAI's layout and in ours."""
+    """Write the first dialogs of the validation split in ParlAI's layout and in ours."""
     theirs = shared("data/personachat/ConvAI2")
     ours = shared("data/personachat/personachat_self_original.json")
     (folder / "ConvAI2").mkdir(parents=True)
@@ -39,7 +39,7 @@ def in_parlai(*command, cwd: Path, stdin: str = "") -> str:
 
 
 def parlai(folder: Path, run: Path, cwd: Path, *more) -> tuple[dict[str, float], list[dict]]:
-    """ParlAI's report, and the agent's acts in the order of the turns."""
+    """Return ParlAI's report, and the agent's acts in the order of the turns."""
     in_parlai(ROOT / "convai_evaluation.py", "--parlai", "--model_checkpoint", run, "--datapath", folder,
               "--report-filename", "report.json", "--world-logs", "log.jsonl", *more, cwd=cwd)
     report = json.loads((cwd / "report.json").read_text())["report"]
@@ -50,7 +50,7 @@ def parlai(folder: Path, run: Path, cwd: Path, *more) -> tuple[dict[str, float],
 
 
 def first_texts(folder: Path) -> list[str]:
-    """What opens each dialog, as ParlAI gives it: the persona's lines and the first utterance."""
+    """Return the first text of each dialog as ParlAI gives it: the persona's lines and the first utterance."""
     dialogs: list[list[str]] = []
     for line in (folder / "ConvAI2" / "valid_self_original.txt").read_text().splitlines():
         number, text = line.split(" ", 1)
@@ -67,7 +67,7 @@ def native(kind: str, run: Path, data: Path, cwd: Path, *more) -> list[dict]:
 
 
 @needs_parlai
-def test_the_same_choices(run_2019, tmp_path):
+def test_choices_equal_parlais(run_2019, tmp_path):
     folder, data = cut_corpora(tmp_path / "data", DIALOGS)
     report, acts = parlai(folder, run_2019, tmp_path)
     records = native("hits@1", run_2019, data, tmp_path)
@@ -87,7 +87,7 @@ def test_the_same_choices(run_2019, tmp_path):
     (DIALOGS, ["--no_sample", "--batch_size", 1, "--max_length", 6]),
     (6, ["--num_beams", 3, "--no_repeat_ngram_size", 2, "--max_length", 8]),
 ], ids=["greedy", "beams"])
-def test_the_same_replies(run_2019, tmp_path, dialogs, how):
+def test_replies_equal_parlais(run_2019, tmp_path, dialogs, how):
     folder, data = cut_corpora(tmp_path / "data", dialogs)
     report, acts = parlai(folder, run_2019, tmp_path, "--eval_type", "f1", *how)
     records = native("f1", run_2019, data, tmp_path, *how)
@@ -98,8 +98,8 @@ def test_the_same_replies(run_2019, tmp_path, dialogs, how):
 
 
 @needs_parlai
-def test_a_chat_under_parlai_is_our_chat(run_2019, tmp_path):
-    """Two turns, then a new chat, which has forgotten them."""
+def test_chats_under_parlai_equal_ours(run_2019, tmp_path):
+    """Chat for two turns, then start a new chat, which has forgotten them."""
     flags = ["--model_checkpoint", run_2019, "--no_sample", "--max_length", 8]
     said = in_parlai("-m", "parlai.scripts.interactive", "-m", "convai_evaluation:TransformerAgent",
                      "--eval_type", "f1", *flags, cwd=tmp_path,
@@ -112,15 +112,15 @@ def test_a_chat_under_parlai_is_our_chat(run_2019, tmp_path):
 
 
 def ask_agent(lines: str, run: Path, cwd: Path, **options) -> str:
-    """Run Python lines with ``agent``, an agent of that run, and return what they print."""
+    """Run Python lines with ``agent``, an agent for this run, and return what they print."""
     (cwd / "ask.py").write_text("import json\nfrom convai_evaluation import TransformerAgent\n"
                                 f"agent = TransformerAgent({ {'model_checkpoint': str(run), **options}!r})\n" + lines)
     return in_parlai(cwd / "ask.py", cwd=cwd)
 
 
 @needs_parlai
-def test_what_cannot_be_scored_is_counted(run_2019, tmp_path):
-    """Three turns: candidates without the gold reply, no candidates, an empty gold reply. Each still gets an answer."""
+def test_turns_that_cannot_be_scored_are_counted(run_2019, tmp_path):
+    """Observe candidates without the gold reply, no candidates, and an empty gold reply; each gets an answer."""
     said = ask_agent("""
 for labels, candidates in (["hi"], ["no", "nope"]), (["yes"], None), ([" "], ["a", " "]):
     agent.observe({"text": "hello", "eval_labels": labels, "label_candidates": candidates, "episode_done": False})
@@ -135,7 +135,7 @@ agent.shutdown()
 
 @needs_parlai
 def test_next_word_probability(golden, run_2019, tmp_path):
-    """The recorded protocol through the agent: the dictionary given as a data file with these counts."""
+    """Replay the recorded protocol through the agent; its data file has the recorded word counts."""
     words = [word for word, count in dict(golden["word_freq"]).items() for _ in range(count)]
     sentences = [" ".join(words[start:start + 1000]) for start in range(0, len(words), 1000)]
     turn = {"history": ["x"], "candidates": ["x"]}
@@ -155,8 +155,8 @@ for case in json.loads({json.dumps(cases)!r}):
     assert len(answers) == 6
     for answer, case in zip(answers, cases, strict=True):
         assert (answer is None) == (case["probability"] is None)
-        assert answer is None or answer == pytest.approx(case["probability"], rel=0.05)  # "x" is in the dictionary, too
+        assert answer is None or answer == pytest.approx(case["probability"], rel=0.05)  # the file also counts "x"
 
 
-def test_without_parlai_the_command_that_installs_it(run_2019, tmp_path):
+def test_missing_parlai_says_how_to_install_it(run_2019, tmp_path):
     assert "make parlai" in error_line("convai_evaluation.py", "--parlai", "--model_checkpoint", run_2019, cwd=tmp_path)

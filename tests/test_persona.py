@@ -1,27 +1,22 @@
-"""The default bot: it knows who it is, and predicts dialogs that it has not seen as well as it did when it was made."""
+"""Test the default bot: it knows its persona, and predicts unseen dialogs as well as when it was made."""
 
 import json
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, script
+from conftest import ROOT, SAMPLE, script, smollm2
 
-from cli import InputError
 from consistency import judge, read_questions
 from decoding import Decoding, fitted_context, generate_replies, load_checkpoint, readable
 from inputs import Specials, TurnDataset, collate
-from pretrained import find_smollm2
 from utils import get_dataset
 
-PERPLEXITY = 11.38  # per token, of the gold replies of the first ten validation turns of the sample
+PERPLEXITY = 11.38  # per token, over the gold replies in the sample's first ten validation turns
 
 
 @pytest.fixture(scope="module")
 def bot():
-    try:
-        find_smollm2()
-    except InputError as error:
-        pytest.skip(str(error))
+    smollm2()
     return load_checkpoint("persona")
 
 
@@ -38,7 +33,7 @@ def test_it_answers_five_questions_about_its_persona(bot):
     assert verdicts == ["answered"] * 5
 
 
-def test_it_predicts_unseen_dialogs_as_well_as_when_it_was_made(bot, tmp_path):
+def test_perplexity_is_as_recorded(bot, tmp_path):
     model, tokenizer = bot
     split = get_dataset(tokenizer, str(SAMPLE), str(tmp_path / "cache"))["valid"]
     dataset = TurnDataset(split, tokenizer, model.max_positions, max_history=model.max_history, num_candidates=1)
@@ -47,14 +42,14 @@ def test_it_predicts_unseen_dialogs_as_well_as_when_it_was_made(bot, tmp_path):
     assert (out.nll.sum() / out.tokens.sum()).exp().item() == pytest.approx(PERPLEXITY, rel=0.01)
 
 
-def test_it_is_an_adapter_of_at_most_25_megabytes():
+def test_the_adapter_has_at_most_25_megabytes():
     folder = ROOT / "models" / "persona"
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 25_000_000
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "smollm2"
 
 
-def test_it_chats_by_its_name(bot, tmp_path):
+def test_it_is_found_by_the_name_persona(bot, tmp_path):
     reply = script("interact.py", "--model_checkpoint", "persona", "--no_sample", "--personality", "i am a baker .",
                    cwd=tmp_path, stdin="what do you do for a living ?\n")
     assert "bake" in reply.splitlines()[-2] + reply.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Policies learn from rewards and pairs: PPO, RLOO, DPO."""
+"""Test policies that learn from rewards and pairs: PPO, RLOO, DPO."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from weights import load_model
 
 
 def test_advantages_by_hand():
-    """Three steps with γ = 0.9, λ = 0.5, and a reply of one step beside them."""
+    """Use three steps with γ = 0.9 and λ = 0.5, beside a reply of one step."""
     rewards = torch.tensor([[1.0, -2.0, 3.0], [5.0, 9.0, 9.0]])
     values = torch.tensor([[0.5, 1.0, 2.0], [1.0, 7.0, 7.0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
@@ -34,7 +34,7 @@ def test_advantages_by_hand():
     first = deltas[0] + 0.45 * second
     got = policy.advantages(rewards, values, mask, gamma=0.9, lam=0.5)
     assert torch.allclose(got, torch.tensor([[first, second, third], [4.0, 0.0, 0.0]]))
-    # with λ = γ = 1 it is what is still to come, less the value
+    # with λ = γ = 1 the advantage is the sum of the rewards to come, minus the value
     got = policy.advantages(rewards, values, mask, gamma=1.0, lam=1.0)
     assert torch.allclose(got[0], torch.tensor([2.0 - 0.5, 1.0 - 1.0, 3.0 - 2.0]))
 
@@ -45,7 +45,7 @@ def test_leave_one_out_by_hand():
 
 
 def test_ppo_gradient_by_hand():
-    """d/dlogp of -min(ratio·A, clipped·A) is -ratio·A inside the clip, 0 where clipping gains nothing more."""
+    """Differentiate -min(ratio·A, clipped·A): -ratio·A inside the clip, 0 where the clipped term is the minimum."""
     old = torch.zeros(1, 4)
     new = torch.tensor([[0.1, 0.5, 0.5, -0.5]], requires_grad=True)
     advantage = torch.tensor([[2.0, 2.0, -2.0, 2.0]])
@@ -58,7 +58,7 @@ def test_ppo_gradient_by_hand():
 
 
 def test_value_loss_by_hand():
-    """A value that moved by more than 0.2 is held to the worse of both errors."""
+    """Move a value by more than 0.2: the larger of both errors counts."""
     values = torch.tensor([[1.0, 0.1, 9.0]], requires_grad=True)
     mask = torch.tensor([[True, True, False]])
     loss = policy.value_loss(values, torch.zeros(1, 3), torch.ones(1, 3), mask, clip=0.2)
@@ -67,8 +67,8 @@ def test_value_loss_by_hand():
     assert torch.allclose(values.grad, torch.tensor([[0.0, (0.1 - 1) / 2, 0.0]]))
 
 
-def test_dpo_loss_is_that_of_trl():
-    """Numbers that `_compute_loss` of TRL 1.16.0's DPOTrainer gave for these log-probabilities of two pairs."""
+def test_dpo_loss_equals_trls():
+    """Compare with what `_compute_loss` of TRL 1.16.0's DPOTrainer gave for these log-probabilities of two pairs."""
     ours = torch.tensor([[-1.0, -2.0, -0.5, 0.0], [-0.3, -0.7, 0.0, 0.0],
                          [-2.0, -1.5, -1.0, -0.25], [-1.1, -0.4, -0.9, 0.0]]).sum(1).requires_grad_()
     reference = torch.tensor([[-1.5, -2.1, -0.4, 0.0], [-0.2, -0.9, 0.0, 0.0],
@@ -76,17 +76,17 @@ def test_dpo_loss_is_that_of_trl():
     for beta, recorded in {0.1: 0.66996104, 0.5: 0.58836812}.items():
         loss = policy.dpo_loss(ours[:2], ours[2:], reference[:2], reference[2:], beta)
         assert loss.item() == pytest.approx(recorded, abs=1e-6)
-    # dloss/dbetter = -β σ(-β margin) a pair, over two pairs; margins by hand: 0.5 + 0.45 and 0.1 - 0.1
+    # dloss/dbetter = -β σ(-β margin) per pair, averaged over two pairs with the margins 0.5 + 0.45 and 0.1 - 0.1
     loss.backward()
     by_hand = [-0.5 / (1 + math.exp(0.5 * margin)) / 2 for margin in (0.95, 0.0)]
     assert torch.allclose(ours.grad, torch.tensor([*by_hand, *(-one for one in by_hand)]))
 
 
-def test_the_price_of_a_nat_is_steered():
+def test_the_kl_price_adapts():
     kl = policy.AdaptiveKL(price=0.2, target=6.0, horizon=1000)
-    kl.update(kl=6.3, replies=100)  # 5 % too far
+    kl.update(kl=6.3, replies=100)  # 5 % above the target
     assert kl.price == pytest.approx(0.2 * (1 + 0.05 * 0.1))
-    kl.update(kl=60.0, replies=100)  # an error counts for 20 % at most
+    kl.update(kl=60.0, replies=100)  # the error is clipped to 20 %
     assert kl.price == pytest.approx(0.2 * 1.005 * 1.02)
     kl = policy.AdaptiveKL(price=0.2, target=0.0, horizon=1000)
     kl.update(kl=60.0, replies=100)
@@ -95,7 +95,7 @@ def test_the_price_of_a_nat_is_steered():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A policy and a reference of 3 words and the control tokens, replies of at most 2 tokens, and a context."""
+    """Make a policy and a reference that know 3 words and the control tokens, and a context."""
     folder = tmp_path_factory.mktemp("small")
     special = Specials(3, 4, 5, 6, 7)
     models = []
@@ -108,7 +108,7 @@ def small(tmp_path_factory):
 
 
 def likelihood(model, turn, reply: policy.ReplyTokens, special: Specials) -> float:
-    """Log-probability of a reply, token by token, as the decoder computes it: any control token ends it."""
+    """Return a reply's log-probability, token by token as the decoder computes it; any control token ends a reply."""
     context = build_context(turn.persona, turn.history, special)
     ids, types, total = context.ids + [special.speaker1], context.types + [special.speaker1], 0.0
     for token in [*reply.ids, None][:len(reply.ids) + reply.ended]:
@@ -121,7 +121,7 @@ def likelihood(model, turn, reply: policy.ReplyTokens, special: Specials) -> flo
 
 
 def every_reply() -> list[policy.ReplyTokens]:
-    """All that can be said in at most 2 of 3 words."""
+    """Return all replies of at most 2 of 3 words."""
     cut = [policy.ReplyTokens([one, other], False) for one in range(3) for other in range(3)]
     return [policy.ReplyTokens([], True), *(policy.ReplyTokens([one], True) for one in range(3)), *cut]
 
@@ -134,8 +134,8 @@ def measured(small, replies: list[policy.ReplyTokens]) -> tuple:
     return actions, *both
 
 
-def test_log_probabilities_are_those_of_the_decoder(small):
-    """All replies in one packed row against each token by token; their probabilities add up to 1."""
+def test_log_probabilities_equal_the_decoders(small):
+    """Compare all replies in one packed row with each token by token; their probabilities add up to 1."""
     replies = every_reply()
     actions, ours, reference = measured(small, replies)
     for network, logprobs in ((small[0], ours), (small[1], reference)):
@@ -145,15 +145,15 @@ def test_log_probabilities_are_those_of_the_decoder(small):
         assert got.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_divergence_is_never_negative_and_unbiased(small):
-    """Its mean over all replies, weighted by their probability, is the KL of the two distributions over replies."""
+def test_the_divergence_is_unbiased_and_never_negative(small):
+    """Average it over all replies by probability: this is the KL divergence of the two distributions over replies."""
     replies = every_reply()
     actions, ours, reference = measured(small, replies)
     log_p, log_q = (policy.chosen_logprobs(one, actions).sum(1).double() for one in (ours, reference))
     exact = float((log_p.exp() * (log_p - log_q)).sum())
     per_reply = (policy.divergence(ours, reference)[actions.place] * actions.mask).sum(1).double()
     assert float((log_p.exp() * per_reply).sum()) == pytest.approx(exact, rel=1e-5)
-    assert (per_reply >= 0).all() and (log_p - log_q).min() < 0  # a mere log-ratio would be negative for some
+    assert (per_reply >= 0).all() and (log_p - log_q).min() < 0  # the plain log-ratio is negative for some
     torch.manual_seed(0)
     for scale in (1e-4, 1e-2, 1.0, 30.0):
         logits = torch.randn(200, 50)
@@ -164,8 +164,8 @@ def test_the_divergence_is_never_negative_and_unbiased(small):
         assert (policy.divergence(near, near) == 0).all()
 
 
-def test_samples_are_the_models_own_distribution(small):
-    """How often each reply is said, of 4,000, against its probability; and the sampled divergence against the exact."""
+def test_samples_follow_the_policys_distribution(small):
+    """Compare how often each reply occurs among 4,000 samples with its probability."""
     ours, reference, special, turn = small
     torch.manual_seed(0)
     said = policy.sample_replies(ours.model, [turn], special, max_length=2, samples=4000)[0].replies
@@ -178,7 +178,7 @@ def test_samples_are_the_models_own_distribution(small):
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo", "dpo"])
-def test_a_killed_policy_goes_on_to_the_same_run_folder(algorithm, world, judged, tmp_path, monkeypatch):
+def test_a_killed_policy_training_resumes_exactly(algorithm, world, judged, tmp_path, monkeypatch):
     whole, part = tmp_path / "whole", tmp_path / "part"
     policy.train_policy(policy_flags(world, whole, judged, "--algorithm", algorithm))
     arguments = policy_flags(world, part, judged, "--algorithm", algorithm)
@@ -198,7 +198,7 @@ def test_a_killed_policy_goes_on_to_the_same_run_folder(algorithm, world, judged
 
 
 def test_the_result_is_an_ordinary_run_folder(world, judged, tmp_path):
-    """The choice head is the fine-tuned model's still, plain transformers opens it, and the policy has moved."""
+    """Open the policy in plain transformers; its weights have moved, but the choice head has not."""
     run = policy.train_policy(policy_flags(world, tmp_path / "run", judged, "--algorithm", "rloo", "--steps", 2))
     before, after = load_model(str(world / "run")), load_model(str(run))
     assert torch.equal(before.multiple_choice_head.summary.weight, after.multiple_choice_head.summary.weight)
@@ -212,7 +212,7 @@ def test_the_result_is_an_ordinary_run_folder(world, judged, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
 def test_a_policy_follows_its_reward(algorithm, world, judged, tmp_path):
-    """Paid by the question alone, it asks more: the reward at the end is above that at first."""
+    """Reward only questions: the mean reward is higher at the end than at the start."""
     policy.train_policy(policy_flags(
         world, tmp_path / "run", judged, "--algorithm", algorithm, "--reward_model", "", "--utterance_metrics", 4,
         "--sentiment", 0, "--repetition", 0, "--similarity", 0, "--toxicity", 0, "--question", 1, "--steps", 15,
@@ -222,7 +222,7 @@ def test_a_policy_follows_its_reward(algorithm, world, judged, tmp_path):
     assert last["reward"] > first["reward"] + 0.2, (first, last)
 
 
-def test_dpo_names_and_counts_the_pairs_it_cannot_learn_from(world, pairs, judged, tmp_path, caplog):
+def test_dpo_counts_unusable_pairs(world, pairs, judged, tmp_path, caplog):
     caplog.set_level("INFO")
     (tmp_path / "run").mkdir()
     (tmp_path / "other").mkdir()
@@ -242,8 +242,8 @@ def test_dpo_names_and_counts_the_pairs_it_cannot_learn_from(world, pairs, judge
     assert f"{len(kept)} (written by another model than --model_checkpoint)" in caplog.text
 
 
-def test_a_policy_is_evaluated_on_dialogs_that_nobody_who_teaches_it_has_seen(world, two_sided, tmp_path, caplog):
-    """By the reward model's pairs and by DPO's: neither turn nor other side of a dialog that a pair is from."""
+def test_policies_are_evaluated_on_unseen_dialogs(world, two_sided, tmp_path, caplog):
+    """Check that evaluation leaves out all dialogs with pairs for the reward model or DPO, with both sides."""
     found, number = read_pairs(two_sided / "pairs.jsonl"), numbers(two_sided)
     answered(tmp_path, *(answer(name, n % 2) for n, name in enumerate(found)))
     reward.train_reward(reward_flags(world, tmp_path, pairs=str(two_sided / "pairs.jsonl"), n_epochs=1))
@@ -256,7 +256,7 @@ def test_a_policy_is_evaluated_on_dialogs_that_nobody_who_teaches_it_has_seen(wo
         turn_dialog = trainer.dataset("valid").split.turn_dialog
         evaluated = {number[turn_dialog[turn]] for turn in trainer.evaluated}
         assert evaluated and not evaluated & learnt
-        assert evaluated | learnt == set(number)  # nothing more is left out
+        assert evaluated | learnt == set(number)  # no other dialog is left out
         assert len(trainer.evaluated) == sum(number[dialog] in evaluated for dialog in turn_dialog)
     assert "in dialogs without pairs" in caplog.text and "fewer than --evaluation_contexts 200" in caplog.text
 
@@ -269,17 +269,17 @@ def test_a_policy_is_evaluated_on_dialogs_that_nobody_who_teaches_it_has_seen(wo
                                          "--reward_model", "", "--pairs", every))
 
 
-def test_a_policy_begins_as_its_reference_whatever_the_checkpoint_lacks(world, tmp_path):
-    """A language model as others publish it, without choice head and control tokens: KL 0, and its pairs are its."""
+def test_a_policy_begins_as_its_reference(world, tmp_path):
+    """Start from a language model without choice head and control tokens: KL is 0, and DPO accepts its pairs."""
     bare = make_checkpoint(tmp_path / "bare", n_layer=1, n_embd=32, n_head=2, n_positions=96)
     config = OpenAIGPTConfig.from_pretrained(bare)
     torch.manual_seed(5)
     OpenAIGPTLMHeadModel(config).save_pretrained(bare)
-    assert len(get_tokenizer(str(bare))) > config.vocab_size  # rows are missing
+    assert len(get_tokenizer(str(bare))) > config.vocab_size  # the control tokens' rows are missing
     pairs_path = str(tmp_path / "pairs.jsonl")
     torch.manual_seed(6)
     collect_pairs(flags(world, model_checkpoint=str(bare), pairs=pairs_path, dataset_cache=str(tmp_path / "cache"),
-                        max_length=60))  # at random it ends seldom
+                        max_length=60))  # random weights seldom end a reply
     found = read_pairs(pairs_path)
     answered(tmp_path, *(answer(name, int(pair["replies"][1]["ended"])) for name, pair in found.items()))
     torch.manual_seed(7)
@@ -290,8 +290,8 @@ def test_a_policy_begins_as_its_reference_whatever_the_checkpoint_lacks(world, t
     assert first["kl"] == 0 < last["kl"]
 
 
-def test_rewards_read_the_history_that_they_learnt_from(world, judged, tmp_path):
-    """A policy that sees one utterance is paid by those who see more: DYME all, the reward model what its pairs had."""
+def test_rewards_read_their_own_history(world, judged, tmp_path):
+    """Train a policy that sees one utterance; DYME reads the whole history, the reward model what its pairs had."""
     arguments = policy_flags(world, tmp_path / "run", judged, "--max_history", 0, "--dyme", 1, "--dyme_dialogs", 20)
     trainer = policy.Trainer(arguments)
     dialogs = [entry["utterances"] for entry in json.loads((world / "data.json").read_text())["train"]]
@@ -304,8 +304,8 @@ def test_rewards_read_the_history_that_they_learnt_from(world, judged, tmp_path)
     assert model([(long.texts[0], longer, ["yes ."])]) != model([(long.texts[0], longer[-1:], ["yes ."])])
 
 
-def test_dyme_pays_people_nothing_on_average_and_cut_replies_less(world, judged, tmp_path):
-    """As the reward model is scaled: so what is charged for a cut reply is worse than what people's replies get."""
+def test_dyme_is_scaled_on_human_replies(world, judged, tmp_path):
+    """Scale DYME like the reward model: human replies get 0 on average, and most of them more than a cut reply."""
     arguments = policy_flags(world, tmp_path / "run", judged, "--reward_model", "", "--dyme", 5, "--dyme_dialogs", 30)
     trainer = policy.Trainer(arguments)
     said = [[*dialog[-1]["history"], dialog[-1]["candidates"][-1]] for dialog in (
@@ -318,7 +318,7 @@ def test_dyme_pays_people_nothing_on_average_and_cut_replies_less(world, judged,
     assert (paid > -5).float().mean() > 0.75
 
 
-def test_a_cut_reply_is_worth_what_is_charged_for_it(world, judged, tmp_path):
+def test_cut_replies_get_the_unfinished_reward(world, judged, tmp_path):
     trainer = policy.Trainer(policy_flags(world, tmp_path / "run", judged, "--unfinished_reward", -3.5))
     turn = trainer.turn(trainer.contexts, 0)
     ids = trainer.tokenizer.encode("hello there .")
@@ -340,7 +340,7 @@ def test_reward_terms_add_up(world, judged, tmp_path):
     assert trainer.reward([turn])[0] == pytest.approx(by_hand)
 
 
-def test_policies_say_what_they_lack(world, judged, tmp_path):
+def test_missing_policy_settings_are_named(world, judged, tmp_path):
     for more, complaint in [(["--reward_model", ""], "--algorithm ppo: needs a reward"),
                             (["--algorithm", "rloo", "--samples", 1], "--samples 1: rloo compares"),
                             (["--batch_size", 10], "--batch_size 10: is not a multiple of --samples 4")]:

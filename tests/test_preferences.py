@@ -1,11 +1,11 @@
-"""Preferences made elsewhere: records with chosen and rejected replies, to pairs, a reward model and a policy."""
+"""Test preferences from other software: chosen and rejected replies become pairs, a reward model and a policy."""
 
 import gzip
 import json
 from pathlib import Path
 
 import pytest
-from conftest import make_checkpoint, shared, templates
+from conftest import make_checkpoint, run_main, shared, templates
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +25,7 @@ def transcript(*said: tuple[str, str]) -> str:
 
 
 def read(folder: Path, *records: object, name: str = "preferences.jsonl") -> list[tuple]:
-    """What a file of these records is read as: persona, history, the worse and the better reply."""
+    """Write a file of these records, and return what is read: persona, history, the worse and the better reply."""
     (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     return told(folder / name)
 
@@ -82,8 +82,8 @@ WORDS = st.text("abc ?!'", min_size=1).filter(str.strip)
 
 
 @given(st.lists(WORDS, min_size=1, max_size=6), WORDS, WORDS, st.sampled_from(["messages", "transcripts"]))
-def test_what_was_written_is_what_is_read(tmp_path_factory, texts, worse, better, spelling):
-    """Any dialog that ends with the person, in messages or a transcript; white space is not kept."""
+def test_preferences_read_what_was_written(tmp_path_factory, texts, worse, better, spelling):
+    """Write any dialog that ends with the person, as messages or as a transcript; white space is normalised."""
     folder = tmp_path_factory.mktemp("written")
     turns = [(USER if (len(texts) - place) % 2 else BOT, text) for place, text in enumerate(texts)]
     write = messages if spelling == "messages" else transcript
@@ -99,7 +99,7 @@ def test_what_was_written_is_what_is_read(tmp_path_factory, texts, worse, better
         assert read(folder, record) == [([], list(map(plain, texts)), plain(worse), plain(better))]
 
 
-def test_what_is_no_preference_is_named_and_counted(tmp_path, caplog):
+def test_unusable_preferences_are_counted(tmp_path, caplog):
     good = SPELLINGS["texts"]
     assert len(read(tmp_path, good, good | {"chosen": " "}, good | {"rejected": good["chosen"]}, good | {"prompt": 7},
                     {"chosen": "a", "rejected": "b"}, {"chosen": transcript(*TURNS, GOOD),
@@ -122,18 +122,13 @@ def checkpoint(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "bare", n_layer=1, n_embd=32, n_head=2)
 
 
-def run_reward(monkeypatch, *args) -> None:
-    monkeypatch.setattr("sys.argv", ["feedback.reward", *map(str, args)])
-    reward.main()
-
-
-def test_a_reward_model_of_preferences_made_elsewhere(tmp_path, checkpoint, monkeypatch, capsys):
-    """From the command line, with neither collect nor annotate before it: it learns which kind of reply is better."""
+def test_a_reward_model_learns_from_preferences(tmp_path, checkpoint, monkeypatch, capsys):
+    """Train from the command line, without collect and annotate: the model learns which kind of reply is better."""
     path = tmp_path / "preferences.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"do you like number {n} ?", "chosen": f"yes , i like {n} .",
                                         "rejected": "no ."}) + "\n" for n in range(40)))
-    run_reward(monkeypatch, "--model_checkpoint", checkpoint, "--pairs", path, "--reward", tmp_path / "reward",
-               "--n_epochs", 4, "--lr", 1e-2, "--held_out", 0.3, "--device", "cpu")
+    run_main(monkeypatch, reward.main, "--model_checkpoint", checkpoint, "--pairs", path, "--reward",
+             tmp_path / "reward", "--n_epochs", 4, "--lr", 1e-2, "--held_out", 0.3, "--device", "cpu")
     figures = json.loads((tmp_path / "reward" / "reward.json").read_text())
     assert figures["training_pairs"] + figures["held_out_pairs"] == 40 and figures["accuracy"] > 0.9
     assert "Accuracy on" in capsys.readouterr().out
@@ -142,18 +137,18 @@ def test_a_reward_model_of_preferences_made_elsewhere(tmp_path, checkpoint, monk
     assert yes > no
 
 
-def test_the_few_pairs_of_the_shared_case(tmp_path, checkpoint, monkeypatch):
-    """Four dialogs: some are learnt from and some tested on, whatever the seed."""
+def test_few_pairs_are_divided(tmp_path, checkpoint, monkeypatch):
+    """Divide four dialogs so that some are for training and some for testing, whatever the seed."""
     for seed in range(3):
-        run_reward(monkeypatch, "--model_checkpoint", checkpoint, "--pairs", shared("cases/trl_pairs.jsonl"),
-                   "--reward", tmp_path / f"reward{seed}", "--n_epochs", 1, "--device", "cpu", "--seed", seed)
+        run_main(monkeypatch, reward.main, "--model_checkpoint", checkpoint, "--pairs", shared("cases/trl_pairs.jsonl"),
+                 "--reward", tmp_path / f"reward{seed}", "--n_epochs", 1, "--device", "cpu", "--seed", seed)
         figures = json.loads((tmp_path / f"reward{seed}" / "reward.json").read_text())
         assert figures["training_pairs"] + figures["held_out_pairs"] == 4
         assert figures["training_pairs"] and figures["held_out_pairs"]
 
 
-def test_dpo_learns_from_preferences_made_elsewhere(tmp_path, checkpoint):
-    """Whoever said the replies: after some steps the better ones are likelier than before, against the worse ones."""
+def test_dpo_learns_from_preferences(tmp_path, checkpoint):
+    """Train for some steps: the better replies gain likelihood over the worse ones, whoever wrote them."""
     path = tmp_path / "preferences.jsonl"
     path.write_text("".join(json.dumps({
         "prompt": messages((USER, f"do you like number {n} ?")), "chosen": messages((BOT, f"yes , i like {n} .")),

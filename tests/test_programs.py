@@ -1,4 +1,4 @@
-"""OpenAI's interface: what each parameter does, against the official client and against a computation of our own."""
+"""Test OpenAI's interface: each parameter, with the official client and against our own computation."""
 
 import json
 import typing
@@ -29,7 +29,7 @@ def context_of(bot: Bot, persona: list[str], said: list[str]):
 
 @torch.no_grad()
 def logits_after(bot: Bot, context, tokens: list[int]) -> torch.Tensor:
-    """What the model predicts for each of a reply's tokens, and behind them, by one pass over the whole sequence."""
+    """Return the logits for each of a reply's tokens and for the next one, from one pass over the whole sequence."""
     ids, types, start, _ = begin_reply(context, bot.special, tokens)
     out = bot.model(torch.tensor([ids]), token_type_ids=torch.tensor([types]),
                     position_ids=torch.arange(start, start + len(ids))[None], logits_to_keep=len(tokens) + 1)
@@ -37,7 +37,7 @@ def logits_after(bot: Bot, context, tokens: list[int]) -> torch.Tensor:
 
 
 def chat(client, stream: bool = False, **options) -> list[dict]:
-    """The choices of a request, put together from their chunks where they are streamed."""
+    """Return the choices of a request, put together from their chunks if they are streamed."""
     options = {"model": "parrot", "messages": MESSAGES, "max_tokens": LENGTH, "seed": 11} | options
     if not stream:
         done = client.chat.completions.create(**options)
@@ -61,7 +61,7 @@ def chat(client, stream: bool = False, **options) -> list[dict]:
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.integers(1, 60), length=st.integers(1, 12), stream=st.booleans())
 def test_a_stop_ends_the_text_before_it(client, bot, start, length, stream):
-    """Wherever it lies: within a token, across the border of several, at a space."""
+    """Place the stop within a token, across several tokens, and at a space."""
     whole = reply_alone(bot, PERSONA, DIALOG, 11, LENGTH)
     stop = whole[start:start + length] or whole[-1]
     (cut,) = chat(client, stream, stop=[stop, "never said"])
@@ -69,25 +69,25 @@ def test_a_stop_ends_the_text_before_it(client, bot, start, length, stream):
     assert cut["finish"] == "stop" and 0 < cut["usage"] <= LENGTH
 
 
-def test_the_stop_that_is_whole_first_counts(client, bot):
+def test_the_first_complete_stop_counts(client, bot):
     whole = reply_alone(bot, PERSONA, DIALOG, 11, LENGTH)
-    early, late = whole[10:13], whole[8:30]  # the second begins earlier, and ends later
+    early, late = whole[10:13], whole[8:30]  # the second one begins earlier and ends later
     assert whole.index(early) == 10 and whole.index(late) == 8
     for stream in (False, True):
         assert chat(client, stream, stop=[late, early])[0]["text"] == whole[:10]
-    for text in ("never said", whole + "x"):  # the end may be the beginning of a stop
+    for text in ("never said", whole + "x"):  # the text may end with the beginning of a stop
         assert chat(client, True, stop=text) == chat(client, True)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_several_replies_are_each_the_reply_with_a_seed_of_its_own(client, bot, stream):
+def test_several_replies_have_consecutive_seeds(client, bot, stream):
     choices = chat(client, stream, n=3)
     assert [choice["text"] for choice in choices] == [reply_alone(bot, PERSONA, DIALOG, seed, LENGTH)
                                                       for seed in (11, 12, 13)]
     assert {choice["usage"] for choice in choices} == {3 * LENGTH}
 
 
-def test_a_seed_of_zero_or_less_is_one(client):
+def test_nonpositive_seeds_are_reproducible(client):
     for seed in (0, -5, -2 ** 63, 2 ** 63 - 1):
         assert chat(client, seed=seed) == chat(client, seed=seed)
     with pytest.raises(openai.BadRequestError, match="seed"):
@@ -96,7 +96,7 @@ def test_a_seed_of_zero_or_less_is_one(client):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_log_probabilities_are_the_models_own(client, bot, stream):
-    """Sampled boldly, filtered, penalised: they are those of the plain softmax all the same."""
+    """Sample with filters and penalties: the log-probabilities are still those of the plain softmax."""
     how = dict(temperature=1.5, top_p=0.8, frequency_penalty=1.0)
     (choice,) = chat(client, stream, logprobs=True, top_logprobs=3, **how)
     context = context_of(bot, PERSONA, DIALOG)
@@ -117,8 +117,8 @@ def test_log_probabilities_are_the_models_own(client, bot, stream):
     assert 20 <= sum(len(one["token"]) for one in stopped["logprobs"]) < 40
 
 
-def test_penalties_and_biases_are_those_of_the_formula(client, bot):
-    """Greedily: logit + bias - times * frequency - (whether it was said) * presence, of the reply's own tokens."""
+def test_penalties_and_biases_follow_the_formula(client, bot):
+    """Decode greedily from logit + bias - count * frequency - (1 if said) * presence, over the reply's own tokens."""
     context = context_of(bot, PERSONA, DIALOG)
     plain = chat(client, temperature=0)[0]["text"]
     biases = {str(token): value for token, value in zip(bot.tokenizer.encode(plain)[:3], (-100, -1.5, 2), strict=True)}
@@ -127,7 +127,7 @@ def test_penalties_and_biases_are_those_of_the_formula(client, bot):
         tokens: list[int] = []
         for _ in range(LENGTH):
             logits = logits_after(bot, context, tokens)[-1]
-            logits[list(bot.special)] = -torch.inf  # the bot's --min_length
+            logits[list(bot.special)] = -torch.inf  # --min_length forbids the end
             for token, value in options.get("logit_bias", {}).items():
                 logits[int(token)] += value
             for token in set(tokens):
@@ -139,7 +139,7 @@ def test_penalties_and_biases_are_those_of_the_formula(client, bot):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_completions_go_on_with_a_text(client, bot, stream):
+def test_completions_continue_a_text(client, bot, stream):
     prompts, how = ["i have two dogs and", ""], dict(temperature=1.2, max_tokens=20, seed=5)
     asked = dict(model="parrot", prompt=prompts, n=2, logprobs=2, **how)
     texts, chances, finishes = [""] * 4, [{} for _ in range(4)], [None] * 4
@@ -168,7 +168,7 @@ def test_completions_go_on_with_a_text(client, bot, stream):
 
 
 def table() -> dict[str, tuple[str, str]]:
-    """docs/programs.md: of each parameter what it does in chat and in completions."""
+    """Read from docs/programs.md what each parameter does in chats and in completions."""
     rows = [line.split("|")[1:4] for line in (ROOT / "docs" / "programs.md").read_text().splitlines()
             if line.startswith("| `")]
     return {name.strip(" `"): (chat.strip(), text.strip()) for name, chat, text in rows}
@@ -182,7 +182,7 @@ TRIED = {"temperature": 0.5, "top_p": 0.5, "top_k": 5, "num_beams": 2, "frequenc
          "functions": [{"name": "f"}]}
 
 
-def test_the_list_has_the_parameters_of_the_clients_own_types():
+def test_the_document_lists_the_clients_parameters():
     ours, extra = table(), {"top_k", "num_beams", "stream", "max_completion_tokens"}
     for place, types in enumerate((chat_types, completion_types)):
         theirs = set(typing.get_type_hints(types.CompletionCreateParamsBase)) | {"stream"}
@@ -192,7 +192,7 @@ def test_the_list_has_the_parameters_of_the_clients_own_types():
 @pytest.mark.parametrize("place, route, body", [
     (0, "chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
     (1, "completions", {"prompt": "hello"})])
-def test_each_parameter_does_what_the_list_says(address, place, route, body):
+def test_parameters_do_what_the_document_says(address, place, route, body):
     for name, columns in table().items():
         if columns[place] and name not in body:
             value = TRIED.get(name, True) if (name, place) != ("logprobs", 1) else 2
@@ -238,19 +238,19 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_out_of_bounds_is_a_400_that_names_it(address, name):
+def test_values_out_of_bounds_are_named(address, name):
     body, param = WRONG[name]
     done = httpx.post(f"{address}/v1/chat/completions", json={"messages": HELLO} | body, timeout=WAIT)
     assert (done.status_code, done.json()["error"]["param"]) == (400, param), done.text
 
 
-def test_completions_refuse_tokens_and_too_many(address):
+def test_completions_refuse_unusable_prompts(address):
     for prompt in ([1, 2, 3], [[1, 2]], None, 5, [], ["a"] * 9, "x" * 3000):
         done = httpx.post(f"{address}/v1/completions", json={"prompt": prompt}, timeout=WAIT)
         assert (done.status_code, done.json()["error"]["param"]) == (400, "prompt"), done.text
 
 
-def test_small_requests_that_came_out_wrong(address, bot):
+def test_requests_that_once_failed(address, bot):
     def post(name: str) -> httpx.Response:
         return httpx.post(f"{address}/v1/chat/completions", content=shared(f"cases/{name}_request.json").read_bytes(),
                           headers={"Content-Type": "application/json"}, timeout=WAIT)
@@ -264,15 +264,15 @@ def test_small_requests_that_came_out_wrong(address, bot):
     assert "part 1 is 'image_url'; send only text" in error["message"]
 
 
-def test_a_request_that_does_not_say_that_it_is_json_is_told_so(address):
+def test_requests_must_declare_json(address):
     body = json.dumps({"messages": HELLO}).encode()
-    for headers in ({}, {"Content-Type": "application/x-www-form-urlencoded"}):  # the second is curl's
+    for headers in ({}, {"Content-Type": "application/x-www-form-urlencoded"}):  # curl sends the second
         done = httpx.post(f"{address}/v1/chat/completions", content=body, headers=headers, timeout=WAIT)
         assert done.status_code == 400 and "Content-Type: application/json" in done.json()["error"]["message"]
 
 
-def test_the_options_of_one_are_nobody_elses(client, bot):
-    """Eight replies in one request, with a request beside them that forbids their words."""
+def test_options_do_not_leak_between_requests(client, bot):
+    """Decode several replies beside a request that forbids their words."""
     whole = reply_alone(bot, PERSONA, DIALOG, 11, LENGTH)
     biases = {str(token): -100 for token in bot.tokenizer.encode(whole)}
     alone = [chat(client, n=4), chat(client, logit_bias=biases, presence_penalty=2.0, logprobs=True)]

@@ -1,4 +1,4 @@
-"""Models as they were published in 2019, in each layout of that year: the same weights give what 2019 recorded."""
+"""Test models in each published layout of 2019: the same weights give what 2019 recorded."""
 
 import json
 import shutil
@@ -14,11 +14,11 @@ from inputs import Specials, collate, pack_turn
 from tokenization import get_tokenizer
 from weights import add_special_tokens_, load_model
 
-ORDER = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]  # of the published files; later <pad> came third
+ORDER = ["<bos>", "<eos>", "<speaker1>", "<speaker2>", "<pad>"]  # in the published files; later <pad> came third
 
 
 def rows_in_order(run: Path) -> dict[str, torch.Tensor]:
-    """The weights of a recorded run with the control tokens' rows in the published order."""
+    """Return a recorded run's weights with the control tokens' rows in the published order."""
     weights = torch.load(run / "pytorch_model.bin")
     ids = json.loads((run / "added_tokens.json").read_text())
     first = min(ids.values())
@@ -28,7 +28,7 @@ def rows_in_order(run: Path) -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path, run: Path, config: dict, weights: dict[str, torch.Tensor], **files) -> Path:
-    """A published folder with a recorded run's vocabulary; ``files``: further ones, as objects that become JSON."""
+    """Write a published folder with a recorded run's vocabulary; ``files`` become further JSON files."""
     folder.mkdir(parents=True)
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(run / name, folder / name)
@@ -44,7 +44,7 @@ def renamed(weights: dict[str, torch.Tensor], old: str, new: str) -> dict[str, t
 
 @pytest.fixture
 def sizes(run_2019) -> dict:
-    """The recorded run's own sizes, under the names that a configuration of early 2019 has."""
+    """Return the recorded run's sizes under the names of an early-2019 configuration."""
     config = json.loads((run_2019 / "config.json").read_text())
     kept = ("afn", "attn_pdrop", "embd_pdrop", "initializer_range", "layer_norm_epsilon", "n_ctx", "n_embd", "n_head",
             "n_layer", "n_positions", "resid_pdrop", "vocab_size")
@@ -52,7 +52,7 @@ def sizes(run_2019) -> dict:
 
 
 def assert_as_recorded(checkpoint: Path | str, golden: dict, tokenizer=None) -> None:
-    """The control tokens have the published ids, and the six recorded contexts their recorded losses and scores."""
+    """Check the published ids of the control tokens, and the recorded losses and scores of six contexts."""
     tokenizer = tokenizer or get_tokenizer(str(checkpoint))
     model = load_model(str(checkpoint))
     add_special_tokens_(model, tokenizer)
@@ -79,13 +79,13 @@ AS_OBJECTS = {name: {"content": value, "lstrip": False, "normalized": False, "rs
 @pytest.mark.parametrize("files", [{}, {"special_tokens_map": AS_OBJECTS},
                                    {"special_tokens_map": AS_TEXT, "tokenizer_config": {}}], ids=range(3))
 def test_the_published_layout(family, run_2019, sizes, golden, tmp_path, files):
-    """Its configuration counts the control tokens in ``vocab_size`` and again in ``n_special``."""
+    """Count the control tokens in ``vocab_size`` and again in ``n_special``, as the published configuration does."""
     folder = write(tmp_path / "model", run_2019, sizes, rows_in_order(run_2019), added_tokens=ADDED[family], **files)
     assert_as_recorded(folder, golden)
 
 
-def test_the_published_files_themselves(tmp_path):
-    """The published configuration and control tokens, with fewer and narrower layers, packed as they were published."""
+def test_the_published_files(tmp_path):
+    """Use the published configuration and control tokens, with fewer and narrower layers, packed as in 2019."""
     published, run = shared("cases/published-2019"), shared("golden/run-2019-openai-gpt")
     config = json.loads((published / "config.json").read_text())
     assert (config["vocab_size"], config["n_special"]) == (40483, 5) and "model_type" not in config
@@ -102,14 +102,14 @@ def test_the_published_files_themselves(tmp_path):
 
 @pytest.mark.parametrize("ending, counted", [("\n", True), ("\r\n", False)])
 def test_the_layout_of_early_2019(run_2019, sizes, golden, tmp_path, ending, counted):
-    """``special_tokens.txt`` has the ids, and both heads have other names. ``vocab_size`` with or without these ids."""
+    """Read ids from ``special_tokens.txt``, heads under other names, and ``vocab_size`` with and without these ids."""
     weights = renamed(rows_in_order(run_2019), "multiple_choice_head.summary.", "multiple_choice_head.linear.")
     weights = renamed(weights, "lm_head.weight", "lm_head.decoder.weight")
     config = sizes | {"vocab_size": sizes["vocab_size"] - 5 * (not counted)}
     folder = write(tmp_path / "model", run_2019, config, weights)
     (folder / "special_tokens.txt").write_bytes("".join(token + ending for token in ORDER).encode())
     assert_as_recorded(folder, golden)
-    tokenizer = get_tokenizer(str(folder))  # a run that goes on from there keeps the ids
+    tokenizer = get_tokenizer(str(folder))  # a run that continues from this folder keeps the ids
     tokenizer.save_pretrained(tmp_path / "run")
     shutil.copyfile(folder / "config.json", tmp_path / "run" / "config.json")
     again = get_tokenizer(str(tmp_path / "run"))
@@ -125,7 +125,7 @@ CHANGES = {
 
 
 def test_names_and_files_of_weights(family, run_2019, sizes, golden, tmp_path):
-    """As other programs name them; as torch wrote them before 2020; and as safetensors."""
+    """Name the weights as other programs do, and save them as torch did before 2020 and as safetensors."""
     weights = rows_in_order(run_2019)
     folder = write(tmp_path / "model", run_2019, sizes, {}, added_tokens=ADDED[family])
     tokenizer, path = get_tokenizer(str(folder)), folder / "pytorch_model.bin"

@@ -1,4 +1,4 @@
-"""Everything the 2019 stack recorded, number for number, through the functions people import."""
+"""Replay everything that the software of 2019 recorded, number for number, through the functions people import."""
 
 from argparse import Namespace
 
@@ -34,7 +34,7 @@ def test_tokenize(golden, tokenizer):
     assert len(golden["tokenize"]) == 185
     for case in golden["tokenize"]:
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
-        assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(case["text"])) == case["ids"]  # the 2019 spelling
+        assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(case["text"])) == case["ids"]  # functions of 2019
 
 
 def test_inputs(golden, tokenizer):
@@ -69,13 +69,13 @@ def test_greedy(golden, tokenizer, model):
         args = Namespace(no_sample=True, max_length=case["max_length"], min_length=1, temperature=1, top_k=0, top_p=0)
         persona, history = ids_of(tokenizer, case["persona"]), ids_of(tokenizer, case["history"])
         assert sample_sequence(persona, history, tokenizer, model, args) == case["ids"]
-        # … and when the first words are given.
+        # The reply stays the same if its first words are given.
         assert sample_sequence(persona, history, tokenizer, model, Namespace(**{**vars(args), "max_length": 9}),
                                current_output=case["ids"][:3]) == case["ids"]
 
 
 def test_word_probability(golden, tokenizer, model):
-    """The gpt2 figures hold the lookup without leading space: `after_space=False`, as --legacy_gpt2_words has it."""
+    """Look words up without a leading space, like --legacy_gpt2_words, because the gpt2 recordings did so."""
     shares, special = WordShares(dict(golden["word_freq"]), tokenizer, after_space=False), Specials.of(tokenizer)
     known = 0
     assert len(golden["word_probability"]) == 16
@@ -98,7 +98,7 @@ def test_top_filtering(golden):
     assert len(golden["top_filtering"]) == 6
     for case in golden["top_filtering"]:
         threshold = -float("inf") if case["threshold"] is None else case["threshold"]
-        logits = torch.tensor([case["logits"], case["logits"][::-1]])  # rows are filtered each on its own
+        logits = torch.tensor([case["logits"], case["logits"][::-1]])  # each row is filtered independently
         kept = top_filtering(logits, case["top_k"], case["top_p"], threshold).isfinite()
         assert kept[0].nonzero().flatten().tolist() == case["kept"]
         assert kept[1].flip(0).nonzero().flatten().tolist() == case["kept"]

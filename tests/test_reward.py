@@ -1,4 +1,4 @@
-"""Reward models learn what people prefer."""
+"""Test reward models, which learn what people prefer."""
 
 import json
 import math
@@ -16,8 +16,8 @@ from feedback.pairs import held_out
 from feedback.snapshot import FILE
 
 
-def test_the_reward_is_scaled_on_held_out_replies_and_its_accuracy_is_theirs(world, pairs, judged):
-    """From the folder alone, by another way: one reply a row, the division drawn again."""
+def test_scale_and_accuracy_on_held_out_pairs(world, pairs, judged):
+    """Recompute scale and accuracy from the folder: score one reply per row, and divide the pairs again."""
     figures = json.loads((judged / "reward" / "reward.json").read_text())
     better, _ = answers_of.majority_preferences(pairs, answers_of.read_answers([judged / "answers.jsonl"], pairs))
     apart = held_out(pairs.values(), 0.3, 1)
@@ -36,7 +36,7 @@ def test_the_reward_is_scaled_on_held_out_replies_and_its_accuracy_is_theirs(wor
 
 
 def test_the_reward_model_learns_what_people_prefer(pairs, judged):
-    """Of the pairs it has learnt from, it knows nearly all: the longer one."""
+    """Score the training pairs: nearly always the longer reply wins, as people preferred."""
     model = reward.RewardModel(str(judged / "reward"))
     apart = held_out(pairs.values(), 0.3, 1)
     kept = [pair for pair in pairs.values() if pair["pair"] not in apart]
@@ -45,7 +45,7 @@ def test_the_reward_model_learns_what_people_prefer(pairs, judged):
     assert sum(row[best] > row[1 - best] for row, best in zip(scores, longer, strict=True)) >= 0.9 * len(kept)
 
 
-def test_a_killed_reward_training_goes_on_to_the_same_weights(world, judged, tmp_path, monkeypatch):
+def test_a_killed_reward_training_resumes_exactly(world, judged, tmp_path, monkeypatch):
     (tmp_path / "answers.jsonl").write_bytes((judged / "answers.jsonl").read_bytes())
     arguments = reward_flags(world, judged, reward=str(tmp_path / "reward"), save_every=5)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -62,7 +62,7 @@ def test_a_killed_reward_training_goes_on_to_the_same_weights(world, judged, tmp
         assert (tmp_path / "reward" / name).read_bytes() == (judged / "reward" / name).read_bytes()
 
 
-def test_a_damaged_snapshot_is_passed_over(world, judged, tmp_path, monkeypatch, caplog):
+def test_a_damaged_snapshot_is_skipped(world, judged, tmp_path, monkeypatch, caplog):
     arguments = reward_flags(world, judged, reward=str(tmp_path / "reward"), save_every=2, n_epochs=1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_after(patch, reward, 2)
@@ -77,8 +77,8 @@ def test_a_damaged_snapshot_is_passed_over(world, judged, tmp_path, monkeypatch,
     assert models[0] == models[1]
 
 
-def test_no_slip_is_final(world, judged, tmp_path):
-    """A command that fails for a mistyped name leaves nothing behind that refuses the corrected one."""
+def test_a_failed_command_leaves_nothing_behind(world, judged, tmp_path):
+    """Fail with mistyped names, then run the corrected command in the same folder."""
     missing = str(tmp_path / "missing.jsonl")
     right = {"reward": str(tmp_path / "reward"), "n_epochs": 1}
     for wrong in ({"model_checkpoint": missing}, {"pairs": missing}, {"answers": [missing]}, {"held_out": 1.0}):
@@ -96,12 +96,12 @@ def test_no_slip_is_final(world, judged, tmp_path):
         assert (policy.train_policy(policy_flags(world, tmp_path / algorithm, judged, *right)) / FILE).exists()
 
 
-def test_a_folder_with_a_model_that_was_made_otherwise_is_not_called_finished(world, judged):
+def test_a_folder_with_another_model_is_refused(world, judged):
     with pytest.raises(InputError, match="run: holds a model from elsewhere; name another folder"):
         policy.train_policy(policy_flags(world, world / "run", judged))
 
 
-def test_a_reward_model_of_coin_flips_is_warned_of(world, pairs, tmp_path, caplog):
+def test_a_reward_model_of_coin_flips_warns(world, pairs, tmp_path, caplog):
     draw = random.Random(0)
     answered(tmp_path, *(answer(name, draw.randrange(2)) for name in pairs))
     arguments = reward_flags(world, tmp_path, n_epochs=1)
@@ -115,7 +115,7 @@ def test_a_reward_model_of_coin_flips_is_warned_of(world, pairs, tmp_path, caplo
 
 
 def test_wilson_interval():
-    """Against the definition: the shares at whose normal approximation the seen share is 1.96 deviations off."""
+    """Check the definition: each bound is the share from which the observed share is 1.96 standard deviations away."""
     for right, total in [(0, 10), (7, 10), (447, 513), (10, 10)]:
         low, high = reward.wilson_interval(right, total)
         for bound in (low, high):

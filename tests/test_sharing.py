@@ -1,4 +1,4 @@
-"""What one request may do to others: its faults, its length, its memory and its number stay its own."""
+"""Test that one client's faults, long requests, memory and number of requests do not harm other clients."""
 
 import statistics
 
@@ -24,8 +24,8 @@ def long_context(tokens: int):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_row_without_numbers_ends_alone(beams):
-    """A token whose embedding is no number spoils whoever reads it, then and later, and nobody else."""
+def test_a_row_of_nan_ends_alone(beams):
+    """Make a token's embedding NaN: replies to contexts with this token end in an error, and no others change."""
     model, options = small_model("llama", 3), [asked(seed=seed, max_length=12, min_length=12) for seed in (1, 2)]
     expected = []
     for one in options:
@@ -35,7 +35,7 @@ def test_a_row_without_numbers_ends_alone(beams):
     with torch.no_grad():
         model.get_input_embeddings().weight[poison] = torch.nan
     decoder = Decoder(model, SPECIAL, max_batch=8)
-    for _ in range(2):  # the second time where the spoilt rows lay
+    for _ in range(2):  # the second time in the memory of the failed rows
         bad = [decoder.submit(build_context([], [[3, poison]], SPECIAL), asked(num_beams=beams)) for _ in range(3)]
         good = [decoder.submit(SHORT, one) for one in options]
         ended(*good, *bad)
@@ -49,7 +49,8 @@ def test_a_row_that_cannot_be_computed_ends_alone():
     good = decoder.submit(SHORT, asked(max_length=200, min_length=200))
     until(lambda: good.tokens, "its first token")
     bad = decoder.submit(build_context([], [[VOCABULARY + 1]], SPECIAL), asked())  # there is no such token
-    forbidden = decoder.submit(SHORT, asked(max_length=100, min_length=100, no_repeat_ngram_size=1))  # all, in the end
+    # Words may not repeat, so in the end none is left:
+    forbidden = decoder.submit(SHORT, asked(max_length=100, min_length=100, no_repeat_ngram_size=1))
     ended(good, bad, forbidden)
     assert (good.finish, bad.finish, forbidden.finish) == ("length", "error", "error")
     torch.manual_seed(1)
@@ -59,8 +60,8 @@ def test_a_row_that_cannot_be_computed_ends_alone():
 
 
 @pytest.mark.parametrize("family", ["openai-gpt", "gpt2", "qwen2", "gemma2"])
-def test_a_context_read_in_pieces_is_the_whole(family):
-    """The logits after a long context, computed in pieces beside other rows, are those of one forward pass."""
+def test_contexts_may_be_read_in_pieces(family):
+    """Compare the logits after a long context, computed in pieces beside other rows, with one forward pass."""
     model = small_model(family, 3)
     let_attend_by_row_(model)
     cache = KeyValues.of(model)
@@ -81,8 +82,8 @@ def test_a_context_read_in_pieces_is_the_whole(family):
     torch.testing.assert_close(logits[ready.index(rows[0])], whole, rtol=2e-4, atol=2e-4)
 
 
-def test_a_long_context_is_read_between_the_steps_of_others():
-    """While 6,000 tokens are read, a neighbour goes on; a short newcomer does not wait for the end of it either."""
+def test_long_contexts_are_read_between_steps():
+    """Read 6,000 tokens: a neighbour's reply continues meanwhile, and a short new request does not wait for the end."""
     decoder = Decoder(small_model("gpt2", 1), SPECIAL)
     neighbour = decoder.submit(SHORT, asked(max_length=LONG, min_length=LONG), Client("a"))
     until(lambda: len(neighbour.tokens) > 20, "some tokens")
@@ -98,8 +99,8 @@ def test_a_long_context_is_read_between_the_steps_of_others():
     decoder.close()
 
 
-def test_the_piece_follows_the_time_that_steps_take():
-    """Twice a usual step at most: longer ones halve the piece, shorter ones let it grow."""
+def test_the_piece_adapts_to_step_times():
+    """Report step times: more than twice the usual time halves the piece, and shorter steps let it grow."""
     from web.batching import LEAST_READ, MOST_READ, Pace
 
     pace = Pace()
@@ -112,11 +113,11 @@ def test_the_piece_follows_the_time_that_steps_take():
     for _ in range(40):
         pace.took(0.15, int(pace.tokens), 3)
     assert pace.tokens == MOST_READ
-    pace.took(9.0, 256, 0)  # where nobody waits for a token, it may take long
+    pace.took(9.0, 256, 0)  # a step may take long if no reply waits for a token
     assert pace.tokens == MOST_READ
 
 
-def test_memory_follows_what_is_decoding():
+def test_memory_grows_and_shrinks_with_the_replies():
     decoder = Decoder(small_model("gpt2", 1), SPECIAL, max_batch=20)
     cache, token = decoder.cache, decoder.cache.token_bytes
     assert cache.bytes == 0
@@ -136,8 +137,8 @@ def test_memory_follows_what_is_decoding():
     decoder.close()
 
 
-def test_rows_are_moved_so_that_few_shelves_are_left():
-    """Of three shelves with 24 sequences, of which three stay, one shelf stays, and replies do not notice."""
+def test_rows_move_to_fewer_shelves():
+    """Fill three shelves with 24 sequences, of which three continue: one shelf remains, and no reply changes."""
     model = small_model("gpt2", 1)
     decoder = Decoder(model, SPECIAL, max_batch=24)
     stay = [decoder.submit(SHORT, asked(seed=seed, max_length=450, min_length=450)) if seed % 8 == 3 else
@@ -154,17 +155,17 @@ def test_rows_are_moved_so_that_few_shelves_are_left():
     decoder.close()
 
 
-def test_who_needs_more_memory_than_is_left_waits_and_who_needs_more_than_there_is_is_told():
+def test_requests_wait_for_memory_or_are_refused():
     model = small_model("gpt2", 1)
-    token = 2 * 2 * 32 * 4  # layers, keys and values, numbers, bytes
-    decoder = Decoder(model, SPECIAL, memory=3)  # MiB: 6,144 tokens
+    token = 2 * 2 * 32 * 4  # layers × (keys and values) × numbers × bytes
+    decoder = Decoder(model, SPECIAL, memory=3)  # MiB, for 6,144 tokens
     assert decoder.cache.token_bytes == token
     with pytest.raises(InputError, match=r"needs 4 MiB of memory, and --memory allows 3; ask for fewer tokens"):
         decoder.submit(long_context(4200), asked(max_length=LONG))
     first = decoder.submit(SHORT, asked(max_length=LONG, min_length=LONG))
     until(lambda: first.tokens, "its start")
     second = decoder.submit(long_context(3000), asked(max_length=1))
-    third = decoder.submit(SHORT, asked(max_length=5), Client("b"))  # for which there is room
+    third = decoder.submit(SHORT, asked(max_length=5), Client("b"))  # this request fits
     ended(third)
     assert second in decoder.waiting and not second.finish
     assert decoder.cache.bytes <= 3 << 20
@@ -174,9 +175,12 @@ def test_who_needs_more_memory_than_is_left_waits_and_who_needs_more_than_there_
     decoder.close()
 
 
-def test_one_clients_crowd_leaves_others_their_share():
-    """Forty streams of one address fill batch and queue; another address comes in at once, and is not slowed by more
-    than a share of them; of its own crowd a client loses the last."""
+def test_a_crowding_client_leaves_others_their_share():
+    """Fill batch and queue with forty streams from one address.
+
+    A request from another address starts at once and gets its share of the steps; the crowding client loses its latest
+    requests.
+    """
     decoder = Decoder(small_model("gpt2", 1), SPECIAL, max_batch=8, max_waiting=32)
     crowd = []
     for number in range(40):
@@ -192,15 +196,15 @@ def test_one_clients_crowd_leaves_others_their_share():
         ended(honest)
         assert honest.finish == "length"
         gained = sum(len(reply.tokens) for reply in crowd) - sum(start)
-        # A quarter of 8 rows in each of its 20 steps, and all 8 in the few before this thread looks again; of a batch
-        # without shares it would be all 8 in every step, 160.
+        # The crowd gets a quarter of 8 rows in each of the 20 steps, and all 8 in the few steps before this thread
+        # looks again. Without shares it would get all 8 in every step, 160 in total.
         assert gained <= 20 * 2 + 8 * 8
     lost = [reply for reply in crowd if reply.finish]
     assert lost and all(reply.finish == "busy" and not reply.tokens for reply in lost) and crowd[-1] in lost
     decoder.close()
 
 
-def test_keys_at_one_address_share_what_it_gets():
+def test_keys_share_the_part_of_their_address():
     decoder = Decoder(small_model("gpt2", 1), SPECIAL, max_batch=4, max_waiting=8)
     crowd = []
     for number in range(12):
@@ -208,14 +212,14 @@ def test_keys_at_one_address_share_what_it_gets():
         if number < 4:
             until(lambda: not decoder.waiting, "its place in the batch")
     other = decoder.submit(SHORT, asked(max_length=3), Client("a", "two"))
-    crowd[0].cancelled = True  # a place is free, and there are eight who came before
+    crowd[0].cancelled = True  # one place is free, and eight earlier requests wait
     ended(other)
     assert sum(reply.finish == "busy" for reply in crowd) == 1
     decoder.close()
 
 
-def test_a_key_comes_into_a_batch_that_another_at_its_address_has_filled():
-    """As behind a proxy, whose address all have; what one address can take is bounded, so that others come in, too."""
+def test_a_second_key_enters_a_full_batch():
+    """Use many keys at one address, as behind a proxy. The address is bounded too, so that others get in."""
     decoder = Decoder(small_model("gpt2", 1), SPECIAL, max_batch=8, max_waiting=32)
     endless = asked(max_length=LONG, min_length=LONG)
     crowd = [decoder.submit(SHORT, endless, Client("a", "one")) for _ in range(12)]
@@ -234,8 +238,8 @@ def test_a_key_comes_into_a_batch_that_another_at_its_address_has_filled():
 
 
 def test_no_client_takes_all_memory():
-    """Long replies of one client, and of made-up ones at its address, leave room for another's."""
-    decoder = Decoder(small_model("gpt2", 1), SPECIAL, memory=16)  # MiB: 32,768 tokens
+    """Request long replies with one key and with made-up keys: other clients still get memory."""
+    decoder = Decoder(small_model("gpt2", 1), SPECIAL, memory=16)  # MiB, for 32,768 tokens
     endless = asked(max_length=LONG, min_length=LONG)
     crowd = [decoder.submit(SHORT, endless, Client("a", "one")) for _ in range(12)]
     for address, key in [("a", "two"), ("b", "")]:
@@ -255,7 +259,7 @@ def test_an_ipv6_network_is_one_client():
     assert Client.at("127.0.0.1", "k") == Client("127.0.0.1", "k") != Client.at("127.0.0.1")
 
 
-def test_a_server_that_stops_goes_on_with_what_it_has_begun():
+def test_a_stopping_server_finishes_its_replies():
     decoder = Decoder(small_model("gpt2", 1), SPECIAL, max_batch=1)
     begun = decoder.submit(SHORT, asked(max_length=60, min_length=60))
     until(lambda: begun.tokens, "its first token")
@@ -269,10 +273,8 @@ def test_a_server_that_stops_goes_on_with_what_it_has_begun():
     decoder.close()
 
 
-def test_gaps_of_a_neighbour_are_steps():
-    """The time between a neighbour's tokens while contexts of all sizes come: no gap is that of a whole context.
-
-    No clock decides: what is compared is how many tokens were read between two of its tokens."""
+def test_reading_contexts_delays_neighbours_little():
+    """Count the tokens that are read between two tokens of a neighbour, instead of measuring time."""
     decoder = Decoder(small_model("gpt2", 1), SPECIAL)
     read, seen = [], [0]
 

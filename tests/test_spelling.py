@@ -1,21 +1,16 @@
-"""How replies of GPT-1 read: its tokenizer sets words apart, and what a person sees has them joined again."""
+"""Test how GPT-1's replies read: its tokenizer separates parts of words, and `readable` joins them again."""
 
 import json
 import re
 
 import pytest
-from conftest import TINY, shared
+from conftest import shared
 from hypothesis import given
 from hypothesis import strategies as st
 
 from decoding import readable
 from metrics import f1_score
 from tokenization import get_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return get_tokenizer(str(TINY))
 
 
 @pytest.mark.parametrize("text", [
@@ -25,14 +20,14 @@ def tokenizer():
     "i m 20 , that s it", "cheers ! really ? wait . . . what", "'hi' , i said",
     "they couldve , i shouldn't've", "wouldn't've", "im",
 ])
-def test_what_was_split_is_joined(tokenizer, text):
-    """Full stops and commas stand at their word, as people write; two pronouns' spellings are one, "i m"."""
+def test_split_words_are_joined(tokenizer, text):
+    """Join the words, and attach full stops and commas. "im" and "i m" have the same tokens, and both read as "i m"."""
     wanted = re.sub(r" ([.,?!])", r"\1", text)
     assert readable(tokenizer, tokenizer.encode(text)) == {"im": "i m"}.get(text, wanted)
 
 
-def test_the_gold_replies_read_as_they_are_written():
-    """All 3,907 of the validation split, but for fifteen "can not" and "who s", which read as "cannot" and "whos"."""
+def test_gold_replies_read_as_written():
+    """Read all 3,907 validation replies; only fifteen differ, in which "can not" or "who s" loses its space."""
     tokenizer = get_tokenizer(str(shared("golden/run-2019-openai-gpt")))
     corpus = json.loads(shared("data/personachat/personachat_self_original.json").read_text("utf-8"))
     gold = [turn["candidates"][-1] for entry in corpus["valid"] for turn in entry["utterances"]]
@@ -45,8 +40,8 @@ def test_the_gold_replies_read_as_they_are_written():
 
 @given(st.lists(st.sampled_from(["'", "i", "'d", "dogs", "gon", "na", "can", "not", ".", ",", "n't", "do", "hi", "'s"]),
                 max_size=12))
-def test_a_reply_that_goes_on_changes_its_last_word_alone(tokenizer, words):
-    """So that a reply can be printed while it is decoded."""
+def test_a_growing_reply_changes_only_its_last_word(tokenizer, words):
+    """Extend a reply word by word, as when it is printed while it is decoded: earlier words stay the same."""
     printed = ""
     for number in range(1, len(words) + 1):
         text = tokenizer.clean_up_tokenization(" ".join(words[:number]))

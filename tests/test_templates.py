@@ -1,4 +1,4 @@
-"""Models with a chat template of their own that were never trained with our control tokens."""
+"""Test models with their own chat template that were never trained with our control tokens."""
 
 import json
 import time
@@ -6,12 +6,12 @@ import time
 import pytest
 import torch
 import transformers
-from conftest import SAMPLE, error_line, script
+from conftest import SAMPLE, error_line, script, smollm2
 
 import demo
 from cli import InputError
 from decoding import Decoding, decoded, fitted_context, generate_replies, load_checkpoint
-from pretrained import find_smollm2, loading_arguments
+from pretrained import loading_arguments
 from templates import tokens_for_chat
 from web.bot import Bot
 
@@ -22,13 +22,9 @@ NO_SYSTEM = ("{% for message in messages %}{% if message['role'] == 'system' %}{
 
 @pytest.fixture(scope="module")
 def instruct(tmp_path_factory):
-    """A small Llama of random weights with the tokenizer and template of a real instruct model, as on the hub."""
-    try:
-        source = find_smollm2()
-    except InputError as error:
-        pytest.skip(str(error))
+    """Make a small random Llama with the tokenizer and template of a real instruct model, as on the hub."""
     folder = tmp_path_factory.mktemp("hub") / "instruct"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**loading_arguments(source))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**loading_arguments(smollm2()))
     tokenizer.save_pretrained(folder)
     torch.manual_seed(3)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -43,7 +39,7 @@ def messages(texts: list[str]) -> list[dict]:
             *({"role": role, "content": text} for role, text in zip(roles, texts, strict=True))]
 
 
-def test_the_prompt_and_the_reply_are_those_of_plain_transformers(instruct):
+def test_prompts_and_replies_equal_transformers(instruct):
     model, tokenizer = load_checkpoint(str(instruct))
     special = tokens_for_chat(tokenizer)
     own = transformers.AutoTokenizer.from_pretrained(instruct)
@@ -51,7 +47,7 @@ def test_the_prompt_and_the_reply_are_those_of_plain_transformers(instruct):
                                        add_generation_prompt=True, return_dict=True)["input_ids"]
     context = fitted_context(model, tokenizer.encode_persona(PERSONA), [tokenizer.encode(text) for text in SAID],
                              special, 20)
-    assert context.ids == expected and expected.count(own.eos_token_id) == 4  # of four messages, none in a text
+    assert context.ids == expected and expected.count(own.eos_token_id) == 4  # one per message
     plain = transformers.LlamaForCausalLM.from_pretrained(instruct)
     for seed in range(3):
         ids = [[*expected, 5 + seed]]
@@ -63,7 +59,7 @@ def test_the_prompt_and_the_reply_are_those_of_plain_transformers(instruct):
     assert own.eos_token not in decoded(tokenizer, [40, own.eos_token_id, 41])
 
 
-def test_what_does_not_fit_goes_oldest_first(instruct):
+def test_long_conversations_lose_their_oldest_messages(instruct):
     model, tokenizer = load_checkpoint(str(instruct), max_len=80)
     special = tokens_for_chat(tokenizer)
     said = [tokenizer.encode(text) for text in ("the first thing " * 10, "an answer " * 5, "the last thing")]
@@ -85,7 +81,7 @@ def test_a_template_without_system_messages(instruct):
         tokens_for_chat(tokenizer)
 
 
-def test_the_scripts_say_so_and_the_server_replies_alike(instruct, tmp_path):
+def test_scripts_and_server_use_the_template(instruct, tmp_path):
     chat = script("interact.py", "--model_checkpoint", instruct, "--personality", PERSONA[0], "--no_sample",
                   stdin="hello\n", cwd=tmp_path)
     assert "asked in its own chat template" in script.stderr

@@ -1,4 +1,4 @@
-"""The chat on a real terminal: labels, commands, and the keys that stop a reply, the chat and its start."""
+"""Test the chat on a real terminal: labels, commands, and keys that stop a reply, the chat or its start."""
 
 import fcntl
 import json
@@ -14,7 +14,7 @@ import time
 from conftest import LONG, ROOT, make_checkpoint, script
 
 
-def test_a_terminal_session_with_labels_commands_and_quiet_endings(trained, tmp_path):
+def test_a_terminal_session(trained, tmp_path):
     chat = ["interact.py", "--model_checkpoint", trained, "--personality", "i am a baker .", "--seed", "2"]
     for ending in (b"\x04", b"\x03"):
         screen, status = in_a_terminal(chat, [(b"Loading", b""), (b"you: ", b"  \r"), (b"line is empty", b""),
@@ -35,11 +35,11 @@ def test_a_terminal_session_with_labels_commands_and_quiet_endings(trained, tmp_
     assert [turn["history"][-1] for turn in entry["utterances"]] == ["hello", "what do you do ?"]
     assert entry["utterances"][1]["history"][1] == entry["utterances"][0]["candidates"][0]
     replies = [line.partition("bot: \x1b[0m")[2].strip() for line in screen.splitlines() if "bot: " in line]
-    assert replies[1:] == [turn["candidates"][0] for turn in entry["utterances"]]  # /retry took the first one back
+    assert replies[1:] == [turn["candidates"][0] for turn in entry["utterances"]]  # /retry removed the first reply
     assert "well-formed" in script("example_entry.py", "talk.json", cwd=tmp_path)
 
 
-def test_ctrl_c_stops_the_reply_and_then_ends_the_chat(tmp_path):
+def test_ctrl_c_stops_a_reply_then_the_chat(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "talker", n_layer=2, n_embd=64, n_positions=2 * LONG)
     screen, status = in_a_terminal(
         ["interact.py", "--model_checkpoint", checkpoint, "--personality", "i am .", "--seed", "2",
@@ -51,19 +51,19 @@ def test_ctrl_c_stops_the_reply_and_then_ends_the_chat(tmp_path):
     assert turn["history"] == ["hello"] and 0 < len(turn["candidates"][0].split()) < LONG // 2
 
 
-def test_ctrl_c_while_the_model_is_loaded_ends_quietly(trained, tmp_path):
+def test_ctrl_c_during_loading(trained, tmp_path):
     screen, status = in_a_terminal(["interact.py", "--model_checkpoint", trained, "--personality", "i am ."],
                                    [(b"Loading", b"\x03")], tmp_path)
     assert status == 130 and "Traceback" not in screen, screen
 
 
 def in_a_terminal(arguments, dialog, cwd, **env):
-    """Run a script on a pseudo-terminal: wait for each text, then type the answer. Returns screen and exit status."""
+    """Run a script on a pseudo-terminal: wait for each text, then type its answer; return screen and exit status."""
     ours, theirs = pty.openpty()
 
     def take_terminal() -> None:
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, a test run among them, ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell, such as test runs, ignore it
 
     process = subprocess.Popen([sys.executable, ROOT / arguments[0], *map(str, arguments[1:])], cwd=cwd,
                                stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
@@ -90,7 +90,7 @@ def in_a_terminal(arguments, dialog, cwd, **env):
                 assert time.monotonic() < deadline and (read(1) or process.poll() is None), screen.decode()
             seen = screen.index(text, seen) + len(text)
             if answer:
-                time.sleep(0.5)  # nobody types within a millisecond of the prompt, and CPython would miss that Ctrl-C
+                time.sleep(0.5)  # CPython misses a Ctrl-C within a millisecond of the prompt; people are slower
                 os.write(ours, answer)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
