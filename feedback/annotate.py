@@ -15,6 +15,7 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, repeat
 from pathlib import Path
 from threading import Lock
 
@@ -25,6 +26,7 @@ from feedback.answers import QUESTIONS, agreement, read_answers
 from feedback.pairs import append_json_lines, read_pairs
 from feedback.utterance_metrics import rule_score
 
+ASK = "Which reply is better?"
 KEYS = {"a": 0, "b": 1, "t": "tie", "x": "bad"}  # a: the reply that is shown first, b: second
 logger = logging.getLogger("feedback.annotate")
 
@@ -67,7 +69,10 @@ class Session:
         return next((name for name in self.order if (annotator, name) not in self.answered), None)
 
     def question(self, annotator: str) -> dict:
-        """Return what to show: ``pair``, ``context`` (speakers, texts), ``replies``, ``questions``, ``progress``."""
+        """Return what to show: ``pair``, ``context`` (speakers, texts), ``replies``, ``questions``, ``progress``.
+
+        ``ask`` is what to choose by. A reply may be a whole dialog of several lines (`feedback.ranking`).
+        """
         done = self.done(annotator)
         progress = f"{done:,} of {len(self.order):,} answered"
         if (name := self.next(annotator)) is None:
@@ -76,7 +81,7 @@ class Session:
         context = [["persona", text] for text in pair["persona"]]
         for back, text in zip(range(len(pair["history"]), 0, -1), pair["history"], strict=True):
             context.append(["person" if back % 2 else "bot", text])
-        return {"pair": name, "progress": progress, "context": context,
+        return {"ask": str(pair.get("ask", ASK)), "pair": name, "progress": progress, "context": context,
                 "replies": [pair["replies"][number]["text"] for number in self.sides(annotator, name)],
                 "questions": list(QUESTIONS) if self.questions else []}
 
@@ -153,8 +158,10 @@ def in_terminal(session: Session, annotator: str) -> None:
             for who, text in question["context"]:
                 print(textwrap.fill(printable(text), 100, initial_indent=f"{names[who]} ", subsequent_indent="    "))
             for letter, text in zip("AB", question["replies"], strict=True):
-                print(textwrap.fill(printable(text), 100, initial_indent=f"\n  {letter}  ", subsequent_indent="     "))
-            key = ask("\nThe better reply: a, b, t tie, x both bad, q stop?", (*KEYS, "q"))
+                marks = chain([f"\n  {letter}  "], repeat("     "))
+                for mark, line in zip(marks, text.splitlines(), strict=False):  # a dialog has several
+                    print(textwrap.fill(printable(line), 100, initial_indent=mark, subsequent_indent="     "))
+            key = ask(f"\n{question['ask']} a, b, t tie, x both bad, q stop?", (*KEYS, "q"))
             if key == "q":
                 break
             details = {name: ask(f"  {name}: a, b, t?", "abt") for name in question["questions"]}
