@@ -72,7 +72,7 @@ class Checkpoints:
                 trainer.load_state_dict({"iteration": header["iteration"], "epoch_length": len(loader),
                                          "max_epochs": self.args.n_epochs})
                 trainer.state.step = header["step"]
-                logger.info("Going on after step %d", header["step"])
+                logger.info("Continuing after step %d", header["step"])
                 if header["iteration"] and header["iteration"] % len(loader) == 0 and header["nll"] is None:
                     trainer.fire_event(Events.EPOCH_COMPLETED)  # the run was stopped before this epoch's validation
             if trainer.state.iteration < self.args.n_epochs * len(loader):

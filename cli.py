@@ -21,13 +21,15 @@ LARGEST_NUMBER = 2 ** 31 - 1  # numpy takes seeds up to 2 ** 32 - 1
 
 
 class InputError(Exception):
-    """The user gave something unusable. The message is one line that names the thing, the place and the cure."""
+    """An error that the user can correct. The message is one line that names the thing, the place and the cure."""
 
 
 def say_start() -> None:
-    """Say in a terminal that a script has started, before the imports that take it seconds, and let Ctrl-C end these
-    quietly; `command` takes over from here."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell's background job, which ignores it
+    """Print in a terminal that the script has started, and let Ctrl-C end it without a traceback.
+
+    Call this before imports that take seconds; `command` replaces this handling of Ctrl-C.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs of a shell ignore Ctrl-C
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     if sys.stdin.isatty() and sys.stdout.isatty() and not {"-h", "--help"} & {*sys.argv}:
         print("Loading the model …", flush=True)
@@ -38,7 +40,7 @@ def command(main: Callable[[], Any]) -> None:
 
     An `InputError` and an unusable file end the script with one line on standard error and status 2. As with the
     shell's own commands, Ctrl-C gives status 130 and a closed output pipe 141. Error messages and log records are
-    stripped of control characters, which a terminal might obey; a letter that the terminal cannot show becomes "?".
+    stripped of control characters, which a terminal might obey; a character that the terminal cannot show becomes "?".
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,6 @@
 """Recognise the columns of a table, or the keys of a flat record, by their names in many languages.
 
-Knows names and how a file begins; reads no file.
+This file knows names and the beginnings of files; it reads no file.
 """
 
 import re
@@ -29,7 +29,7 @@ COLUMN_NAMES = {
 }
 NUMBERED_STEMS = {"", "turn", "utterance", "utt", "message", "msg", "line", "sentence", "speaker", "person", "round",
                   "text"}
-HEADLINE = "sep="  # how a table of Excel's may begin, and then its delimiter
+HEADLINE = "sep="  # a table from Excel may begin with this and the delimiter
 
 def column_key(name: str) -> str:
     """Return a column's name in lower case, with underscores for spaces and punctuation."""
@@ -86,7 +86,7 @@ def is_row(record: object) -> bool:
 
 
 def is_utterance(record: object) -> bool:
-    """Whether this is one utterance of a dialog with a name. ``record``: a value of JSON."""
+    """Return whether a value of JSON is one utterance of a named dialog."""
     if not isinstance(record, dict):
         return False
     names = [key for key, value in record.items() if isinstance(value, str | int)]
@@ -113,7 +113,7 @@ def is_table(lines: list[str], name: str) -> bool:
         {"text", "dialog"} <= columns.keys())
     fields = [line.split(delimiter) for line in written[1:]]
     again = any(len(row) == len(header) and any(row[at].strip() == header[at] for at in columns.values())
-                for row in fields)  # names of columns do not stand in them
+                for row in fields)  # a cell that repeats the column's name: the first line is no header
     if len(header) > 1 and known and not again and all(len(field) < 40 for field in header):
         return True
     return re.search(r"\.csv(\.gz)?$", name, re.IGNORECASE) is not None or (

@@ -1,4 +1,4 @@
-"""The ConvAI2 metrics over the validation split: hits@1, perplexity, F1; and the same model as a ParlAI agent.
+"""Compute ConvAI2's metrics on the validation split: hits@1, perplexity and F1; also run the model as a ParlAI agent.
 
     python convai_evaluation.py --eval_type hits@1 --model_checkpoint RUN
     parlai eval_model -m convai_evaluation:TransformerAgent -t convai2 --model_checkpoint RUN
@@ -53,7 +53,7 @@ from words import UNSPACED, normalized
 
 try:
     from parlai.core.agents import Agent
-except ImportError:  # ParlAI lives in an environment of its own, `make parlai`; all else here does without
+except ImportError:  # only `TransformerAgent` needs ParlAI, which `make parlai` installs separately
     Agent = object
 
 logger = logging.getLogger("convai_evaluation")
@@ -65,7 +65,7 @@ logger = logging.getLogger("convai_evaluation")
 @torch.inference_mode()
 def choice_scores(model: DoubleHeadsModel, dataset: TurnDataset, batch_size: int = 16,
                   fp16: str = "") -> Iterator[tuple[int, dict]]:
-    """For each turn its number; ``scores``, one per candidate in the data's order; the best candidate as ``reply``."""
+    """Yield each turn's number, and its ``scores``, one per candidate, with the best candidate as the ``reply``."""
     loader, device = get_loader(dataset, dataset.lengths()[0], batch_size), str(model.device)
     for turns, batch in zip(loader.batch_sampler, loader, strict=True):
         with autocast(device, fp16):
@@ -82,14 +82,17 @@ SMOOTHING = 5  # added to each word's count, as in 2019
 
 
 class WordShares:
-    """Word probabilities by ConvAI2's protocol, from a model that predicts pieces of words.
+    """Word probabilities by ConvAI2's protocol, for a model that predicts pieces of words.
 
-    The probability of a word is that of its first piece, shared out among all dictionary words with this first piece
-    in proportion to their counts + 5. So the model need not look into the rest of the word.
+    The probability of a piece is divided among all dictionary words that begin with it, in proportion to their counts
+    + 5. So the later pieces of a word are not needed.
     """
 
     def __init__(self, counts: Mapping[str, int], tokenizer: Tokenizer, after_space: bool):
-        """``after_space``: for words within a reply; else for its first word, which GPT-2 spells in other pieces."""
+        """Divide the dictionary's words by first piece. ``after_space``: their pieces within a reply, not at its start.
+
+        GPT-2 spells the first word of a reply in other pieces.
+        """
         pieces, shares = {}, defaultdict(int)
         for word in counts:
             pieces[word] = tokenizer.first_piece(word, after_space)
@@ -100,23 +103,23 @@ class WordShares:
         self.pieces = torch.tensor(sorted({piece for piece, _ in self.share.values()}), dtype=torch.long)
 
     def probabilities(self, logits: torch.Tensor) -> dict[str, float]:
-        """All words' probabilities from next-token logits (vocabulary,); their sum is the dictionary's total mass."""
+        """Return the probability of each word, given next-token logits (vocabulary,). The sum may be less than 1."""
         piece_probabilities = logits.float().softmax(-1).tolist()
         return {word: piece_probabilities[piece] * share for word, (piece, share) in self.share.items()}
 
 
 class WordRow:
-    """A turn packed so that one pass predicts every token and every whole word of its gold reply.
+    """A turn packed so that one pass predicts every token and every whole word of the gold reply.
 
-    The protocol tokenises the words before each word anew. Mostly that is a beginning of the tokenised reply, and the
-    word is predicted there; where it is not, those tokens get a segment of their own in the row.
+    For each word, the protocol tokenises the words before it anew. Mostly this gives a beginning of the tokenised
+    reply, and the word is predicted there. Otherwise these tokens get a segment of their own in the row.
     """
 
     def __init__(self, dataset: TurnDataset, turn: int, words: list[str], beginnings: list[list[int]]):
-        """``beginnings``: token ids of the first 0, 1, … words of ``words``."""
+        """Pack a turn. ``beginnings``: the token ids of the first 0, 1, … words of the reply's ``words``."""
         gold = dataset.split.token_ids("candidates", turn)[-1]
         segments = [gold]
-        place = []  # of each word: the segment, and how many of its tokens stand before the word
+        place = []  # for each word: the segment, and the number of its tokens before the word
         for beginning in reversed(beginnings):
             host = next((n for n, ids in enumerate(segments) if ids[:len(beginning)] == beginning), None)
             if host is None:
@@ -128,23 +131,23 @@ class WordRow:
         self.words = []  # (word, index in the row of the token that predicts it)
         for word, (host, length) in zip(words, reversed(place), strict=True):
             start = ends[host] - 1 - min(len(segments[host]), longest)
-            if start + length < ends[host]:  # else cut off, in a reply longer than the model
+            if start + length < ends[host]:  # otherwise cut off, because the reply is too long for the model
                 self.words.append((word, start + length))
-                self.row.labels[start + length + 1] = max(self.row.labels[start + length + 1], 0)  # asks for logits
+                self.row.labels[start + length + 1] = max(self.row.labels[start + length + 1], 0)  # requests logits
         self.tokens = range(ends[0] - min(len(gold), longest), ends[0] + 1)
         self.cut = len(words) - len(self.words)
 
 
 def word_shares(counts: Mapping[str, int], tokenizer: Tokenizer,
                 legacy_gpt2_words: bool) -> tuple[WordShares, WordShares]:
-    """For the first word of a reply, and for all others; with ``legacy_gpt2_words`` the same, as in 2019."""
+    """Return the `WordShares` of a reply's first word and of all others; ``legacy_gpt2_words`` makes both the same."""
     if any(re.search(f"[{UNSPACED}]", word) for word in counts):
-        logger.warning("Word PPL takes what stands between spaces for words, so of Chinese and Japanese whole clauses; "
-                       "compare models by Token PPL there")
+        logger.warning("Word PPL splits words at spaces, so Chinese and Japanese clauses count as single words; "
+                       "compare models by Token PPL")
     first, later = (WordShares(counts, tokenizer, after_space) for after_space in (False, not legacy_gpt2_words))
     if later.unspellable:
-        logger.warning("%s of the dictionary's %s words begin with what the tokenizer cannot spell, such as %s: they "
-                       "count as unknown", f"{len(later.unspellable):,}", f"{len(counts):,}",
+        logger.warning("%s of the dictionary's %s words count as unknown, because the tokenizer cannot spell how they "
+                       "begin, for example %s", f"{len(later.unspellable):,}", f"{len(counts):,}",
                        ", ".join(map(repr, later.unspellable[:3])))
     return first, later
 
@@ -152,7 +155,7 @@ def word_shares(counts: Mapping[str, int], tokenizer: Tokenizer,
 def gold_likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: Tokenizer, counts: Mapping[str, int],
                      batch_size: int = 16, fp16: str = "", legacy_gpt2_words: bool = False,
                      ) -> Iterator[tuple[int, dict]]:
-    """For each turn its number and `likelihoods`, under the dictionary of ``counts``."""
+    """Yield each turn's number and `likelihoods`. ``counts``: the dictionary's words with their counts."""
     shares = word_shares(counts, tokenizer, legacy_gpt2_words)
     for turns in map(np.ndarray.tolist, LengthBatches(dataset.lengths()[0], batch_size)):
         yield from zip(turns, likelihoods(model, dataset, turns, tokenizer, shares, fp16), strict=True)
@@ -161,10 +164,10 @@ def gold_likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: T
 @torch.inference_mode()
 def likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, turns: list[int], tokenizer: Tokenizer,
                 shares: tuple[WordShares, WordShares], fp16: str = "") -> list[dict]:
-    """How likely the gold replies of a batch of turns are, in nats.
+    """Measure the negative log-likelihoods of the gold replies of a batch of turns, in nats.
 
-    Of each: ``nll`` over ``tokens``, ``<eos>`` included; ``word_nll`` over ``words``, those that the dictionary has;
-    ``unknown_words``: how many it has not, which are left out, as the protocol does.
+    Return for each turn: ``nll``, summed over the number ``tokens`` of tokens including ``<eos>``; ``word_nll``, summed
+    over the number ``words`` of words in the dictionary; and the number of ``unknown_words``, which the protocol skips.
     """
     replies = [split_words(dataset.split.texts("candidates", turn)[-1]) for turn in turns]
     beginnings = iter(tokenize(tokenizer, [" ".join(words[:n]) for words in replies for n in range(len(words))]))
@@ -175,7 +178,7 @@ def likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, turns: list[int],
     with autocast(device, fp16):
         out = model(**{name: tensor.to(device) for name, tensor in batch.items()})
     at = {place: n for n, place in enumerate(map(tuple, (batch["labels"][:, 1:] != IGNORED).nonzero().tolist()))}
-    # Only three numbers are wanted a place; they are gathered on the device and fetched at once.
+    # Each place needs only three numbers; they are gathered on the device and copied in one transfer.
     logits, records = out.logits, []
     masses = [logits[:, one.pieces.to(logits.device)].logsumexp(-1).tolist() for one in shares]
     gold = [[(at[n, place - 1], row.row.input_ids[place]) for place in row.tokens] for n, row in enumerate(rows)]
@@ -195,7 +198,7 @@ def likelihoods(model: DoubleHeadsModel, dataset: TurnDataset, turns: list[int],
 
 
 def _gather(logits: torch.Tensor, places: list[tuple[int, int]]) -> list[float]:
-    """``logits[line, column]`` of each place."""
+    """Return ``logits[line, column]`` for each place."""
     lines, columns = torch.tensor(places, dtype=torch.long, device=logits.device).reshape(-1, 2).T
     return logits[lines, columns].tolist()
 
@@ -210,7 +213,7 @@ def _negative_log_softmax(logits: torch.Tensor, places: list[tuple[int, int]]) -
 
 def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: Tokenizer, decoding: Decoding,
             batch_size: int) -> Iterator[tuple[int, dict]]:
-    """For each turn its number and the generated ``reply``; seeded by ``decoding.seed``, 0 as any other."""
+    """Yield each turn's number and the generated ``reply``. A ``decoding.seed`` of 0 is a seed like any other here."""
     torch.manual_seed(decoding.seed)
     special = tokens_for_chat(tokenizer)
     for start in range(0, len(dataset), batch_size):  # neighbours are turns of one dialog and share their beginning
@@ -226,16 +229,16 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: Tokenizer,
 
 
 def require_training(args: Namespace, tokenizer: Tokenizer) -> None:
-    """Refuse to measure what a model has never been trained for: to choose, and to predict behind control tokens."""
+    """Raise `InputError` if hits@1 or perplexity is asked of a model that has no trained heads or control tokens."""
     if tokenizer.own_names and args.eval_type != "f1":
         raise InputError(f"--eval_type {args.eval_type}: {args.model_checkpoint} has never been trained with the "
-                         "control tokens of this project, nor has it a choice head; train it (train.py "
-                         "--model_checkpoint), or let --eval_type f1 ask it in its own chat template")
+                         "control tokens and the choice head of this project; train it (train.py --model_checkpoint), "
+                         "or use --eval_type f1, which uses the model's own chat template")
 
 
 def evaluate(args: Namespace) -> dict[str, float]:
-    """Run ``--eval_type`` over the validation split and return its figures by name."""
-    if args.predictions:  # whether it can be written is better known before the work than after
+    """Evaluate the model on the validation split, as ``--eval_type`` says, and return the figures by name."""
+    if args.predictions:  # fail before the work if the file cannot be written
         with _writing(f"--predictions {args.predictions}"):
             open(args.predictions, "a").close()
     if args.report:
@@ -254,13 +257,13 @@ def evaluate(args: Namespace) -> dict[str, float]:
         return TurnDataset.for_model(model, split, tokenizer, num_candidates=num_candidates)
 
     def collect(stream: Iterator[tuple[int, dict]], name: str) -> list[dict]:
-        """Records in the order of the turns."""
+        """Return the records in the order of the turns."""
         collected: list[dict] = [{}] * split.num_turns
         for turn, record in tqdm(stream, total=split.num_turns, desc=name, unit=" turns"):
             collected[turn] = record
         return collected
 
-    all_candidates, gold_only = dataset(0), dataset(1)  # only the choice needs distractors
+    all_candidates, gold_only = dataset(0), dataset(1)  # only hits@1 needs distractors
     if too_long := (all_candidates if "hits@1" in kinds else gold_only).lengths()[1]:
         logger.warning("%s turns exceed the model's positions and lose some of their context", f"{too_long:,}")
     if "hits@1" in kinds:
@@ -272,18 +275,18 @@ def evaluate(args: Namespace) -> dict[str, float]:
         records["ppl"] = collect(likelihoods, "ppl")
         figures |= perplexities(records["ppl"])
     if "f1" in kinds:
-        model.to(half_dtype(args.device, args.fp16))  # decoding reads all weights for each token
+        model.to(half_dtype(args.device, args.fp16))  # faster: decoding reads all weights for each token
         runs = []
         for seed in range(args.seed, args.seed + args.seeds):
             decoding = Decoding.of(args).over(seed=seed)
             name = f"f1, seed {seed}" if args.seeds > 1 else "f1"
             records["f1"] = collect(replies(model, gold_only, tokenizer, decoding, args.batch_size), name)
             runs.append(reply_metrics(records["f1"], split, model.max_history))
-        figures |= {name: fmean(run[name] for run in runs) for name in runs[0]}  # F1 of replies, not of choices
+        figures |= {name: fmean(run[name] for run in runs) for name in runs[0]}  # replaces the F1 of the choices
         if args.seeds > 1:
             figures["F1 spread"] = stdev(run["F1"] for run in runs)
     if ranges := intervals(records, split):
-        logger.info("95 %% intervals, dialogs drawn anew 1,000 times: %s",
+        logger.info("95 %% intervals (bootstrap with 1,000 samples of dialogs): %s",
                     ", ".join(f"{name} {figure(low)} to {figure(high)}" for name, (low, high) in ranges.items()))
     if args.predictions:
         lines = [{"context": split.texts("history", turn), "gold": split.texts("candidates", turn)[-1]} |
@@ -311,13 +314,13 @@ def _writing(flag: str) -> Iterator[None]:
 
 
 class TransformerAgent(Agent):
-    """The model under ParlAI's own loop, or in ParlAI's interactive chat.
+    """A ParlAI agent, for ParlAI's evaluation loop and interactive chat.
 
-    With ``--eval_type hits@1`` it ranks the candidates that an observation brings (``text_candidates``, best first; of
-    equal scores the earlier first), else, or where there are none, it generates a reply. Gold replies of earlier
-    turns are its history where the task gives them, else what it said itself. ParlAI's convai2 task sends the
-    persona's sentences as lines of the first text, written without the space before the full stop that the published
-    JSON has; they are read with it.
+    With ``--eval_type hits@1`` the agent ranks the candidates of an observation (``text_candidates``, the best first;
+    on ties, the earlier one first). Otherwise, or without candidates, it generates a reply. The history has the gold
+    replies of earlier turns if the task gives them, otherwise the agent's own replies. ParlAI's convai2 task sends the
+    persona as lines of the first text; unlike the published JSON, it omits the space before a final full stop, so the
+    agent inserts this space.
     """
 
     @classmethod
@@ -343,7 +346,7 @@ class TransformerAgent(Agent):
             self.model, self.tokenizer = load_checkpoint(self.args.model_checkpoint, self.args.device,
                                                          self.args.max_len, half, self.args.max_history)
             torch.manual_seed(self.args.seed)
-            self.counted = Counter()  # of observations that cannot be scored as they should, by what is wrong
+            self.counted = Counter()  # observations that cannot be scored properly, by reason
         require_training(self.args, self.tokenizer)
         self.special, self.decoding = tokens_for_chat(self.tokenizer), Decoding.of(self.args)
         self.reset()
@@ -355,12 +358,12 @@ class TransformerAgent(Agent):
     def reset(self):
         """Forget persona and history."""
         self.persona, self.history = [], []  # texts
-        self.answer = None  # what the last turn's reply is to the history: the gold one, or our own
+        self.answer = None  # the last turn's reply for the history: the gold reply, or the agent's own
         self.ended = False
         self.observation = None
 
     def observe(self, observation):
-        """Take in a turn; returns it with the ``persona`` and ``history`` that the reply is to see, as texts."""
+        """Receive a turn and return it with ``persona`` and ``history``, the texts that the model will read."""
         if self.ended:
             self.reset()
         self.ended = bool(observation.get("episode_done"))
@@ -397,12 +400,12 @@ class TransformerAgent(Agent):
         return reply
 
     def self_observe(self, reply):
-        """Our own reply, which is the history where there is no gold one."""
+        """Remember the agent's own reply for the history, unless there is a gold reply."""
         if self.answer is None and reply.get("text"):
             self.answer = reply["text"]
 
     def batch_act(self, observations):
-        """Acts for what `observe` of several copies returned, ranked in one batch, generated in another."""
+        """Answer the observations of several copies of the agent: rank in one batch, generate in another."""
         acts = [{"id": self.id} for _ in observations]
         turns = [(act, one) for act, one in zip(acts, observations, strict=True) if "history" in one]
         ranking = [turn for turn in turns if self.args.eval_type == "hits@1" and turn[1].get("label_candidates")]
@@ -414,7 +417,7 @@ class TransformerAgent(Agent):
         return acts
 
     def _ids(self, observation) -> tuple[list[list[int]], list[list[int]]]:
-        """Persona and history as token ids."""
+        """Return persona and history as token ids."""
         persona = [] if self.model.no_persona else observation["persona"]
         return self.tokenizer.encode_persona(persona), tokenize(self.tokenizer, observation["history"])
 
@@ -438,9 +441,9 @@ class TransformerAgent(Agent):
 
     @torch.inference_mode()
     def next_word_probability(self, partial_out: list[str]) -> dict[str, float]:
-        """Probability of each dictionary word after the first words of a reply to the last observation.
+        """Return the probability of each dictionary word after the first words of a reply to the last observation.
 
-        The dictionary is that of ``--dataset_path``.
+        The dictionary has the words of ``--dataset_path``.
         """
         if not hasattr(self, "shares"):
             table = open_dataset(self.args, self.tokenizer)
@@ -461,7 +464,7 @@ class TransformerAgent(Agent):
 
 
 def evaluate_in_parlai(batch_size: int, flags: list[str]) -> None:
-    """``--parlai``: the same evaluation by ParlAI's own loop on its convai2 task."""
+    """Evaluate the agent with ParlAI's own loop on ParlAI's convai2 task (``--parlai``)."""
     try:
         from parlai.scripts.eval_model import EvalModel
     except ImportError:
@@ -478,12 +481,12 @@ def evaluate_in_parlai(batch_size: int, flags: list[str]) -> None:
 
 
 def add_agent_flags(parser) -> None:
-    """What the evaluation here and the agent under ParlAI have in common, besides the common flags."""
+    """Add the flags that this script and the ParlAI agent share, besides the common flags."""
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_type", default="hits@1", choices=["hits@1", "ppl", "f1", "all"],
         help="what to measure (default: %(default)s)")
     add("--legacy_gpt2_words", action="store_true",
-        help="ppl: look words up without their leading space, the mistake of the 2019 code with GPT-2")
+        help="ppl: look words up without their leading space, as the 2019 code did by mistake with GPT-2")
     add_decoding_flags(parser)
 
 
@@ -495,15 +498,15 @@ def main() -> None:
     add = parser.add_argument_group("output").add_argument
     add("--seeds", type=positive_number, default=1, metavar="N",
         help="f1: decode N times, with --seed, --seed + 1, …; report mean and standard deviation (default: 1)")
-    add("--batch_size", type=positive_number, default=16, help="turns at once (default: %(default)s)")
-    add("--predictions", metavar="FILE", help="write what the figures are made of, a JSON line per turn")
+    add("--batch_size", type=positive_number, default=16, help="turns per batch (default: %(default)s)")
+    add("--predictions", metavar="FILE", help="write each turn's scores, likelihoods and reply, a JSON line per turn")
     add("--report", metavar="DIR", help="write report.html and report.json: figures, ranks, calibration, worst turns")
-    add("--parlai", action="store_true", help="let ParlAI evaluate; its own flags, such as --datapath, go with it")
-    if "--parlai" in sys.argv:  # then the flags are the agent's and ParlAI's
+    add("--parlai", action="store_true", help="let ParlAI evaluate; also accept ParlAI's flags, such as --datapath")
+    if "--parlai" in sys.argv:  # with it, ParlAI parses the other flags
         ours = ArgumentParser(add_help=False, allow_abbrev=False)
         ours.add_argument("--parlai", action="store_true")
         ours.add_argument("--batch_size", type=positive_number, default=16)
-        ours.add_argument("--eval_type", default="hits@1", choices=["hits@1", "f1"])  # what ParlAI's loop computes
+        ours.add_argument("--eval_type", default="hits@1", choices=["hits@1", "f1"])  # ParlAI's loop computes these
         args, flags = ours.parse_known_args()
         evaluate_in_parlai(args.batch_size, ["--eval_type", args.eval_type, *flags])
         return

@@ -26,11 +26,11 @@ from cli import InputError
 Dialogs = TypeVar("Dialogs", bound=Sequence)
 SPACE = re.compile(r"[ \t\n\r]*")  # between JSON values
 # Limits that protect against hostile files. Real data is far smaller: PERSONA-CHAT's file has 209 MB, its largest entry
-# 60 thousand letters, its longest sentence 120 letters.
+# 60 thousand characters, its longest sentence 120.
 LARGEST_FILE = 4 << 30  # bytes, unpacked
 MOST_GROWTH = 100  # unpacked size / packed size: 4 for text, 12 for dialogs with repeated histories, 1,000 for a bomb
-LARGEST_ENTRY = 16 << 20  # letters
-LONGEST_SENTENCE = 100_000  # letters
+LARGEST_ENTRY = 16 << 20  # characters
+LONGEST_SENTENCE = 100_000  # characters
 MOST_SPLITS = 100
 LONGEST_LINE = 1 << 24  # bytes
 PIECE = 4 << 20  # bytes read at once
@@ -49,14 +49,14 @@ def read_corpus(path: str | Path) -> dict[str, list[dict]]:
     limits at the top of this file.
     """
     corpus, text = {}, JsonReader(read_pieces(path), path)
-    if text.next_letter() != "{":
+    if text.next_character() != "{":
         check_splits(text.value(), path)  # which refuses it
     for split in text.members():
         if split in corpus:
             raise InputError(f"{path}: the split {split} occurs twice; keep one")
         corpus[split] = []
         check_splits(corpus, path)
-        if text.next_letter() != "[":
+        if text.next_character() != "[":
             check_splits({split: text.value()}, path)
         for number, entry in enumerate(text.elements()):
             check_entry(entry, f"{split}[{number}]", path)
@@ -86,7 +86,7 @@ def open_data(path: str | Path, largest: int = LARGEST_FILE) -> Iterator[BinaryI
 
 
 class _BoundedReader(io.RawIOBase):
-    """The bytes of a file, which raises `InputError` when there are more than the limits allow."""
+    """A reader of a file's bytes that raises `InputError` beyond the limits."""
 
     def __init__(self, unpacked: io.BufferedIOBase, file: io.BufferedIOBase, path: str | Path, largest: int):
         self.unpacked, self.file, self.path, self.largest, self.done = unpacked, file, path, largest, 0
@@ -106,7 +106,7 @@ class _BoundedReader(io.RawIOBase):
 
 
 def read_pieces(path: str | Path, largest: int = LARGEST_FILE) -> Iterator[str]:
-    """Yield the text of a file in pieces of a few million letters.
+    """Yield the text of a file in pieces of a few million characters.
 
     Raises `InputError` like `open_data`, and when the file is not UTF-8.
     """
@@ -116,7 +116,7 @@ def read_pieces(path: str | Path, largest: int = LARGEST_FILE) -> Iterator[str]:
             if text := _decoded(decoder, piece, done, path):
                 yield text
             done += len(piece)
-        _decoded(decoder, b"", done, path)  # refuses an incomplete letter at the end
+        _decoded(decoder, b"", done, path)  # refuses an incomplete character at the end
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -143,7 +143,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def _decoded(decoder: codecs.IncrementalDecoder, piece: bytes, done: int, name: str | Path) -> str:
-    waiting = len(decoder.getstate()[0])  # bytes of a letter that began in the previous piece
+    waiting = len(decoder.getstate()[0])  # bytes of a character that began in the previous piece
     try:
         return decoder.decode(piece, final=not piece)
     except UnicodeDecodeError as error:
@@ -161,7 +161,7 @@ class JsonReader:
     def __init__(self, pieces: Iterator[str], name: str | Path):
         self.pieces, self.name = pieces, name
         self.text, self.place, self.ended = "", 0, False
-        self.line, self.column = 1, 1  # where the first letter of `text` is in the file
+        self.line, self.column = 1, 1  # where the first character of `text` is in the file
         self.decoder = json.JSONDecoder()
 
     def only_value(self) -> Any:
@@ -172,16 +172,16 @@ class JsonReader:
 
     def end(self) -> None:
         """Raise `InputError` if anything but white space is left."""
-        if self.next_letter():
+        if self.next_character():
             raise self.wrong("Extra data", self.place)
 
     def members(self) -> Iterator[str]:
         """Yield the keys of the object at this position. The caller reads each key's value before the next key."""
         for _ in self._listed("}"):
-            if self.next_letter() != '"':
+            if self.next_character() != '"':
                 raise self.wrong("Expecting property name enclosed in double quotes", self.place)
             key = self.value()
-            if self.next_letter() != ":":
+            if self.next_character() != ":":
                 raise self.wrong("Expecting ':' delimiter", self.place)
             self.place += 1
             yield key
@@ -194,10 +194,10 @@ class JsonReader:
     def _listed(self, closing: str) -> Iterator[None]:
         """Yield at the beginning of each item of the list or object at this position, which ends with ``closing``."""
         self.place += 1
-        letter = self.next_letter()
+        letter = self.next_character()
         while letter != closing:
             yield
-            letter = self.next_letter()
+            letter = self.next_character()
             if letter == ",":
                 self.place += 1
             elif letter != closing:
@@ -206,7 +206,7 @@ class JsonReader:
 
     def value(self) -> Any:
         """Return the next value."""
-        self.next_letter()
+        self.next_character()
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.place)
@@ -224,10 +224,10 @@ class JsonReader:
                 raise self.wrong(TOO_LONG_A_NUMBER, self.place) from None
             if len(self.text) - self.place > LARGEST_ENTRY:
                 raise InputError(f"{self.name}: the value at {self._where(self.place)} is longer than "
-                                 f"{LARGEST_ENTRY:,} letters; split the dialog")
+                                 f"{LARGEST_ENTRY:,} characters; split the dialog")
 
-    def next_letter(self) -> str:
-        """Skip white space and return the next letter, without reading past it; "" at the end of the text."""
+    def next_character(self) -> str:
+        """Skip white space and return the next character, without reading past it; "" at the end of the text."""
         while True:
             self.place = SPACE.match(self.text, self.place).end()
             if self.place < len(self.text) or not self._more():
@@ -278,8 +278,8 @@ def check_splits(corpus: Any, name: str | Path) -> None:
         raise _wrong(name, "the file", f"has more than {MOST_SPLITS} splits", "put the entries into fewer lists")
     for split, entries in corpus.items():
         if not split.isprintable() or not 0 < len(split) <= 100:
-            raise _wrong(name, f"the split {split[:100]!r}", "has a name that is empty, longer than 100 letters or not "
-                         "printable", "call it train or valid")
+            raise _wrong(name, f"the split {split[:100]!r}", "has a name that is empty, longer than 100 characters or "
+                         "not printable", "call it train or valid")
         if not isinstance(entries, list):
             raise _wrong(name, split, f"is {_kind(entries)}, not a list", "write a list of entries")
 
@@ -312,7 +312,7 @@ def _check_sentences(value: object, place: str, name: str | Path) -> None:
         if not isinstance(sentence, str):
             raise _wrong(name, f"{place}[{index}]", f"is {_kind(sentence)}, not text", "write a string in quotes")
         if len(sentence) > LONGEST_SENTENCE:
-            raise _wrong(name, f"{place}[{index}]", f"has {len(sentence):,} letters, more than {LONGEST_SENTENCE:,}",
+            raise _wrong(name, f"{place}[{index}]", f"has {len(sentence):,} characters, more than {LONGEST_SENTENCE:,}",
                          "split it into sentences")
 
 

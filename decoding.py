@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 
 def _option(default: float, allowed: Number, help: str, metavar: str | None = None):
-    """A field of `Decoding`, with the numbers that it allows and the help text of its flag."""
+    """Return a field of `Decoding` with the allowed numbers and the help text of the flag."""
     return field(default=default, metadata={"allowed": allowed, "help": help, "metavar": metavar})
 
 
 class Biases:
-    """Which values `Decoding.logit_bias` may have."""
+    """The values that `Decoding.logit_bias` may have."""
 
     token, bias = Number(int, 0, 2 ** 31 - 1), Number(float, -100, 100)
 
@@ -91,15 +91,15 @@ class Decoding:
 
     @classmethod
     def of(cls, options) -> "Decoding":
-        """The decoding options among the attributes of ``options``, such as parsed flags; defaults for the rest."""
+        """Take the decoding options from the attributes of ``options``, such as parsed flags; defaults for the rest."""
         if isinstance(options, cls):
             return options
         return cls(**{name: getattr(options, name) for name in OPTIONS if hasattr(options, name)})
 
     def over(self, **options) -> "Decoding":
-        """A copy with other ``options``, of which None means unchanged.
+        """Return a copy with changed ``options``; a value of None changes nothing.
 
-        A ``temperature`` of 0 means greedy decoding, as in OpenAI's interface; any other one means sampling.
+        A ``temperature`` of 0 means greedy decoding, as in OpenAI's interface; any other temperature means sampling.
         """
         options = {name: value for name, value in options.items() if value is not None}
         if options.get("temperature") == 0:
@@ -504,7 +504,7 @@ def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0
         model = load_model(model_checkpoint)
         add_special_tokens_(model, tokenizer)
     if tokenizer.own_names:
-        logger.info("%s has never been trained with the control tokens of this project: it is asked in its own chat "
+        logger.info("%s has never been trained with the control tokens of this project, so replies use its own chat "
                     "template, with the personality as the system message", model_checkpoint)
     if max_len:
         model.config.max_len = max_len

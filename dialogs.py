@@ -78,8 +78,8 @@ def make_entries(dialogs: Iterable[Dialog], path: str | Path) -> Iterator[dict]:
         check_length(dialog.utterances, path, dialog.place)
         merged = merge_utterances(dialog.utterances)
         if (longest := max([len(one.text) for one in merged], default=0)) > LONGEST_SENTENCE:
-            raise InputError(f"{path}: an utterance of the dialog at {dialog.place} has {longest:,} letters, more than "
-                             f"{LONGEST_SENTENCE:,}; split it")
+            raise InputError(f"{path}: an utterance of the dialog at {dialog.place} has {longest:,} characters, more "
+                             f"than {LONGEST_SENTENCE:,}; split it")
         if len({one.speaker for one in merged}) > 2:
             reason = "they have more than two speakers"
         elif any(sides := list(_sides(dialog, merged))):

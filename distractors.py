@@ -67,9 +67,9 @@ class _UsableReplies:
                                       np.int64)[string_of_turn])
 
     def __call__(self, found: np.ndarray, turn: int, most: int | None = None) -> np.ndarray:
-        """Return the usable ones of ``found``, turns whose replies are proposed, in order.
+        """Return those of the turns ``found`` whose replies are usable, in order.
 
-        Only the first ``most`` wrong ones are compared with each other.
+        Only the first ``most`` wrong replies are compared with each other.
         """
         found = found[self.dialogs[found] != self.dialogs[turn]]
         for same in self.same:

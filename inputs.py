@@ -293,7 +293,7 @@ class TurnDataset(Dataset):
 
     @classmethod
     def for_model(cls, model, split: Split, tokenizer: Tokenizer, **choices) -> Self:
-        """The dataset of ``split`` in the form that ``model`` was trained on; ``choices``: the other arguments."""
+        """Make a dataset of ``split`` in the form that ``model`` was trained on; ``choices``: the other arguments."""
         return cls(split, tokenizer, model.max_positions, max_history=model.max_history,
                    history_start=model.history_start, no_persona=model.no_persona, **choices)
 

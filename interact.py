@@ -1,7 +1,7 @@
 """Talk to a model in the terminal.
 
-Reads lines from a person or a pipe, keeps the last exchanges as history, and answers as the persona. In a terminal
-there are commands, which begin with a slash; a pipe gets replies and nothing else.
+The script reads lines from a person or a pipe, keeps the last exchanges as history, and answers as the persona. A
+person can also give commands, which begin with a slash; a pipe gets only replies.
 """
 
 import io
@@ -16,14 +16,14 @@ from pathlib import Path
 from cli import say_start
 
 if __name__ == "__main__":
-    say_start()  # what follows takes seconds
+    say_start()  # the following imports take seconds
 
 import torch
 from transformers import TextStreamer
 
 from cli import InputError, command, printable
 from corpora import LONGEST_SENTENCE, read_pieces
-from decoding import (  # noqa: F401  some for 2019 code, which imports them from here
+from decoding import (  # noqa: F401  2019 code imports some of these from here
     Decoding,
     add_decoding_flags,
     add_family_flag,
@@ -47,16 +47,16 @@ logger = logging.getLogger("interact")
 
 
 HELP = """\
-  /persona TEXT or FILE  be somebody else, and begin anew; without a text: say who the bot is
-  /reset                 begin anew
-  /retry                 reply once more to what you said last
-  /save FILE             write the conversation as a data file, which training and example_entry.py read
-  /help                  this list
-Ctrl-C stops a reply that is being written. At the prompt it ends the chat, as Ctrl-D does and {end_command}"""
+  /persona TEXT or FILE  give the bot another persona and begin a new conversation; without a text: show the persona
+  /reset                 begin a new conversation
+  /retry                 get another reply to your last message
+  /save FILE             save the conversation as a data file for training and example_entry.py
+  /help                  show this list
+Ctrl-C stops a reply. At the prompt, Ctrl-C, Ctrl-D or {end_command} ends the chat."""
 
 
 class ReplyStreamer(TextStreamer):
-    """Prints a reply's words as they are decided, without the blank before the first one.
+    """A streamer that prints the words of a reply as they are decoded, without a space before the first word.
 
     ``tokens``: the reply so far.
     """
@@ -78,7 +78,7 @@ class ReplyStreamer(TextStreamer):
 
 
 class Conversation:
-    """A persona and what was said to it and by it, as texts and as token ids."""
+    """A persona and the messages of both sides, as texts and as token ids."""
 
     def __init__(self, model: DoubleHeadsModel, tokenizer: Tokenizer, personality: list[str], decoding: Decoding):
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
@@ -86,31 +86,31 @@ class Conversation:
         self.become(personality)
 
     def become(self, personality: list[str]) -> None:
-        """Be somebody, and begin anew."""
+        """Take a persona and begin a new conversation."""
         self.personality, self.persona = personality, self.tokenizer.encode_persona(personality)
         self.reset()
 
     def reset(self) -> None:
-        self.said: list[str] = []  # the user's and the bot's in turns
-        self.history: list[list[int]] = []  # of the same
+        self.said: list[str] = []  # messages of user and bot, alternating
+        self.history: list[list[int]] = []  # the same as token ids
 
     def hear(self, text: str) -> bool:
-        """Take in what the user said. False when nothing is left of it as tokens."""
+        """Add a message of the user. Return False, and add nothing, if the text has no tokens."""
         if ids := self.tokenizer.encode(text):
             self.said.append(text.strip())
             self.history.append(ids)
         return bool(ids)
 
-    def take_back(self) -> bool:
-        """Forget the last reply. False when there is none."""
+    def remove_last(self) -> bool:
+        """Remove the last message. Return False if no message is left."""
         del self.said[-1:], self.history[-1:]
         return bool(self.said)
 
     def answer(self) -> None:
-        """Print a reply to what was said last, word by word but for beams, and remember it.
+        """Print a reply to the last message, word by word except with beams, and remember it.
 
-        Ctrl-C stops it; what was printed until then remains said, or, where that is nothing, the user's line is
-        forgotten. It goes on its way as ``KeyboardInterrupt``.
+        Ctrl-C stops the reply and raises ``KeyboardInterrupt``. The printed part counts as the reply; if nothing has
+        been printed, the user's message is removed.
         """
         history = self.history[-(2 * self.model.max_history + 1):]
         context = fitted_context(self.model, self.persona, history, self.special, self.decoding.max_length)
@@ -119,10 +119,10 @@ class Conversation:
             reply = generate_replies(self.model, [context], self.special, self.decoding, streamer=streamer)[0]
         except KeyboardInterrupt:
             if streamer and streamer.tokens:
-                streamer.end()  # prints the word that it was waiting to complete
+                streamer.end()  # prints the incomplete last word
                 self._remember(streamer.tokens)
             else:
-                self.take_back()
+                self.remove_last()
             raise
         if not streamer:
             print(readable(self.tokenizer, reply))
@@ -133,7 +133,7 @@ class Conversation:
         self.history.append(reply)
 
     def save(self, name: str) -> None:
-        """Write a data file, both of whose splits have the conversation. Raises `InputError`."""
+        """Save the conversation as a data file, in both splits. Raises `InputError` if this fails."""
         turns = [{"history": self.said[:place], "candidates": [self.said[place]]}
                  for place in range(1, len(self.said), 2)]
         if not turns:
@@ -143,14 +143,14 @@ class Conversation:
             with open(name, "x", encoding="utf-8", errors="replace") as file:
                 file.write(json.dumps({"train": [entry], "valid": [entry]}, indent=1, ensure_ascii=False) + "\n")
         except FileExistsError:
-            raise InputError(f"{name}: is there already; name another file") from None
+            raise InputError(f"{name}: exists already; name another file") from None
         except OSError as error:
             raise InputError(f"{name}: cannot be written ({error.strerror}); name a place you may write to") from None
 
 
 def chat(model: DoubleHeadsModel, tokenizer: Tokenizer, personality: list[str], decoding: Decoding,
          end_command: str) -> None:
-    """Read utterances from standard input until it ends, or says ``end_command``, and print a reply to each."""
+    """Read messages from standard input until its end, or until ``end_command``, and print a reply to each."""
     talk, at_terminal = Conversation(model, tokenizer, personality, decoding), sys.stdin.isatty()
     label = paint("bot: ", 36) if at_terminal and sys.stdout.isatty() else ""
     while True:
@@ -161,7 +161,7 @@ def chat(model: DoubleHeadsModel, tokenizer: Tokenizer, personality: list[str], 
             if not obey(talk, *text[1:].partition(" ")[::2], end_command):
                 continue
         elif len(text) > LONGEST_SENTENCE:
-            print(f"Please say less: the line has more than {LONGEST_SENTENCE:,} letters.")
+            print(f"Please say less: the line has more than {LONGEST_SENTENCE:,} characters.")
             continue
         elif not talk.hear(text):
             print("Please say something: the line is empty.")
@@ -176,16 +176,16 @@ def chat(model: DoubleHeadsModel, tokenizer: Tokenizer, personality: list[str], 
 
 
 def obey(talk: Conversation, command: str, about: str, end_command: str) -> bool:
-    """Do what a line after a slash says; whether a reply is to follow."""
+    """Execute a command, given without the slash. Return whether a reply should follow."""
     about = about.strip()
     try:
         if command == "reset":
             talk.reset()
-            print("We begin anew.")
+            print("This is a new conversation.")
         elif command == "retry":
-            if talk.take_back():
+            if talk.remove_last():
                 return True
-            print("Nothing was said yet.")
+            print("There is no message yet.")
         elif command == "save" and about:
             talk.save(about)
             print(f"Saved as {printable(about)}.")
@@ -205,9 +205,9 @@ def show(personality: list[str]) -> None:
 
 
 def paint(text: str, colour: int, before_input: bool = False) -> str:
-    """The text in one of the terminal's colours, or as it is where colours are not wanted (https://no-color.org).
+    """Colour text for the terminal, unless the user wants no colours (https://no-color.org).
 
-    ``before_input``: with the marks by which readline knows what takes no room on the line.
+    ``before_input``: add the marks that tell readline which characters are invisible.
     """
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty():
         return text
@@ -216,7 +216,7 @@ def paint(text: str, colour: int, before_input: bool = False) -> str:
 
 
 def _line() -> str:
-    """The next line of standard input; of an endless one no more than shows that it is too long."""
+    """Return the next line of standard input; of a line that is too long, only the beginning."""
     if sys.stdin.isatty():
         return input(paint("you: ", 32, before_input=True) if sys.stdout.isatty() else ">>> ")
     text = piece = sys.stdin.readline(LONGEST_SENTENCE + 2)
@@ -228,7 +228,7 @@ def _line() -> str:
 
 
 def choose_personality(args: Namespace, model: DoubleHeadsModel, tokenizer: Tokenizer) -> list[str]:
-    """``--personality``'s sentences, or those of a random dialog of the data set, or none if the model knows none."""
+    """Return the sentences of ``--personality``, or by default of a random dialog; none if the model uses none."""
     if args.personality is None and model.no_persona:
         return []
     if args.personality is None:
@@ -239,10 +239,12 @@ def choose_personality(args: Namespace, model: DoubleHeadsModel, tokenizer: Toke
 
 
 def read_personality(text: str, name: str) -> list[str]:
-    """The sentences that a person gave, or those of the file that is named. Raises `InputError`, which begins with
-    ``name``, where the text came from."""
+    """Return the sentences in ``text``, or in the file that it names.
+
+    Raises `InputError`; the message begins with ``name``, the flag or command that gave the text.
+    """
     one_word = text and not any(map(str.isspace, text))
-    if one_word and ("/" in text or Path(text).suffix) or os.path.isfile(text):  # no sentence: a file's name
+    if one_word and ("/" in text or Path(text).suffix) or os.path.isfile(text):  # the name of a file
         source = name
         try:
             name, text = f"{source} {text}", "".join(read_pieces(text, largest=LARGEST_PERSONALITY))
@@ -251,7 +253,7 @@ def read_personality(text: str, name: str) -> list[str]:
                 "name a file with a sentence per line, or write the sentences themselves"
             raise InputError(f"{source} {str(error).partition(';')[0]}; {cure}") from None
         if "\0" in text:
-            raise InputError(f"{name}: has zero bytes, as UTF-16 has; save the file as UTF-8")
+            raise InputError(f"{name}: contains zero bytes, so it may be UTF-16; save the file as UTF-8")
     return read_persona(text, name)
 
 
@@ -261,10 +263,10 @@ def main() -> None:
     add_decoding_flags(parser)
     add_family_flag(parser)
     parser.add_argument("--personality", metavar="TEXT_OR_FILE",
-                        help="who the bot is: a sentence per line, or JSON, a list of sentences or an entry; \"\" for "
-                             "nobody (default: somebody of the data that the run was trained on; nobody for a model "
-                             "trained without personas)")
-    parser.add_argument("--end_command", default="Abort!", help="what ends the chat (default: %(default)s)")
+                        help="the bot's persona: one sentence per line, or JSON (a list of sentences, or an entry); "
+                             "\"\" for no persona (default: a random persona of the data that the run was trained on; "
+                             "none for a model trained without personas)")
+    parser.add_argument("--end_command", default="Abort!", help="line that ends the chat (default: %(default)s)")
     args = parser.parse_args()
     if args.seed:
         random.seed(args.seed)

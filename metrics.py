@@ -169,9 +169,9 @@ def text_metrics(records: list[dict], split: "Split", turns: Iterable[int] | Non
 def variety(replies: Sequence[str]) -> dict[str, float]:
     """Return the mean length of replies and the variety of their words.
 
-    ``Words per reply``: the length, for Chinese and Japanese in letters. ``Distinct-1`` and ``Distinct-2``: the share
-    of distinct words and word pairs among those of all replies (Li et al. 2016). ``Stutters``: the share of replies
-    with a word three times in a row.
+    ``Words per reply``: the length, for Chinese and Japanese in characters. ``Distinct-1`` and ``Distinct-2``: the
+    share of distinct words and word pairs among those of all replies (Li et al. 2016). ``Stutters``: the share of
+    replies with a word three times in a row.
     """
     lengths, stutters, grams = [], [], {1: Counter(), 2: Counter()}
     for reply in map(split_words, map(separate_letters, replies)):

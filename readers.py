@@ -85,7 +85,7 @@ FORMATS = {
     "topical_chat": Format("Topical-Chat", read_topical_chat),
     "multi_session_chat": Format("Multi-Session Chat", read_multi_session_chat),
 }
-FORMAT_ALIASES = {  # other names for them
+FORMAT_ALIASES = {  # other names for the layouts
 
     "openai": "json", "messages": "json", "sharegpt": "json", "nanochat": "json", "alpaca": "json", "jsonl": "json",
     "parquet": "json", "csv": "table", "tsv": "table", "text": "plain", "txt": "plain", "tabs": "delimited",
@@ -211,7 +211,7 @@ def convertible_layout(path: Path) -> str | None:
             return shape.name if (shape := shape_of(peek(path)[1])) else None
     except (InputError, ValueError):
         return None
-    if layout == "plain" and path.name.removesuffix(".gz").endswith(".json"):  # it was to be JSON
+    if layout == "plain" and path.name.removesuffix(".gz").endswith(".json"):  # it was meant to be JSON
         return None
     return FORMATS[layout].name if layout in FORMATS else None
 

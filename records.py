@@ -51,7 +51,7 @@ def records(path: str | Path) -> Iterator[tuple[str | None, str, Any]]:
         return
     text = JsonReader(read_pieces(path), path)
     number = 0
-    while letter := text.next_letter():
+    while letter := text.next_character():
         if letter == "[":
             elements = text.elements()
             first = next(elements, None)
@@ -97,7 +97,7 @@ def parquet_rows(path: str | Path) -> Iterator[dict]:
 
 
 def _row(value: object) -> Any:
-    """What the hub's viewer wraps, and with lists that were written as text, as tables hold them, as lists."""
+    """Unwrap a record of the hub's viewer, and parse lists that are stored as text, as tables store them."""
     value = value["row"] if isinstance(value, dict) and isinstance(value.get("row"), dict) else value
     if isinstance(value, dict):
         for key in LIST_KEYS:
@@ -130,12 +130,12 @@ def _unwrapped(value: object) -> Iterator[tuple[str | None, object]]:
 
 
 def _is_one_of_a_dialog(first: object) -> bool:
-    """Whether a list that begins so is a dialog, a message each, and not a list of dialogs or of rows."""
+    """Return whether a list with this first element is one dialog, and not a list of dialogs or of rows."""
     return is_message(first) and not is_record(first) and not is_utterance(first)
 
 
 def is_json(path: str | Path) -> bool:
-    """Whether a file is JSON or Parquet, by how it begins."""
+    """Return whether a file begins like JSON or Parquet."""
     start = read_sample(path)
     return start[:4] == b"PAR1" or start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
 
@@ -162,9 +162,9 @@ def peek(path: str | Path) -> tuple[str | None, object]:
     try:
         if read_sample(path)[:4] != b"PAR1" and not is_lines(path):
             text = JsonReader(read_pieces(path), path)
-            if text.next_letter() == "{":
+            if text.next_character() == "{":
                 for key in text.members():
-                    if text.next_letter() == "[":
+                    if text.next_character() == "[":
                         first = next(text.elements(), None)
                         if key in SPLIT_NAMES:
                             return SPLIT_NAMES[key], _row(first)
@@ -208,8 +208,8 @@ def _of_lower_keys(read: Callable[[str, Any], Dialog]) -> Callable[[str, Any], D
 def gather_turns(found: Iterable[tuple[str | None, str, Any]]) -> Iterator[tuple[str | None, str, Any]]:
     """Yield records, with consecutive turns of one dialog joined to one entry.
 
-    ``found``: split, place and value of each, as of `records`. A turn's history begins with all that was said until the
-    turn before.
+    ``found``: split, place and value of each record, as `records` yields them. A turn belongs to the dialog of the turn
+    before it if its history begins with that turn's history and gold reply.
     """
     held: tuple | None = None
     said: list[str] = []

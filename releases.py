@@ -95,7 +95,7 @@ def read_empathetic_dialogues(path: str | Path) -> Iterator[Dialog]:
 def read_blended_skill_talk(path: str | Path) -> Iterator[Dialog]:
     """Read BlendedSkillTalk's JSON: per dialog two ``personas``, an opening utterance of each, and the ``dialog``."""
     text = JsonReader(read_pieces(path), path)
-    if text.next_letter() != "[":
+    if text.next_character() != "[":
         raise InputError(f"{path}: is not a list of dialogs; name the release's train.json, valid.json or test.json")
     for number, dialog in enumerate(text.elements()):
         try:
@@ -180,7 +180,7 @@ def split_sentences(text: str) -> list[str]:
 def read_topical_chat(path: str | Path) -> Iterator[Dialog]:
     """Read Topical-Chat's JSON: an object of dialogs; ``content`` lists the utterances, ``message`` and ``agent``."""
     text = JsonReader(read_pieces(path), path)
-    if text.next_letter() != "{":
+    if text.next_character() != "{":
         raise InputError(f"{path}: is not an object of conversations; name the release's train.json, valid_freq.json "
                          "and so on")
     for name in text.members():

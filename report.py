@@ -1,6 +1,7 @@
-"""What a person looks at to understand a model: its figures, calibration, ranks and worst turns, as JSON and a page.
+"""Report an evaluation as JSON and as a page: figures, calibration, ranks and the worst turns.
 
-Knows records of an evaluation and texts; nothing of the network. `convai_evaluation.py --report DIR` calls it.
+This file knows the records of an evaluation and texts, but not the network. `convai_evaluation.py --report DIR` calls
+it.
 """
 
 import json
@@ -42,17 +43,17 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.5rem } 
 
 
 def escape(text: str) -> str:
-    """Text as HTML, without letters that would turn its direction or end it."""
+    """Escape text for HTML, and remove control characters, such as those that change its direction."""
     return escape_html(printable(text))
 
 
 def figure(value: float | None) -> str:
-    """A figure as it is printed; None is that of a choice where there was none."""
+    """Format a figure for printing; None stands for a choice among single candidates."""
     return "nothing to choose" if value is None else f"{value:.4g}"
 
 
 def worst_turns(records: list[dict], split: Split, max_history: int) -> list[dict]:
-    """The turns whose gold candidate got the least probability, with all their candidates, the best first."""
+    """Return the turns with the least probable gold candidates, each with all candidates, the best first."""
     chance = [softmax(record["scores"])[-1] for record in records]
     turns = []
     for turn in np.argsort(chance, kind="stable")[:WORST].tolist():
@@ -72,9 +73,9 @@ def write_report(folder: Path, figures: dict[str, float], settings: dict, split:
                  choices: list[dict] | None, replies: list[dict] | None) -> None:
     """Write ``report.json`` and ``report.html``.
 
-    ``choices``: records with ``scores``, ``replies``: records with ``reply``, both in the order of the
-    split's turns; None where that was not evaluated. Turns with one candidate are no choices. Raises ``OSError`` when
-    the folder cannot be written.
+    ``choices`` are records with ``scores``, ``replies`` are records with ``reply``, both in the order of the split's
+    turns; None if not evaluated. Turns with a single candidate are skipped. Raises ``OSError`` if the folder cannot be
+    written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     report: dict = {"figures": figures, "settings": settings, "turns": split.num_turns}
@@ -96,7 +97,7 @@ def _page(report: dict) -> str:
     figures = "".join(_metric(name, value) for name, value in report["figures"].items())
     settings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
                        for name, value in report["settings"].items()
-                       if not (value is None or value is False or value == ""))  # 0 is a setting
+                       if not (value is None or value is False or value == ""))  # but show 0
     parts = [f"<h1>Evaluation of {escape(str(report['settings']['model_checkpoint']))}</h1>"
              f"<p class=faint>{report['turns']:,} validation turns</p>{figures}"]
     if "ranks" in report:
@@ -104,7 +105,7 @@ def _page(report: dict) -> str:
             ["rank", "turns"], [([str(rank), f"{count:,}"], count) for rank, count in enumerate(report["ranks"], 1)]))
         parts.append(
             "<h2>Calibration of the choice head</h2>"
-            "<p>How often the likeliest candidate was the gold reply, by the probability it was given. "
+            "<p>How often the likeliest candidate was the gold reply, by predicted probability. "
             f"Expected calibration error: {report['calibration_error']:.3f}.</p>" +
             calibration_table(report["calibration"], "turns", "was gold"))
         parts.append(f"<h2>The {len(report['worst'])} worst turns</h2>" + "".join(map(_turn, report["worst"])))
@@ -116,26 +117,26 @@ def _page(report: dict) -> str:
     return html("Evaluation", parts)
 
 
-# A metric's name as it begins → whether it is a share of 1, and what it says.
+# The beginning of a metric's name → whether the metric is a share of 1, and its meaning.
 MEANINGS = {
-    "hits@": (True, "How often the gold reply is among so many candidates that the model ranks first. More is better."),
+    "hits@": (True, "How often the gold reply is among the first candidates in the model's ranking. More is better."),
     "Accuracy": (True, "How often the reply says exactly what the gold reply says. More is better."),
     "F1 spread": (True, "By how much F1 differs from seed to seed: the standard deviation."),
     "F1": (True, "How many words the reply shares with the gold reply, from 0 to 1. More is better."),
-    "MRR": (True, "The mean of 1 / rank of the gold reply: 1 where it is always first. More is better."),
-    "Token PPL": (False, "Between how many tokens the model wavers, on average, at each token of the gold replies. "
-                         "Less is better; it depends on the tokenizer."),
-    "Word PPL": (False, "The same by words, which models of different tokenizers have in common. Less is better."),
-    "distinct-": (True, "Which share of the words of all replies, or of their pairs, are different ones. Low means "
+    "MRR": (True, "The mean of 1 / rank of the gold reply: 1 if it is always first. More is better."),
+    "Token PPL": (False, "The number of equally likely tokens among which a choice would be as uncertain as the model "
+                         "is about each token of the gold replies. Less is better; it depends on the tokenizer."),
+    "Word PPL": (False, "The same per word, to compare models with different tokenizers. Less is better."),
+    "distinct-": (True, "The share of distinct words, or word pairs, among all words of the replies. Low means "
                         "monotony."),
-    "Words per reply": (False, "How long the replies are on average."),
-    "Copied": (True, "Which share of the replies repeats the persona or the history word for word."),
-    "Stutters": (True, "Which share of the replies has a word three times in a row."),
+    "Words per reply": (False, "The mean length of the replies."),
+    "Copied": (True, "The share of replies that repeat the persona or the history word for word."),
+    "Stutters": (True, "The share of replies with a word three times in a row."),
 }
 
 
 def _metric(name: str, value: float | None) -> str:
-    """A figure with a bar, where it is a share of 1, and a sentence."""
+    """Return a figure and its meaning as HTML, with a bar if the metric is a share of 1."""
     shared, meaning = next((about for start, about in MEANINGS.items() if name.lower().startswith(start.lower())),
                            (False, ""))
     bar = f"<div class=whole><div class=bar style='width:{100 * value:.1f}%'></div></div>" \
@@ -145,20 +146,20 @@ def _metric(name: str, value: float | None) -> str:
 
 
 def html(title: str, parts: list[str]) -> str:
-    """A whole page of ``parts``."""
+    """Return a whole HTML page made of ``parts``."""
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>{title}</title><style>{STYLE}</style><body>" + "\n".join(parts) + "</body></html>\n")
 
 
 def calibration_table(bins: list[dict], unit: str, right: str) -> str:
-    """`calibration`'s bins as a table with bars."""
+    """Return the bins of `metrics.calibration` as an HTML table with bars."""
     rows = [([f"{one['from']:.1f} to {one['to']:.1f}", f"{one['confidence']:.2f}", f"{one['turns']:,}",
               f"{one['accuracy']:.2f}"], one["accuracy"]) for one in bins]
     return bars(["given", "on average", unit, right], rows, largest=1.0)
 
 
 def bars(names: list[str], rows: list[tuple[list[str], float]], largest: float | None = None) -> str:
-    """A table with a bar at each row's end."""
+    """Return an HTML table with a bar at the end of each row."""
     largest = largest or max(value for _, value in rows) or 1
     head = "".join(f"<th class=number>{name}</th>" for name in names) + "<th></th>"
     body = "".join("<tr>" + "".join(f"<td class=number>{cell}</td>" for cell in cells) +

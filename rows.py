@@ -24,7 +24,7 @@ from releases import read_rows, split_sentences
 from shapes import FURTHER_KEYS, is_record, parse_list, read_chat, read_transcript, shape_of
 from texts import answering_speaker
 
-Row = tuple[str, list[str]]  # its place in the file, for messages, and its fields
+TableRow = tuple[str, list[str]]  # the row's place in the file, for messages, and its fields
 
 
 def read_table(path: str | Path, columns: str = "") -> Iterator[Dialog]:
@@ -61,13 +61,13 @@ def read_table(path: str | Path, columns: str = "") -> Iterator[Dialog]:
                 yield _make_dialog(place, said, row=first, uses=uses)
 
 
-def _rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a table, its header first; or of records, the keys of the first, then the values of each."""
+def _rows(path: str | Path) -> Iterator[TableRow]:
+    """Yield the rows of a table, the header first; for records, the keys of the first one, then the values of each."""
     if is_json(path):
         header: list[str] = []
         for _, place, record in records(path):
             if not isinstance(record, dict):
-                raise InputError(f"{path}: {place} is no object, as the first is; write them alike")
+                raise InputError(f"{path}: {place} is not an object like the first record; write objects only")
             if not header:
                 header = list(record)
                 yield place, header
@@ -85,23 +85,23 @@ def _rows(path: str | Path) -> Iterator[Row]:
 def _cell(value: object) -> str:
     if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
-    return "" if value is None or value != value else str(value)  # a NaN is nothing
+    return "" if value is None or value != value else str(value)  # NaN stands for an empty cell
 
 
-def _by_dialog(path: str | Path, rows: Iterator[Row], uses: dict[str, int]) -> Iterator[list[Row]]:
+def _by_dialog(path: str | Path, rows: Iterator[TableRow], uses: dict[str, int]) -> Iterator[list[TableRow]]:
     """Yield the rows of each dialog, which need not be adjacent; without names of dialogs, each row is one."""
-    key: Callable[[Row], object]
+    key: Callable[[TableRow], object]
     if "dialog" in uses:
-        def key(row: Row) -> object:
+        def key(row: TableRow) -> object:
             return _field(row[1], uses["dialog"])
     else:
-        def key(row: Row) -> object:
-            return row[0] if "reply" in uses else 0  # without names and replies all rows are one dialog
+        def key(row: TableRow) -> object:
+            return row[0] if "reply" in uses else 0  # without a column of replies, all rows are one dialog
 
     ended, last = set(), None
     for row in _rows(path) if "dialog" in uses else ():  # a first pass, so that few rows are kept in memory
         if key(row) != last and key(row) in ended:
-            dialogs: dict[object, list[Row]] = {}
+            dialogs: dict[object, list[TableRow]] = {}
             for one in rows:
                 dialogs.setdefault(key(one), []).append(one)
             yield from dialogs.values()
@@ -112,12 +112,12 @@ def _by_dialog(path: str | Path, rows: Iterator[Row], uses: dict[str, int]) -> I
 
 
 def _whole(path: str | Path, place: str, text: str) -> tuple[list[Utterance], Mapping]:
-    """The turns and personas of a dialog in one field: a transcript, or a list in JSON or as Python writes it."""
+    """Read the turns and personas of a dialog from one field: a transcript, or a list in JSON or Python's notation."""
     value: Any = parse_list(text)
     if value is None and text.lstrip()[:1] in ("[", "{"):
         value = JsonReader(iter([text]), f"{path}: {place}").only_value()
     if value is not None and not is_record(value):
-        raise InputError(f"{path}: {place} holds JSON that is no dialog; write a list of messages or of utterances")
+        raise InputError(f"{path}: {place} has JSON that is not a dialog; write a list of messages or of utterances")
     dialog = read_transcript("", text) if value is None else shape_of(value).read("", value)
     return dialog.utterances, dialog.personas
 
@@ -134,7 +134,7 @@ def _turns(row: list[str], uses: dict[str, int], header: list[str]) -> Iterator[
 
 def _make_dialog(place: str, turns: list[Utterance], personas: Mapping | None = None, *, row: list[str],
               uses: dict[str, int]) -> Dialog:
-    """A dialog with the persona that its first row names. Without speakers the two take turns."""
+    """Make a dialog with the persona of the dialog's first ``row``. Without names of speakers, two alternate."""
     if turns and all(turn.speaker is None for turn in turns):
         turns = [turn._replace(speaker=index % 2) for index, turn in enumerate(turns)]
     persona = split_sentences(_field(row, uses["persona"]) if "persona" in uses else "")

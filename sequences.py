@@ -191,7 +191,7 @@ class Sequences:
         query = query.reshape(len(query), heads, -1, size)  # group query heads by the key head that they share
 
         def by_context(rows: torch.Tensor) -> torch.Tensor:
-            """(rows, heads, queries, …) → (contexts, heads, copies · queries, …)"""
+            """Reshape (rows, heads, queries, …) to (contexts, heads, copies · queries, …)."""
             return rows.unflatten(0, (contexts, self.copies)).transpose(1, 2).flatten(2, 3)
 
         def by_row(grouped: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Recognise the shapes in which JSON stores chats, instructions and dialogs, and read each of them.
 
-A record is what stands for one dialog: an element of a JSON list, a line of JSON lines, a row. Its reader makes it a
-`Dialog`. Knows values of JSON, no files.
+A record holds one dialog: an element of a JSON list, a line of JSON lines, or a row. A reader converts it to a
+`Dialog`. This file knows JSON values, but no files.
 """
 
 import ast
@@ -31,7 +31,7 @@ PERSONA_KEYS = ("personas", "persona", "personality")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 PROMPT_KEYS = ("instruction", "question", "prompt", "query", "input", "context", "user", "human")
 REPLY_KEYS = ("output", "response", "answer", "completion", "reply", "target", "assistant", "bot", "gpt")
-FURTHER_KEYS = {"instruction": ("input", "context")}  # what belongs to a prompt and stands beside it: Alpaca's, Dolly's
+FURTHER_KEYS = {"instruction": ("input", "context")}  # Alpaca and Dolly store parts of a prompt under other keys
 DEEPEST = 8  # levels of nested lists
 
 
@@ -56,7 +56,7 @@ def _messages(record: Any) -> list | None:
     if isinstance(record, dict):
         context = record.get("context")
         if isinstance(context, list) and all(is_message(one) and one.get("id") == "context" for one in context):
-            before = context  # ParlAI's, a persona
+            before = context  # ParlAI stores the persona there
         record = record.get(_list_key(record))
         exchanges = isinstance(record, list) and [None if is_message(one) else pair_keys(one) for one in record]
         if exchanges and all(exchanges):  # {"user": …, "assistant": …}, perhaps with a system message
@@ -68,7 +68,7 @@ def _messages(record: Any) -> list | None:
 
 
 def _list_key(record: dict) -> str | None:
-    """Under which key a record has its list of messages or utterances: a known one, or the only one that may."""
+    """Return the key of a record's list of messages or utterances: a known key, or the only possible one."""
     if known := next((key for key in LIST_KEYS if isinstance(record.get(key), list)), None):
         return known
     others = [key for key, value in record.items() if key != "context" and isinstance(value, list) and value and all(
@@ -77,7 +77,7 @@ def _list_key(record: dict) -> str | None:
 
 
 def _in_time(messages: list) -> list:
-    """Messages with times, the oldest first: some messengers write the newest first."""
+    """Return messages with the oldest first; by their times, some messengers write the newest first."""
     for key in TIME_KEYS:
         times = [message.get(key) if isinstance(message, dict) else None for message in messages]
         if all(type(time) in (int, float) for time in times) or all(
@@ -124,7 +124,7 @@ def read_chat(place: str, record: Any) -> Dialog:
     spoken = [turn.speaker in SYSTEM_ROLES for turn in turns if turn.text.strip()]
     if len({turn.speaker for turn in turns if turn.speaker not in SYSTEM_ROLES}) > 1 or not any(
             after and not before for before, after in zip(spoken, spoken[1:], strict=False)):
-        system = [turn for turn in turns if turn.speaker in SYSTEM_ROLES]  # else it is the system that answers
+        system = [turn for turn in turns if turn.speaker in SYSTEM_ROLES]  # otherwise the system itself answers
         turns = [turn for turn in turns if turn.speaker not in SYSTEM_ROLES]
     persona += [turn.text for turn in system]
     if any(turn.text.strip() for turn in system):
@@ -289,7 +289,7 @@ def read_strings(place: str, record: Any) -> Dialog:
 
 
 def _is_data(record: dict) -> bool:
-    """Whether a record's utterances are its ``data``, as UltraChat's are."""
+    """Return whether a record has its utterances under ``data``, as in UltraChat."""
     said = record.get("data")
     return isinstance(said, list) and len(said) > 1 and all(isinstance(one, str) for one in said)
 
@@ -326,25 +326,25 @@ def read_pair(place: str, record: Any) -> Dialog:
 
 
 def pair_keys(record: Any, empty: bool = False) -> tuple[str, str] | None:
-    """Under which keys a record has a prompt and a reply; neither needs to be text if they may be ``empty``."""
+    """Return the keys of a record's prompt and reply, or None. ``empty``: both may be numbers or missing values."""
     if not isinstance(record, dict):
         return None
     prompt, reply = (next((key for key in keys if isinstance(record.get(key), (str, list))), None)
                      for keys in (PROMPT_KEYS, REPLY_KEYS))
-    if bool(prompt) != bool(reply) or empty:  # one may be a number, or nothing
+    if bool(prompt) != bool(reply) or empty:  # one of them may be a number or a missing value
         prompt, reply = (found or next((key for key in keys if key in record and isinstance(_plain(record[key]), str)),
                                        None) for found, keys in ((prompt, PROMPT_KEYS), (reply, REPLY_KEYS)))
     return (prompt, reply) if prompt and reply else None
 
 
 def _plain(value: object) -> Any:
-    """A number as text, and what tables have for nothing as an empty text; other values as they are."""
+    """Convert a number to text and a missing value of a table to an empty text; return other values unchanged."""
     if value is None or value != value:
         return ""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-# What chat templates write behind each utterance, and around all of them.
+# The marks that chat templates write after each utterance and around the dialog.
 END_OF_TURN = re.compile(r"<\|(?:im_end|eot_id|end|end_of_text|begin_of_text|endoftext)\|>|<end_of_turn>|</?s>|"
                          r"<[be]os>")
 
@@ -352,7 +352,7 @@ END_OF_TURN = re.compile(r"<\|(?:im_end|eot_id|end|end_of_text|begin_of_text|end
 def read_transcript(place: str, record: Any) -> Dialog:
     """Read a dialog that is one string: lines such as ``Anna: hello``, ChatML's marks, or an utterance per line."""
     text = record if isinstance(record, str) else _first_text(record, (*LIST_KEYS, "transcript", "text"))
-    text = re.sub(r"(\[INST\]\s*)<<SYS>>(.*?)<</SYS>>", r"<|system|>\2\1", text, flags=re.DOTALL)  # Llama 2's
+    text = re.sub(r"(\[INST\]\s*)<<SYS>>(.*?)<</SYS>>", r"<|system|>\2\1", text, flags=re.DOTALL)  # as in Llama 2
     before, *marked = MARKED.split(text)
     step = MARKED.groups + 1
     if len(marked) > step:
@@ -367,7 +367,7 @@ def read_transcript(place: str, record: Any) -> Dialog:
 
 
 def is_turn(record: Any) -> bool:
-    """Whether this is one turn of an entry, as some tables of PERSONA-CHAT have."""
+    """Return whether a record is one turn of an entry, as in some tables of PERSONA-CHAT."""
     return isinstance(record, dict) and all(isinstance(record.get(key), list) and record[key] and all(
         isinstance(text, str) for text in record[key]) for key in ("history", "candidates"))
 
@@ -442,11 +442,11 @@ def is_record(value: Any) -> bool:
 
 
 PYTHON_STRING = re.compile(r"""(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")\s*(?=.)""", re.DOTALL)
-LONGEST_LIST = 1 << 20  # letters
+LONGEST_LIST = 1 << 20  # characters
 
 
 def parse_list(text: str) -> list | None:
-    """The list that a text writes, in JSON, as Python does, or as NumPy does, without commas; None for other text."""
+    """Parse a list in the notation of JSON, Python or NumPy (without commas); return None for other text."""
     text = text.strip()
     if not text.startswith("[") or len(text) > LONGEST_LIST:
         return None
@@ -461,7 +461,7 @@ def parse_list(text: str) -> list | None:
 
 
 def lower_keys(value: object, depth: int = 0) -> object:
-    """A record with its keys in small letters."""
+    """Return a record with all keys in lower case."""
     if isinstance(value, dict) and depth < DEEPEST:
         return {key.casefold(): lower_keys(inner, depth + 1) for key, inner in value.items()}
     return [lower_keys(inner, depth + 1) for inner in value] if isinstance(value, list) and depth < DEEPEST else value

@@ -1,6 +1,7 @@
-"""Ask a model in the chat template that it brings, where it has never been trained with this project's control tokens.
+"""Use a model's own chat template if the model has never been trained with this project's control tokens.
 
-Such are the instruct models of the hub. Their own tokens end their replies; the personality is the system message.
+Examples are the instruct models of the hub. The model's own control tokens end a reply; the personality becomes the
+system message.
 """
 
 from collections.abc import Sequence
@@ -11,17 +12,17 @@ from cli import InputError, short
 from inputs import Segment, Specials
 from tokenization import Tokenizer
 
-MARK = "hello"  # what the assistant says where it is looked up which token ends a message
+MARK = "hello"  # a sample message; the token behind it in the template ends a message
 
 
 class OwnTemplate(Specials):
-    """The control tokens of such a model, in the place of this project's five: any of them ends a reply."""
+    """The control tokens of a model with its own chat template, instead of this project's five; each ends a reply."""
 
     tokenizer: Tokenizer
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "OwnTemplate":
-        """Raises `InputError` when the template cannot be used."""
+        """Find the control tokens in a tokenizer's template. Raises `InputError` if the template cannot be used."""
         behind = _render(tokenizer, [("user", MARK), ("assistant", MARK)], reply=False).rpartition(MARK)[2]
         named = [tokenizer.get_vocab().get(str(name)) for name in tokenizer.own_names.values()]
         ends = [token for token in _ids(tokenizer, behind) if token in tokenizer.control]
@@ -31,8 +32,11 @@ class OwnTemplate(Specials):
         return own
 
     def context(self, persona: Sequence[Sequence[int]], history: Sequence[Sequence[int]], room: int) -> Segment:
-        """All that the model reads before its reply, in at most ``room`` tokens: the oldest exchanges are left out,
-        then the personality's last sentences, then the beginning of what is left."""
+        """Build the context of a reply in at most ``room`` tokens.
+
+        If necessary, the oldest exchanges are left out, then the last sentences of the personality, then the first
+        tokens.
+        """
         sentences, said = ([self.tokenizer.decode(ids).strip() for ids in texts] for texts in (persona, history))
         while True:
             roles = (["assistant", "user"] * len(said))[-len(said):]
@@ -45,12 +49,12 @@ class OwnTemplate(Specials):
 
 
 def tokens_for_chat(tokenizer: Tokenizer) -> Specials:
-    """The control tokens with which a model is asked for replies: this project's, or its own."""
+    """Return the control tokens that a model uses for replies: this project's, or its own."""
     return OwnTemplate.of(tokenizer) if tokenizer.own_names else Specials.of(tokenizer)
 
 
 def _render(tokenizer: Tokenizer, messages: list[tuple[str, str]], reply: bool = True) -> str:
-    """The messages, roles and texts, in the tokenizer's template. A control token within a text gets a space."""
+    """Render messages (role, text) with the tokenizer's template. Control tokens within a text get a space."""
     special = sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special})
     chat = []
     for role, text in messages:
@@ -61,7 +65,7 @@ def _render(tokenizer: Tokenizer, messages: list[tuple[str, str]], reply: bool =
     try:
         return tokenizer.apply_chat_template(chat, **how)
     except TemplateError as error:
-        if chat[0]["role"] == "system" and len(chat) > 1:  # some templates know no such role
+        if chat[0]["role"] == "system" and len(chat) > 1:  # some templates do not support system messages
             first = {"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}
             return _render(tokenizer, [(one["role"], one["content"]) for one in [first, *chat[2:]]], reply)
         raise InputError(f"--model_checkpoint: the model's own chat template refuses the conversation "
@@ -69,7 +73,7 @@ def _render(tokenizer: Tokenizer, messages: list[tuple[str, str]], reply: bool =
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a rendered template, whose control tokens are such."""
+    """Tokenise a rendered template; control tokens in it are read as such."""
     backend = tokenizer.backend_tokenizer
     before, backend.encode_special_tokens = backend.encode_special_tokens, False
     try:

@@ -31,7 +31,7 @@ LABELLED = re.compile(rf"(?:{STAMP})?(?:\s{{0,8}}<({NAME})>\s*|[\s\u200e#>*_\[(@
 SYSTEM_LABELS = {"system", "developer", "persona", "personality", "your persona"}
 YAML_KEYS = {"role", "content", "from", "value", "text", "speaker", "message", "messages", "name", "id", "dialog",
              "dialogs", "dialogue", "dialogues", "conversation", "conversations", "turns", "utterance", "utterances"}
-# How models' templates begin what somebody says: ChatML, Llama 3, Llama 2, Gemma, Zephyr, Vicuna, and plain tags.
+# The marks before an utterance in chat templates: ChatML, Llama 3, Llama 2, Gemma, Zephyr, Vicuna, and plain tags.
 WHO = r"user|human|assistant|bot|system|(?:speaker|person|user)[ _]?[12]"
 MARKED = re.compile(
     r"<\|im_start\|>\s*(\w+)\n?|<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>|<start_of_turn>\s*(\w+)\n?|"
@@ -79,8 +79,8 @@ def blocks(path: str | Path, at_empty_lines: bool = True) -> Iterator[list[tuple
 def read_plain(path: str | Path) -> Iterator[Dialog]:
     """Read plain text: an utterance per line, two alternating speakers, an empty line between dialogs.
 
-    Where each line begins with a dash, as in novels, the dash is no word. A dialog may begin with lines of ``your
-    persona: …``, who the second speaker is. Raises `InputError` where an empty line stands between all utterances.
+    If all lines begin with a dash, as in novels, the dashes are removed. A dialog may begin with lines ``your persona:
+    …`` about the second speaker. Raises `InputError` if there is an empty line after every utterance.
     """
     lines = sample_lines(path)
     dashes = share_of(lines, DASH.fullmatch) == 1
@@ -145,15 +145,15 @@ def _label(line: str) -> tuple[str, str] | None:
 
 
 def _labels(said: Iterable[str]) -> Counter:
-    """How often each name begins a line."""
+    """Count how often each label begins a line."""
     return Counter(label for label, _ in filter(None, map(_label, said)) if label not in SYSTEM_LABELS)
 
 
 def _names(labels: Counter, known: Counter) -> dict[str, str]:
     """Find the labels of a dialog that are names. ``known``: how often each label begins a line in the whole file.
 
-    A colon is not always behind a name: of more than two labels, the two that come again are the names. ``q1``, ``a1``,
-    ``q2``, ``a2`` are two speakers.
+    Not every label before a colon is a name: of more than two labels, the two that occur repeatedly are the names.
+    ``q1``, ``a1``, ``q2``, ``a2`` are two speakers.
     """
     if len(labels) > 2:
         for counts in (labels, known):
@@ -172,7 +172,7 @@ def _names(labels: Counter, known: Counter) -> dict[str, str]:
 def labelled_dialog(place: str, said: Iterable[str], known: Counter | None = None) -> Dialog:
     """Make a dialog from lines that mostly begin with a speaker's name; lines of a system become the persona.
 
-    ``known``: as for `_names`. What a messenger itself wrote, a time without a name, is left out.
+    ``known``: as for `_names`. Messages of the messenger itself, which have a time but no name, are left out.
     """
     said = list(said)
     names = _names(_labels(said), known or Counter())
@@ -353,7 +353,7 @@ def text_layout(lines: list[str]) -> str:
 
 
 def _names_before_tabs(found: list[str]) -> bool:
-    """Whether each line is a speaker's name, of two, a tab and an utterance, and not a dialog of two utterances."""
+    """Return whether each line has one of two speakers' names, a tab and an utterance, and not just two utterances."""
     rows = [line.split("\t") for line in found if line.strip()]
     names = {row[0].strip().casefold() for row in rows}
     blank = any(not line.strip() for line in "\n".join(found).strip().split("\n"))

@@ -25,7 +25,7 @@ ATTR_TO_SPECIAL_TOKEN = {
 }
 
 
-BYTE = re.compile("<0x[0-9A-F]{2}>")  # what some tokenizers spell rare letters with
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # some tokenizers spell rare characters as such bytes
 
 
 class Tokenizer(Protocol):
@@ -67,7 +67,7 @@ class _PreparedTokenizer(_Library):
     """A mixin for tokenizers of transformers: it prepares each text, and no text becomes a control token."""
 
     control: frozenset[int] = frozenset()  # ids that no text may get
-    own_names: dict[str, Any] = {}  # where it brings a chat template and not our control tokens: its own ones' roles
+    own_names: dict[str, Any] = {}  # role → own control token, if there is a chat template but not our control tokens
 
     def prepare(self, text: str) -> str:
         """Change a text before it is tokenised; here only outer white space goes, as in 2019."""

@@ -40,9 +40,9 @@ logger = logging.getLogger("train")
 
 
 def training(args: Namespace) -> Path | None:
-    """Train from start to end. Returns the run folder, or None when ``--n_epochs 0`` asks only for an evaluation."""
+    """Train a model and return the run folder; with ``--n_epochs 0`` only evaluate it and return None."""
     manual_seed(args.seed)
-    with devices.first_of_each_machine():  # downloads and tokenises
+    with devices.first_of_each_machine():  # the first process downloads and tokenises
         tokenizer = get_tokenizer(args.model_checkpoint)
         model = load_model(args.model_checkpoint, args.lora)
         table = open_dataset(args, tokenizer, from_run=False)
@@ -68,7 +68,7 @@ def training(args: Namespace) -> Path | None:
         return None
 
     @trainer.on(Events.EPOCH_STARTED)
-    def shuffle_anew(engine: Engine) -> None:  # a resumed run begins within an epoch
+    def shuffle_anew(engine: Engine) -> None:  # a resumed run may begin within an epoch
         train_loader.batch_sampler.set_epoch(engine.state.epoch, start=engine.state.iteration % len(train_loader))
 
     decay = Decay(optimizer, args.n_epochs * len(train_loader), args.lr, args.warmup_ratio, args.lr_decay)
@@ -93,7 +93,7 @@ def training(args: Namespace) -> Path | None:
 
 
 def note_training(model: DoubleHeadsModel, table: TokenTable, args: Namespace) -> None:
-    """Write into the model's config how this run reads a turn, so that evaluation and chat read it the same way."""
+    """Store in the model's config how this run reads a turn, so that evaluation and chat read it the same way."""
     config = model.config
     config.update({"max_history": args.max_history, "trained_on": data_flags(args)})
     config.no_token_types = args.no_token_types or model.no_token_types
@@ -107,9 +107,10 @@ def note_training(model: DoubleHeadsModel, table: TokenTable, args: Namespace) -
 
 def get_dataflow(args: Namespace, tokenizer: Tokenizer, model: DoubleHeadsModel,
                  table: TokenTable) -> tuple[DataLoader, DataLoader]:
-    """Loaders of training and validation batches; training sees ``--num_candidates``, validation sees all.
+    """Return the loaders of training and validation; training uses ``--num_candidates``, validation all candidates.
 
-    A batch has ``--train_batch_size`` turns for each process that the run began with, however many there are now.
+    A batch has ``--train_batch_size`` turns for each process that the run began with, even if the number of processes
+    changes when the run is resumed.
     """
     loaders, world = [], idist.get_world_size()
     for split in ("train", "valid"):
@@ -136,14 +137,14 @@ def get_dataflow(args: Namespace, tokenizer: Tokenizer, model: DoubleHeadsModel,
 
 def create_trainer(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                    args: Namespace) -> Engine:
-    """An engine that trains on one batch per iteration; ``--gradient_accumulation_steps`` of them make one step."""
+    """Return an engine with one batch per iteration and ``--gradient_accumulation_steps`` iterations per step."""
     every = args.gradient_accumulation_steps
 
     def update(engine: Engine, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         network.train()
         state = engine.state
         total = state.max_epochs * state.epoch_length
-        group = every if state.iteration <= total // every * every else total % every  # the last is smaller
+        group = every if state.iteration <= total // every * every else total % every  # the last group may be smaller
         last_of_step = state.iteration % every == 0 or state.iteration == total
         batch = convert_tensor(batch, device=args.device, non_blocking=True)
         with devices.exchanging(network, now=last_of_step):
@@ -165,7 +166,7 @@ def create_trainer(network: nn.Module, optimizer: torch.optim.Optimizer, scaler:
 
 
 def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
-    """An engine that computes hits@1 and perplexity from totals over the whole split, in all processes."""
+    """Return an engine that computes hits@1 and perplexity over the whole split, from the totals of all processes."""
 
     @torch.inference_mode()
     def score(engine: Engine, batch: dict[str, torch.Tensor]) -> DoubleHeadsOutput:
@@ -176,7 +177,7 @@ def create_evaluator(network: nn.Module, args: Namespace) -> Engine:
     mean, is_choice = devices.mean_over_turns, lambda out: (out.mc_logits != -torch.inf).sum(1) > 1
     nll, tokens, choices = mean(lambda out: out.nll), mean(lambda out: out.tokens), mean(is_choice)
     hits = mean(lambda out: is_choice(out) & (out.gold_rank == 1))
-    metrics = {  # hits@1 is nan where no turn has a second candidate
+    metrics = {  # hits@1 is NaN if no turn has a second candidate
         **({"hits@1": MetricsLambda(lambda *of: of[0] / (of[1] or torch.nan), hits, choices)} if args.mc_coef else {}),
         "nll": nll / tokens,  # per token: total negative log-likelihood over total gold tokens
         "ppl": MetricsLambda(lambda mean: float(torch.tensor(mean).double().exp()), nll / tokens),

@@ -146,16 +146,18 @@ def open_dataset(args: Namespace, tokenizer: Tokenizer, from_run: bool = True) -
 
 
 def other_data(args: Namespace) -> str:
-    """A sentence for people where the flags name other data than the run was trained on; else, or if its config does
-    not say, nothing."""
+    """Return a sentence for people if the flags name other data than the run was trained on, otherwise "".
+
+    The result is also "" if the run's config does not name its data.
+    """
     try:
         trained = _trained_on(resolve_checkpoint(args.model_checkpoint))
-    except InputError:  # its data are not here
+    except InputError:  # the run's data is missing
         return ""
     first, second = ((data.get("dataset") or data.get("dataset_path") or "") for data in (trained, vars(args)))
     if not first or not second or os.path.realpath(first) == os.path.realpath(second):
         return ""
-    return f"The model was trained on {short(first)}; the personalities here are of {short(second)}."
+    return f"The model was trained on {short(first)}; the personalities here come from {short(second)}."
 
 
 def _trained_on(checkpoint: str) -> dict:

@@ -1,4 +1,4 @@
-"""Ask people in the browser which of two replies is better: the page of `feedback.annotate --web`."""
+"""Serve the page of `feedback.annotate --web`, which asks people in the browser which of two replies is better."""
 
 import asyncio
 import json
@@ -18,27 +18,27 @@ from web.connections import Connection, Server, listen
 
 PAGE = Path(__file__).with_name("annotate.html")
 LARGEST = 10_000  # bytes of an answer
-PATIENCE = 20  # s, in which an answer must have come
+PATIENCE = 20  # s within which a whole answer must arrive
 NAMES = ["127.0.0.1", "localhost", "[::1]"]
 
 
 def web_app(session) -> Starlette:
-    """The page of a `feedback.annotate.Session`: it gets the next question for an answer, or for a name alone."""
+    """Return the app of a `feedback.annotate.Session`: the page sends names and answers and gets the next question."""
     page = PAGE.read_text("utf-8")
 
     async def show(request: Request) -> Response:
         return HTMLResponse(page)
 
     async def take(request: Request) -> Response:
-        """Take an answer, or a name alone, and send the next question. 409 when the answer was not taken."""
-        # Only our own page can send this type: a stranger's page would have to ask the browser's leave first.
+        """Take a name, or a name with an answer, and send the next question; status 409 if the answer was rejected."""
+        # Only our own page can send this type: for a page of another site, browsers ask the server first.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return JSONResponse({"error": "Content-Type is not application/json"}, 415)
         try:
             async with asyncio.timeout(PATIENCE):
                 annotator, answer = read_answer(await whole_body(request))
         except TimeoutError:
-            return JSONResponse({"error": f"the answer was not whole after {PATIENCE} seconds"}, 408)
+            return JSONResponse({"error": f"the answer was not complete after {PATIENCE} seconds"}, 408)
         except ClientDisconnect:
             return Response()
         except ValueError as problem:
@@ -52,41 +52,42 @@ def web_app(session) -> Starlette:
 
 
 async def whole_body(request: Request) -> bytes:
-    """Return the request's body. Raises ``ValueError`` when it is too long."""
+    """Return the request's body. Raises ``ValueError`` if it is too long."""
     body = b""
     async for part in request.stream():
         body += part
         if len(body) > LARGEST:
-            raise ValueError(f"an answer has at most {LARGEST:,} bytes")
+            raise ValueError(f"the answer has more than {LARGEST:,} bytes")
     return body
 
 
 def read_answer(body: bytes) -> tuple[str, tuple[str, str, dict[str, str]] | None]:
-    """Return who sends it and what `feedback.annotate.Session.answer` takes besides; None when only the name came.
+    """Return the annotator's name, and the other arguments of `feedback.annotate.Session.answer` or, without an
+    answer, None.
 
-    Raises ``ValueError`` for what the page does not send.
+    Raises ``ValueError`` if the page could not have sent this body.
     """
     try:
         sent = json.loads(body)
     except RecursionError:
-        raise ValueError("its lists or objects are nested too deeply") from None
+        raise ValueError("the body is nested too deeply") from None
     if not isinstance(sent, dict):
         raise ValueError("the body is not a JSON object")
     questions = sent.get("questions", {})
     texts = [sent.get("annotator"), *(sent.get(key) for key in ("pair", "key") if "pair" in sent),
              *(questions.values() if isinstance(questions, dict) else [None])]
     try:
-        "".join(texts).encode()  # no file can hold half of a surrogate pair
+        "".join(texts).encode()  # UTF-8 cannot encode lone surrogates
     except (TypeError, UnicodeEncodeError):
-        raise ValueError("annotator, pair, key and what questions holds must be text") from None
+        raise ValueError("annotator, pair, key and the values of questions must be text") from None
     annotator = texts[0].strip()[:100]
     return annotator, (sent["pair"], sent["key"], questions) if "pair" in sent else None
 
 
 def web_server(session, port: int) -> tuple[Server, socket.socket]:
-    """Return a server of the page for this machine alone and the socket to run it with; ``port`` 0: any free one.
+    """Return a server of the page, for this machine only, and a socket that listens; with ``port`` 0 at any free port.
 
-    Raises `InputError` when the port is taken.
+    Raises `InputError` if the port is in use.
     """
     config = Config(web_app(session), http=Connection, ws="none", proxy_headers=False, log_level="error",
                     timeout_graceful_shutdown=3)

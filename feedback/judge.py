@@ -316,7 +316,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
     add("--data", nargs="+", required=True, metavar="FILE", help="files of ratings, with a JSON line per reply; see "
         "feedback.ratings")
     add("--learn_from", nargs="+", default=[], metavar="FILE",
-        help="more files of ratings for the combination to learn from, without a report. It always learns from all "
+        help="more files of ratings from which the combination learns, without a report. It always learns from all "
              "other files; a single file is cut into parts")
     add("--model_checkpoint", default="", metavar="CHECKPOINT",
         help="model whose heads score replies (default: the published fine-tuned model)")

@@ -64,7 +64,7 @@ def _is_made_elsewhere(path: str | Path) -> bool:
 def _records(path: str | Path) -> Iterator[tuple[int, dict | None]]:
     """Yield the numbered objects, from 1, of JSON lines or a JSON list; None for anything else."""
     text = JsonReader(read_pieces(path), path)
-    if text.next_letter() == "[":
+    if text.next_character() == "[":
         for number, record in enumerate(text.elements(), 1):
             yield number, record if isinstance(record, dict) else None
         return
@@ -101,7 +101,7 @@ def _made_elsewhere(path: Path) -> Preferences:
     if not pairs:
         raise InputError(f"{path}: none of its preferences can be used; write lines of "
                          '{"prompt": "…", "chosen": "…", "rejected": "…"}')
-    logger.info("%s: preferences made elsewhere, %s pairs of %s dialogs; answers are not looked for", path,
+    logger.info("%s: preferences made elsewhere, %s pairs of %s dialogs; no answers are needed", path,
                 f"{len(pairs):,}", f"{len(prompts):,}")
     left_out = Counter({problem.removeprefix("that "): len(numbers) for problem, numbers in problems.items()})
     return Preferences(pairs, [(pair, 1) for pair in pairs.values()], left_out)
@@ -135,7 +135,7 @@ def read_record(record: dict) -> tuple[list[str], list[str], list[str]]:
     if dialogs[0][0] != dialogs[1][0] or rejected[:-1] != chosen[:-1]:
         raise ValueError("whose two dialogs differ before their last replies")
     if len(chosen) == 1:
-        raise ValueError("without anything that is replied to")
+        raise ValueError("without a message before the reply")
     if rejected == chosen:
         raise ValueError("with the same reply twice")
     return persona, [turn.text for turn in chosen[:-1]], [rejected[-1].text, chosen[-1].text]

@@ -23,7 +23,7 @@ logger = logging.getLogger("feedback.snapshot")
 
 
 def check_arguments(run: Path, args: Namespace, may_change: set[str]) -> dict:
-    """Compare the arguments, but those that ``may_change``, with the folder's snapshot; return them to save.
+    """Compare the arguments, except those that ``may_change``, with the folder's snapshot; return them to save.
 
     Raises `InputError`, which names the flag, if they differ, or if the folder cannot be written.
     """
@@ -54,9 +54,9 @@ def check_preferences(run: Path, preferences: str) -> dict:
 
 
 def check_origin(run: Path) -> None:
-    """Raise `InputError` if the finished model in the folder is not the result of such a training (no snapshot)."""
+    """Raise `InputError` if the folder has a finished model but no snapshot, so that another script made the model."""
     if not _snapshot_header(run):
-        raise InputError(f"{run}: holds a model from elsewhere; name another folder")
+        raise InputError(f"{run}: contains a model that another program made; name another folder")
 
 
 def _snapshot_header(run: Path) -> dict:

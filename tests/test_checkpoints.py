@@ -138,7 +138,7 @@ def test_damaged_and_foreign_checkpoints_are_skipped(undisturbed, tmp_path):
     (run / "checkpoints" / "step-7.safetensors").write_bytes(b"")
     (run / "checkpoints" / "step-6.safetensors.99.unfinished").write_bytes(whole[:1000])
     script("train.py", "--resume", run, "--keep_checkpoints", 99, cwd=tmp_path)
-    assert script.stderr.count("trying the one before") == 3 and "Going on after step 4" in script.stderr
+    assert script.stderr.count("trying the one before") == 3 and "Continuing after step 4" in script.stderr
     assert not (tmp_path / "proof").exists() and not list(run.rglob("*.unfinished"))
     (run / "checkpoints" / "step-7.safetensors").unlink()
     assert_equal_runs(run, undisturbed)
@@ -355,7 +355,7 @@ def test_a_checkpoint_with_a_changed_weight_is_skipped(undisturbed, tmp_path):
     assert f"{last}: is damaged" in error_line("interact.py", "--model_checkpoint", last, cwd=tmp_path)
     script("train.py", "--resume", run, "--keep_checkpoints", 99, cwd=tmp_path)
     assert f"{last.name}: is damaged, its hash differs" in script.stderr
-    assert "Going on after step 3" in script.stderr
+    assert "Continuing after step 3" in script.stderr
     assert_equal_runs(run, undisturbed)
 
 
@@ -367,7 +367,7 @@ def test_a_checkpoint_without_a_hash_resumes(undisturbed, tmp_path):
     save_file(load_file(last), last, {"state": json.dumps(header | {"format": "transfertransfo checkpoint 1"})})
     assert "does not describe its model" in error_line("interact.py", "--model_checkpoint", last, cwd=tmp_path)
     script("train.py", "--resume", run, "--keep_checkpoints", 99, cwd=tmp_path)
-    assert "Going on after step 4" in script.stderr
+    assert "Continuing after step 4" in script.stderr
     assert_equal_tensors(run / "model.safetensors", undisturbed / "model.safetensors")
 
 

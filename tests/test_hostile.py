@@ -69,7 +69,7 @@ def complaint_about(path: Path, content: bytes) -> str:
     (json.dumps({"": []}), "the split '' has a name that is empty, longer"),
     (json.dumps({str(number): [] for number in range(101)}), "the file has more than 100 splits"),
     (json.dumps({"train": [{"utterances": [{"history": ["a" * 100_001], "candidates": ["b"]}]}]}),
-     "train[0].utterances[0].history[0] has 100,001 letters, more than 100,000; split it"),
+     "train[0].utterances[0].history[0] has 100,001 characters, more than 100,000; split it"),
 ])
 def test_strange_json_is_refused_with_the_place(tmp_path, content, complaint):
     assert complaint_about(tmp_path / "data.json", content.encode()).startswith(complaint)
@@ -111,7 +111,7 @@ def test_a_line_of_a_gigabyte_is_refused_in_little_memory(tmp_path):
     assert path.stat().st_size > 1 << 30
     said = limited(READ, path, megabytes=300)
     path.unlink()
-    assert "the value at line 1, column 12 is longer than 16,777,216 letters; split the dialog" in said
+    assert "the value at line 1, column 12 is longer than 16,777,216 characters; split the dialog" in said
 
 
 @pytest.mark.parametrize("unit, complaint", [
@@ -144,8 +144,8 @@ def test_endless_devices_are_refused(tmp_path):
     ("a\nb\n" * 6000, "the dialog at line 1 has more than 10,000 utterances; divide it"),
     ("1 a\tb\n" + "".join(f"{number} a\tb\n" for number in range(2, 6000)), "the dialog at line 1 has more"),
     (json.dumps({"turns": ["a", "b"] * 6000}), "the dialog at line 1 has more"),
-    (json.dumps({"turns": ["a" * 100_001, "b"]}), "an utterance of the dialog at line 1 has 100,001 letters"),
-    (json.dumps({"turns": ["a" * 200] * 9000 + ["b"], "speakers": [0] * 9000 + [1]}), "1,808,999 letters"),
+    (json.dumps({"turns": ["a" * 100_001, "b"]}), "an utterance of the dialog at line 1 has 100,001 characters"),
+    (json.dumps({"turns": ["a" * 200] * 9000 + ["b"], "speakers": [0] * 9000 + [1]}), "1,808,999 characters"),
     ('{"turns": ["a", "b"], "speakers": [0, ' + "7" * 5000 + "]}", "a number with too many digits"),
     ("[" * 100_000, "nested too deeply"),
 ])

@@ -357,7 +357,7 @@ def test_the_log_names_layout_and_omissions(tmp_path, caplog):
     ("own.yaml", "- role: user\n  content: a\n- role: assistant\n  content: b\n", "looks like YAML"),
     ("own.rtf", "{\\rtf1\\ansi\n{\\fonttbl}\nhi\\par\n}", "is an RTF document"),
     ("own.zst", b"\x28\xb5\x2f\xfd\x04", "is packed with zstd"),
-    ("own.csv", 'dialog,x\n"[1, 2]",3\n', "holds JSON that is no dialog"),
+    ("own.csv", 'dialog,x\n"[1, 2]",3\n', "has JSON that is not a dialog"),
 ])
 def test_unreadable_files_are_described(tmp_path, name, content, complaint):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -97,7 +97,7 @@ def test_a_failed_command_leaves_nothing_behind(world, judged, tmp_path):
 
 
 def test_a_folder_with_another_model_is_refused(world, judged):
-    with pytest.raises(InputError, match="run: holds a model from elsewhere; name another folder"):
+    with pytest.raises(InputError, match="run: contains a model that another program made; name another folder"):
         policy.train_policy(policy_flags(world, world / "run", judged))
 
 

@@ -84,7 +84,7 @@ def test_a_template_without_system_messages(instruct):
 def test_scripts_and_server_use_the_template(instruct, tmp_path):
     chat = script("interact.py", "--model_checkpoint", instruct, "--personality", PERSONA[0], "--no_sample",
                   stdin="hello\n", cwd=tmp_path)
-    assert "asked in its own chat template" in script.stderr
+    assert "replies use its own chat template" in script.stderr
     bot = Bot(demo.parse_args(["--model_checkpoint", str(instruct), "--device", "cpu", "--no_sample"]))
     context = bot.context(PERSONA[:1], ["hello"], bot.options())
     reply = bot.decoder.submit(context, bot.options())

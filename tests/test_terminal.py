@@ -22,12 +22,13 @@ def test_a_terminal_session(trained, tmp_path):
         assert status == 0 and "Traceback" not in screen and "i am a baker ." in screen and "Ctrl-D" in screen
         assert "\x1b[1;" not in screen
     screen, status = in_a_terminal(chat, [
-        (b"you: ", b"/retry\r"), (b"Nothing was said", b""), (b"you: ", b"/save talk.json\r"), (b"talk first", b""),
+        (b"you: ", b"/retry\r"), (b"no message yet", b""), (b"you: ", b"/save talk.json\r"), (b"talk first", b""),
         (b"you: ", b"hello\r"), (b"bot: ", b""), (b"you: ", b"/retry\r"), (b"bot: ", b""),
         (b"you: ", b"what do you do ?\r"), (b"bot: ", b""), (b"you: ", b"/save talk.json\r"), (b"Saved", b""),
-        (b"you: ", b"/save talk.json\r"), (b"is there already", b""), (b"you: ", b"/help\r"), (b"/reset", b""),
+        (b"you: ", b"/save talk.json\r"), (b"exists already", b""), (b"you: ", b"/help\r"), (b"/reset", b""),
         (b"you: ", b"/persona i fly kites .\r"), (b"i fly kites .", b""), (b"you: ", b"/persona no.txt\r"),
-        (b"/persona no.txt: no such file", b""), (b"you: ", b"/reset\r"), (b"begin anew", b""), (b"you: ", b"Abort!\r"),
+        (b"/persona no.txt: no such file", b""), (b"you: ", b"/reset\r"), (b"new conversation", b""),
+        (b"you: ", b"Abort!\r"),
     ], tmp_path)
     assert status == 0 and "Traceback" not in screen and "\x1b[1;32myou: \x1b[0m" in screen, screen
     (entry,) = json.loads((tmp_path / "talk.json").read_text())["valid"]

@@ -78,7 +78,7 @@ NO_OPTIONS = ReplyOptions()
 class Stopped(NamedTuple):
     """The place where a stop text ends a reply."""
 
-    letters: int  # characters of the text before the stop
+    characters: int  # of the text before the stop
     kept: int  # tokens that contain these characters
     tokens: int  # tokens up to the end of the stop
 

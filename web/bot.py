@@ -121,7 +121,7 @@ class Bot:
     def text(self, reply: Reply) -> str:
         """Return the reply so far as printable text, up to the stop text if one ended it."""
         text = self._text(reply, len(reply.tokens))
-        return text[:reply.stopped.letters] if reply.stopped else text.rstrip()
+        return text[:reply.stopped.characters] if reply.stopped else text.rstrip()
 
     def settled(self, reply: Reply) -> str:
         """Return the part of `text` that later tokens cannot change.
@@ -138,9 +138,9 @@ class Bot:
                  if any(stop.startswith(text[start:]) for stop in stops))
         return text[:next(begun, len(text))]
 
-    def tokens_of(self, reply: Reply, letters: int) -> int:
-        """Return the number of first tokens whose text has at least ``letters`` characters."""
-        return bisect_left(range(len(reply.tokens)), letters, key=lambda count: len(self._text(reply, count)))
+    def tokens_of(self, reply: Reply, characters: int) -> int:
+        """Return the number of first tokens whose text has at least this many ``characters``."""
+        return bisect_left(range(len(reply.tokens)), characters, key=lambda count: len(self._text(reply, count)))
 
     def _text(self, reply: Reply, count: int) -> str:
         """Return the text of the first ``count`` tokens, with its line breaks but without leading white space."""
