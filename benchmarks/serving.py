@@ -77,7 +77,7 @@ async def measure(address: str, dialogs: list[tuple[list[str], list[str]]], alon
     for number, (first, *_) in enumerate(single):  # compare first replies; a near tie may change later ones
         likest = max(range(len(crowd)), key=lambda other: len(os.path.commonprefix([first, crowd[other][0]])))
         if likest != number:
-            raise SystemExit(f"conversation {number} got another one's reply: {crowd[number][0]!r}, not {first!r}")
+            raise SystemExit(f"conversation {number} got the reply {crowd[number][0]!r}, but alone {first!r}")
     equal = sum(mine == same for replies, others in zip(single, crowd, strict=False)
                 for mine, same in zip(replies, others, strict=True))
     return {"ours": sum(map(len, crowd)) / seconds, "reference": sum(map(len, single)) / seconds_alone,

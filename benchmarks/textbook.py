@@ -1,4 +1,4 @@
-"""The reference of all benchmarks: transformers' own double-heads model, used as in the scripts of 2019.
+"""Provide the reference of all benchmarks: transformers' own double-heads model, used as in the scripts of 2019.
 
 It computes in float32, with a full row per candidate, padded to the longest row of the data set, logits of the whole
 vocabulary at every position, and no key-value cache. This file also has what the benchmarks share: real turns, models
@@ -33,7 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def parse_args(description: str, **defaults: int | str) -> argparse.Namespace:
     """Parse the flags that all benchmarks share; ``defaults`` are additional flags."""
     parser = argparse.ArgumentParser(description=description)
-    shared = ROOT.parent / "shared"  # real data if present; the repository's own are smaller
+    shared = ROOT.parent / "shared"  # real data if present, else the repository's own sample
     data = [shared / "data/personachat/personachat_self_original.json", ROOT / "data/sample_personachat.json"]
     tokenizers = [shared / "tokenizers/openai-gpt", ROOT / "models/tiny"]
     parser.add_argument("--data", default=next(str(path) for path in data if path.exists()),

@@ -53,7 +53,7 @@ def measure(bench: Bench, args: Namespace, candidates: int) -> list[dict]:
     our_optimizer = torch.optim.AdamW(bench.ours.parameters(), fused=True, **settings)
     own_optimizer = torch.optim.AdamW(bench.own.parameters(), fused=False, foreach=False, **settings)
     batches = typical_batches(dataset, args.turns, args.seed, args.repeats, bench.special.pad)
-    batches = {name: itertools.cycle([batches[-1], *batches]) for name in ("", "bf16")}  # the first warms up
+    batches = {name: itertools.cycle([batches[-1], *batches]) for name in ("", "bf16")}  # the first is a warm-up
     turns = itertools.cycle(torch.randperm(len(dataset)).tolist())
 
     def our_step(half: str) -> None:

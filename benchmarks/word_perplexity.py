@@ -61,7 +61,7 @@ def main() -> None:
         close(record["words"], known, 0, "the number of words")
 
     lengths, _ = dataset.lengths()
-    # Both sides get the same turns: we compute a batch, the reference some turns of it one by one.
+    # Both sides get the same turns: our code computes a batch, and the reference computes some turns of this batch.
     batches = [turns.tolist() for turns in LengthBatches(lengths, args.turns, args.seed)]
     upcoming = {name: itertools.cycle(batches) for name in ("float32", "bfloat16", "reference")}
 

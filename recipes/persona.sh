@@ -6,7 +6,7 @@
 #
 # PERSONA_CHAT.json: the published file, or another file in its layout. FOLDER: the folder for the adapter; default:
 # .demo/persona/adapter. If the script is stopped and started again, it continues from the last checkpoint.
-# DIALOGS: train only the first stage, on so many dialogs drawn at random, and evaluate it on 64 validation dialogs.
+# DIALOGS: train only the first stage, on this many random dialogs, and evaluate it on 64 validation dialogs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$(realpath "${1:?name the JSON file of PERSONA-CHAT}") work=.demo/persona${DIALOGS:+-$DIALOGS}

@@ -302,7 +302,7 @@ async def forgeries(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
             failed.append(Attempt(what, f"{response.status_code} {told[-1][:60]!r}", False))
 
     await client.post("/gradio_api/queue/join", json=events.turn(session="twice"))
-    fetching = [asyncio.create_task(until_done(client, "twice")) for _ in range(2)]  # a page does this once
+    fetching = [asyncio.create_task(until_done(client, "twice")) for _ in range(2)]  # once per page
     await asyncio.sleep(0.2)
     fetching[0].cancel()
     await asyncio.gather(fetching[1], *(forge(*one) for one in events.forged()))
@@ -416,7 +416,7 @@ async def stopping(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
                     all(one.status_code == 503 and one.json()["error"]["message"] for one in late))]
 
 
-# ------------------------------------------------------------------------------------------------- one after another
+# -------------------------------------------------------------------------------------------------- running the attacks
 
 ATTACKS = {attack.__name__: attack for attack in (
     files, hosts, faults, contexts, memory, pages, forgeries, crowd, hanging, overload, stopping)}
@@ -481,7 +481,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="send fewer requests, and judge no times")
     parser.add_argument("--soak", type=positive_real, metavar="MINUTES", help="only let six users talk for this long")
     parser.add_argument("--model_checkpoint", metavar="MODEL",
-                        help="attack a server of that model (default: a tiny one with random weights)")
+                        help="attack a server of this model (default: a tiny random one)")
     args = parser.parse_args()
     Pace.short, Pace.judged = args.short, not args.short
     succeeded = 0

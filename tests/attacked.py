@@ -121,11 +121,11 @@ class Events:
             event = self.dependencies[number]
             name, sent = event["api_name"], [self.values.get(block) for block in event["inputs"]]
             route = "queue/join" if queued else "run/predict"
-            if name == "chat":  # the event for programs
+            if name == "chat":  # this event is for programs
                 sent, route = ["hello", ["hi"], ["i am a cat ."], 0], "call/chat"
             elif kinds[:1] == ["textbox"]:
                 sent[0] = conversation()
-            about = {"index": 1, "liked": True, "value": "x"}  # of a message of the conversation
+            about = {"index": 1, "liked": True, "value": "x"}  # a rating of a message
             bodies = [{"data": value} for value in ODD]
             for place, kind in enumerate(kinds):
                 odd = {"textbox": [*ODD, *ODD_TEXTS], "state": []}.get(kind, ODD)

@@ -21,7 +21,7 @@ if ! buildah inspect --type image "$base" > /dev/null 2>&1; then
     debootstrap --variant=minbase --include=python3,python3-pip,ca-certificates bookworm "$work/debian" > "$work/debootstrap.log" ||
         fail "debootstrap failed with status $?; see $work/debootstrap.log"
     ln -s python3 "$work/debian/usr/bin/python"
-    rm -f "$work"/debian/usr/lib/python3.*/EXTERNALLY-MANAGED  # as in the official image
+    rm -f "$work"/debian/usr/lib/python3.*/EXTERNALLY-MANAGED  # the official image has no such file
     container=$(buildah from scratch)
     buildah add -q "$container" "$work/debian" / > /dev/null
     buildah commit -q --rm "$container" "docker.io/library/$base" > /dev/null

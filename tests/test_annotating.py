@@ -313,7 +313,7 @@ def test_hostile_requests_to_the_page(served, tmp_path):
         assert post(body).status_code == 400
     where = ("127.0.0.1", int(address.rstrip("/").rpartition(":")[2]))
     threads, closing = threading.active_count(), []
-    for number in range(200):  # half-open requests, closed below
+    for number in range(200):  # half-open requests, which are closed below
         closing.append(socket.create_connection(where))
         closing[-1].sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{"[:20 + number])
     assert post(json.dumps(sent).encode()).status_code == 200

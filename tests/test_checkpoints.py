@@ -326,7 +326,7 @@ def test_running_out_of_memory_says_what_to_lower(small_corpus, tmp_path, monkey
     assert re.search("out of memory on a batch of 17 turns, .*--valid_batch_size 8", str(validating.value))
 
 
-# --------------------------------------------------------------------------------------------- damage, kills, slips
+# ------------------------------------------------------------------------------------------- damage, kills and mistakes
 
 
 def test_a_flipped_bit_is_detected(undisturbed, tmp_path):

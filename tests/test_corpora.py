@@ -43,7 +43,7 @@ def pairs(found: list[dict]) -> list[tuple]:
             for entry in found for turn in entry["utterances"]]
 
 
-# ---------------------------------------------------------------------------------------------- one file each layout
+# -------------------------------------------------------------------------------------------------- one file per layout
 
 
 def test_both_sides_become_entries_with_their_personas(tmp_path):
@@ -323,7 +323,7 @@ def test_words_of_scripts_with_and_without_spaces():
     assert words("我爱tea。") == ["我", "爱", "tea"]
 
 
-# --------------------------------------------------------------------------- what may not be among the wrong answers
+# -------------------------------------------------------------------------------------- replies that are no distractors
 
 
 @pytest.mark.parametrize("how", ["random", "hard"])
@@ -363,7 +363,7 @@ def test_the_hardest_distractor_stands_next_to_the_reply(tmp_path):
         assert candidates[-2] == "the red boat is gone" and candidates.count(said[0]) == 1
 
 
-# ------------------------------------------------------------------------------------------ dialogs, told apart whole
+# ------------------------------------------------------------------------------------------ equal and different dialogs
 
 
 def test_dialogs_with_equal_beginnings_are_different(tmp_path):

@@ -327,7 +327,7 @@ def test_tokenizers_of_other_families(other_tokenizer, tmp_path):
 
 
 def test_personas_are_sentences_joined_by_spaces(other_tokenizer, tmp_path):
-    """Check the table with each rotation, and the chat; utterances begin without a space."""
+    """Check personas in the table, with each rotation, and in the chat; utterances begin without a space."""
     tokenizer, special = other_tokenizer, Specials.of(other_tokenizer)
     persona = ["I live in Norway.", " i have 2 dogs . ", "\"Why?\" is my motto", "3 cats, too", "é 你好"]
     turn = {"history": ["hello there"], "candidates": ["no", "I have 2 dogs."]}

@@ -516,7 +516,7 @@ def test_corpora_are_listed_with_size_and_licence(tmp_path):
     assert "no corpus is called 'dialydailog'" in error_line("train.py", "--dataset", "dialydailog", cwd=tmp_path)
 
 
-# ----------------------------------------------------------------------------------- who the bot is, and its run's data
+# -------------------------------------------------------------------------------------- personas, and the data of a run
 
 
 ENTRY = {"personality": ["i keep two goats .", "i live on a hill ."]}

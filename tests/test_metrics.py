@@ -138,7 +138,7 @@ def test_ranks(tmp_path, caplog):
     table = table_of(corpus, tmp_path)
     records = [{"scores": [1.0, 2.0, 3.0], "reply": "blue"}, {"scores": [5.0, 2.0, 2.0], "reply": "Blue?"},
                {"scores": [9.0] * 7 + [1.0], "reply": "a"}, {"scores": [4.0], "reply": "alone"}]
-    metrics = choice_metrics(records, table["valid"])  # ranks: 1; 3, because of a tie; 8; none
+    metrics = choice_metrics(records, table["valid"])  # ranks 1, 3 (after a tie), 8 and none
     assert metrics == pytest.approx({"Hits@1": 1 / 3, "Hits@5": 2 / 3, "Hits@10": 1.0, "MRR": (1 + 1 / 3 + 1 / 8) / 3,
                                      "F1": 1 / 3, "Accuracy": 1 / 3})
     assert "1 of 4 turns have the gold reply as their only candidate, so there is nothing to choose" in caplog.text

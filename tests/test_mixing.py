@@ -181,7 +181,7 @@ def test_the_multi_turn_system_trains_and_chats(tmp_path, data_dir):
 
 
 def test_roles_when_the_bot_opens(tmp_path, data_dir, tokenizer):
-    """Learn the first speaker's turns: before each, an even number of utterances, the last by the other person."""
+    """Learn the first speaker's turns; each follows an even number of utterances, the last by the other person."""
     table = utils.get_dataset(tokenizer, "", str(tmp_path / "cache"), "blended_skill_talk", str(data_dir),
                               target="first")
     dataset = TurnDataset(table["train"], tokenizer, 256, max_history=2)

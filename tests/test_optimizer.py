@@ -14,7 +14,7 @@ SCALES = np.array([1e-9, 1e-7, 1e-5, 1e-3, 0.1, 10.0])  # sizes of gradients; ε
 
 
 def gradients(steps: int) -> np.ndarray:
-    """Draw gradients of shape (steps, scales); each weight has its own scale, with changing signs."""
+    """Draw gradients of shape (steps, scales): each weight has its own scale and random signs."""
     return np.random.default_rng(5).normal(size=(steps, len(SCALES))) * SCALES
 
 

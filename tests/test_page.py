@@ -1,4 +1,4 @@
-"""The page in a real browser, as people use it: one server, started from the command line, and one Chromium."""
+"""Test the page in a real browser, as people use it, with one server from the command line and one Chromium."""
 
 import json
 import os
@@ -27,14 +27,14 @@ CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 QUIETLY = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
            "--disable-component-update", "--disable-sync"]
-WAIT = 120_000  # ms; only a broken page ever takes as long
+WAIT = 120_000  # ms; only a broken page takes this long
 PEOPLE = [entry["personality"] for split in read_corpus(SAMPLE).values() for entry in split]
 SENTENCES = {sentence for person in PEOPLE for sentence in person}
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
 class Server:
-    """A server of random weights, whose replies are as long as they may be; it keeps what visitors prefer."""
+    """A server with random weights whose replies are as long as allowed; it keeps what visitors prefer."""
 
     def __init__(self, folder):
         self.folder, self.port = folder, 0
@@ -90,11 +90,11 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium, address):
-    """Opens an address in a fresh browser context, and sees to it that nothing comes from elsewhere or goes wrong."""
+    """Yield a function that opens an address in a fresh browser context; fail on foreign requests and on errors."""
     contexts, complaints = [], []
 
     def complain(text: str) -> None:
-        if "AbortError" not in text and "Connection errored out" not in text:  # Gradio's, of a page that is left
+        if "AbortError" not in text and "Connection errored out" not in text:  # from Gradio, when a page is closed
             complaints.append(text)
 
     def open_page(where: str = address, **settings):
@@ -129,7 +129,7 @@ def box(page):
 
 
 def say(page, text: str) -> None:
-    """Write it, press Enter, and wait for the whole reply."""
+    """Write a message, press Enter, and wait for the whole reply."""
     replies = page.locator("#chat .bot-row").count()
     box(page).fill(text)
     box(page).press("Enter")
@@ -137,14 +137,14 @@ def say(page, text: str) -> None:
 
 
 def ready(page, replies: int) -> None:
-    """Wait until there are so many replies and nothing is under way."""
+    """Wait until there are this many replies and nothing is in progress."""
     expect(page.locator("#chat .bot-row")).to_have_count(replies)
     expect(page.locator("#message .submit-button")).to_be_visible()
     expect(page.locator("body.busy")).to_have_count(0)
 
 
 def said(page) -> list[str]:
-    """The conversation, as people see it, but for spaces that the page draws as one, and a mark that nobody sees."""
+    """Return the conversation as people see it, without surrounding spaces and an invisible mark."""
     texts = page.locator("#chat .message-content").all_text_contents()
     return [text.replace("\u2060", "").strip() for text in texts]
 
@@ -197,12 +197,12 @@ def test_a_visit(visit, tmp_path):
     shared = page.evaluate("navigator.clipboard.readText()")
     assert shared == page.url and "#" in shared
     say(page, "one more")
-    page.wait_for_function("before => location.href !== before", arg=shared)  # it follows the conversation
+    page.wait_for_function("before => location.href !== before", arg=shared)  # the address follows the conversation
     other = visit(shared)
     expect(other.locator("#chat .bot-row")).to_have_count(3)
     personality = ["i keep bees .", "i like <b>tea</b> .", "one .", "two ."]
     assert said(other) == conversation and cards(other) == personality
-    say(other, "and you ?")  # it goes on
+    say(other, "and you ?")  # the conversation continues
 
     with other.expect_download() as download:
         menu(other, "Export")
@@ -257,7 +257,7 @@ def test_stop_ends_the_reply_and_enter_is_never_lost(visit):
     box(page).press("Enter")
     expect(page.locator("#message .submit-button")).to_have_count(0)
     box(page).press_sequentially("third")
-    box(page).press("Enter")  # while a reply is coming: it is sent when that is there
+    box(page).press("Enter")  # during a reply; it is sent after the reply
     ready(page, 3)
     assert said(page)[::2] == ["first", "second", "third"]
     box(page).press("ArrowUp")
@@ -289,7 +289,7 @@ def test_conversations_are_kept_in_the_browser(visit):
     page.reload()
     expect(page.locator("#chat .bot-row")).to_have_count(1)
     assert said(page) == before and cards(page) == person
-    menu(page, "Random")  # in the middle of a conversation: another one begins
+    menu(page, "Random")  # begins another conversation
     expect(page.locator("#chat .message-row")).to_have_count(0)
     expect(page.locator("#notice")).to_contain_text("new conversation")
     say(page, "the second one")
@@ -311,7 +311,7 @@ def test_conversations_are_kept_in_the_browser(visit):
     expect(other.locator("#chat .message-row")).to_have_count(0)
 
 
-# -------------------------------------------------------------------------------------------------------- how it lies
+# --------------------------------------------------------------------------------------------- layout and accessibility
 
 
 SHIFTS = """() => { window.shifts = []; window.away = 0;
@@ -483,7 +483,7 @@ def test_mistakes_are_told_and_cost_nothing(visit, address):
     box(page).press("Enter")
     expect(page.get_by_text("both replies are the same")).to_be_visible()
     expect(box(page)).to_have_value("which ?")
-    visit.complaints.clear()  # what the browser's own log says of the answers
+    visit.complaints.clear()  # the browser logs the refusals
 
 
 def test_a_shared_address_that_is_damaged_or_a_bomb_is_refused(visit, address):
@@ -517,7 +517,7 @@ def test_a_lost_server_is_noticed_and_comes_back(visit, server):
     expect(page.locator("#notice")).to_contain_text("cannot be reached")
     expect(box(page)).to_have_value("are you there ?")
     expect(page.locator("#message .stop-button")).to_be_hidden()
-    with socket.socket() as free:  # the port is free again before it is taken
+    with socket.socket() as free:  # check that the port is free again
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         free.bind(("127.0.0.1", server.port))
     server.start()
@@ -527,4 +527,4 @@ def test_a_lost_server_is_noticed_and_comes_back(visit, server):
     ready(page, 2)
     assert said(page)[:3] == [*conversation, "are you there ?"]
     assert httpx.get(f"{server.address}/healthz").json()["status"] == "ok"
-    visit.complaints.clear()  # what the browser's own log says of the connection
+    visit.complaints.clear()  # the browser logs the lost connection

@@ -146,7 +146,7 @@ def test_log_probabilities_equal_the_decoders(small):
 
 
 def test_the_divergence_is_unbiased_and_never_negative(small):
-    """Average it over all replies by probability: this is the KL divergence of the two distributions over replies."""
+    """Weight the replies' divergence by their probabilities: the sum is the KL divergence between the distributions."""
     replies = every_reply()
     actions, ours, reference = measured(small, replies)
     log_p, log_q = (policy.chosen_logprobs(one, actions).sum(1).double() for one in (ours, reference))

