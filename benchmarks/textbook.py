@@ -49,7 +49,7 @@ def parse_args(description: str, **defaults: int | str) -> argparse.Namespace:
 
 
 class Bench:
-    """Both sides over the same turns: ``ours`` and ``own`` (transformers'), the tokenizer, the token table."""
+    """Hold both models, ``ours`` and ``own`` (transformers'), the tokenizer and the token table."""
 
     def __init__(self, args: argparse.Namespace):
         torch.manual_seed(args.seed)

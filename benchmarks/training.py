@@ -2,8 +2,8 @@
 
 Both sides make one optimizer step of 32 turns, the default of 2019: the textbook path in eight batches of four, as in
 2019, and our code in one batch. The textbook path pads to the longest row of the data set: 192 tokens in the quarter of
-PERSONA-CHAT at hand, 282 in all of PERSONA-CHAT. Both widths are timed. Its batches all have this length, whereas our
-batches differ, so the timed batches are spread evenly over an epoch's batches in the order of their lengths.
+PERSONA-CHAT at hand, 282 in all of PERSONA-CHAT. Both widths are timed. The textbook's batches all have this length,
+whereas ours differ, so the timed batches are spread evenly over an epoch's batches in the order of their lengths.
 """
 
 import itertools

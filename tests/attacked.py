@@ -24,7 +24,7 @@ WAIT = 120  # seconds; only a broken server takes this long
 
 
 class Pace:
-    """Settings that `main` and the tests make: ``short`` means fewer requests, ``judged`` means judging times."""
+    """Settings of the attacks: ``short`` means fewer requests, ``judged`` means that times are judged."""
 
     short = judged = False
 
@@ -145,7 +145,7 @@ class Events:
 
 
 def conversation(**changed: object) -> str:
-    """Build the text that page.js sends for a conversation, with other values where they are given."""
+    """Build the text that page.js sends for a conversation; ``changed`` replaces some of its values."""
     return json.dumps({"turn": 1, "conversation": "x", "persona": ["i am a cat ."], "own": [], "said": ["hello"]}
                       | changed)
 

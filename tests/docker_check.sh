@@ -29,7 +29,7 @@ if ! buildah inspect --type image "$base" > /dev/null 2>&1; then
 fi
 python3 -m pip config list | sed -nE "s/^[^=]*\.([a-z-]+)='(.*)'$/\1 = \2/p" | sort -u -t= -k1,1 | sed '1i [global]' > "$work/pip.conf"
 volumes=(--volume "$work/pip.conf:/etc/pip.conf:ro")
-# Mount the paths that these settings name; of an index on the disk (file:///opt/pypi/simple), mount the parent folder,
+# Mount the paths that these settings name. If an index is on the disk (file:///opt/pypi/simple), mount its parent folder,
 # which holds the files.
 for place in $(grep -oE '/[^ ]*[^ /]' "$work/pip.conf" | sed -E 's,^//(.*)/[^/]+$,\1,' | sort -u); do
     if [ -e "$place" ]; then volumes+=(--volume "$place:$place:ro"); fi

