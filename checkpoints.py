@@ -96,7 +96,7 @@ class Checkpoints:
         state, every = engine.state, self.args.checkpoint_every
         if state.step > self.place["step"]:
             self.mark(state.step, state.iteration)
-            if every and state.step % every == 0 and state.iteration % state.epoch_length:  # its end saves
+            if every and state.step % every == 0 and state.iteration % state.epoch_length:  # epochs end with a save
                 self.save()
         self._stop_if_told()
 

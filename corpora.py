@@ -50,7 +50,7 @@ def read_corpus(path: str | Path) -> dict[str, list[dict]]:
     """
     corpus, text = {}, JsonReader(read_pieces(path), path)
     if text.next_character() != "{":
-        check_splits(text.value(), path)  # which refuses it
+        check_splits(text.value(), path)  # raises the right error
     for split in text.members():
         if split in corpus:
             raise InputError(f"{path}: the split {split} occurs twice; keep one")

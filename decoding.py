@@ -287,7 +287,7 @@ def _sampled(model: DoubleHeadsModel, prompts: list[Segment], special: Specials,
              beginnings: Sequence[list[int]], streamer: TextStreamer | None, samples: int) -> list[list[int]]:
     """Decode replies greedily or by sampling; contexts with all replies ended leave the batch."""
     replies: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
-    rows = list(range(len(replies)))  # of each row of the batch, the number of its reply
+    rows = list(range(len(replies)))  # number of the reply of each row of the batch
     going, broken = set(rows), 0
     sequences = sequences_for(model, prompts, samples, decoding.max_length)
     logits = sequences.logits.repeat_interleave(samples, 0)
@@ -449,7 +449,7 @@ def _searched(model: DoubleHeadsModel, prompts: list[Segment], special: Specials
             staying = _close_ranks(staying)
             sequences.keep(staying)
             searching, steps = [searching[place] for place in staying], [steps[place] for place in staying]
-        last, parents, used = [], [], []  # rows that no hypothesis needs follow the first one of their context
+        last, parents, used = [], [], []  # unused rows copy the first row of their context
         for place, (number, followed) in enumerate(zip(searching, steps, strict=True)):
             spare = copies - len(followed)
             used += range(place * copies, place * copies + len(followed))

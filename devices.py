@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_flags(add: Callable) -> None:
-    """The flags of precision and processes; ``add``: the ``add_argument`` of a parser or of a group of flags."""
+    """Add the flags of precision and processes; ``add``: the ``add_argument`` of a parser or of a group of flags."""
     add("--fp16", default="", choices=["", "O0", *HALF],
         help="half precision: bf16, or apex's O1 (autocast), O2 (with master weights) or O3 (pure; default: none)")
     add("--shard", action="store_true", help="keep only a part of each weight in each process (FSDP2)")

@@ -37,7 +37,7 @@ class Utterance(NamedTuple):
 class Dialog(NamedTuple):
     """The utterances of a dialog, in order, and what is known about its speakers."""
 
-    place: str  # where it is in the file, for messages
+    place: str  # the dialog's place in the file, for messages
     utterances: list[Utterance]
     personas: Mapping[Any, list[str]] = {}  # speaker → sentences
     bot: object = None  # the only speaker whose turns are learnt; None: both speakers' turns are
@@ -235,7 +235,7 @@ def combine_corpora(parts: Iterable[Mapping[str | None, Iterable[dict]]], name: 
 
 def divide_dialogs(entries: Iterable[dict], train_frac: float, seed: int, name: str | Path,
                    target: str = "both") -> dict[str, list[dict]]:
-    """Divide entries at random into ``train`` and ``valid``, never the two sides or a repetition of one dialog.
+    """Divide entries at random into ``train`` and ``valid``; both sides and all repetitions of a dialog stay together.
 
     ``train_frac``: the training share of the dialogs; each split gets at least one. Entries without a turn of
     ``target`` are left out. Raises `InputError` for fewer than two dialogs.

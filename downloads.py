@@ -130,7 +130,7 @@ def unpack(archive: Path) -> Path:
 
 
 class _SmallReads(gzip.GzipFile):
-    """A gzipped tar file that refuses large reads, such as for a name of gigabytes that a hostile header announces."""
+    """A gzipped tar file that refuses large reads, because a hostile header may announce a name of gigabytes."""
 
     LARGEST = 16 << 10
 

@@ -55,7 +55,7 @@ def export(run: str, folder: Path, licence: str = "") -> None:
                       folder / "model.safetensors", {"format": "pt"})
         config["architectures"] = ["GPT2LMHeadModel"]
     special = Specials.of(tokenizer)
-    config.pop("trained_on", None)  # a file on this machine
+    config.pop("trained_on", None)  # it names a file on this machine
     config |= {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     between = " " if tokenizer.encode_persona(["a"]) != tokenizer(["a"])["input_ids"] else ""

@@ -127,7 +127,7 @@ def _write_vocabulary(file: gguf.GGUFWriter, folder: Path, size: int) -> None:
     file.add_eot_token_id(special.speaker2)
     file.add_eom_token_id(special.speaker1)
     file.add_pad_token_id(special.pad)
-    file.add_add_bos_token(False)  # the template has it
+    file.add_add_bos_token(False)  # the template writes it
     file.add_add_space_prefix(False)
     file.add_chat_template(tokenizer.chat_template)
 

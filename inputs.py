@@ -426,7 +426,7 @@ class DialogDataset(TurnDataset):
     def _group(self) -> np.ndarray:
         """Return the index of each row's first turn, ascending, and then the number of all turns."""
         too_long = self._sizes(np.arange(self.split.num_turns))[2]
-        firsts, said = [], None  # what the next turn's history has to begin with to continue the row
+        firsts, said = [], None  # a turn whose history begins with ``said`` continues the row
         for turn, dialog in enumerate(self.split.turn_dialog.tolist()):
             history = self.split.strings("history", turn)[-self.num_utterances:].tolist()
             if too_long[turn] or said != (dialog, history[:-1]):
@@ -496,7 +496,7 @@ def get_loader(dataset: TurnDataset, lengths: np.ndarray, batch_size: int, seed:
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=partial(_ignore_signals, trainer=os.getpid()),
-        generator=torch.Generator(),  # without its own, each start of loading would change the dropout's random numbers
+        generator=torch.Generator(),  # otherwise each start of loading would draw from the generator of dropout
     )
 
 

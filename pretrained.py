@@ -22,11 +22,11 @@ from cli import InputError, require_memory, short
 from downloads import download, http_status, is_downloaded, unpack
 from files import ARGUMENTS, describe_unfinished, hash_file, read_header
 
-TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # of the files that transformers loads into memory at once
+TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # transformers loads such files into memory at once
 LARGEST_TEXT = 256 << 20  # bytes; the tokenizers of the largest vocabularies have 35 MB
 LARGEST_MODEL = {"num_hidden_layers": 1_000, "hidden_size": 1 << 16, "num_attention_heads": 1 << 12,
                  "vocab_size": 1 << 23, "max_position_embeddings": 1 << 28}
-LARGEST_RANK = 1 << 13  # of an adapter
+LARGEST_RANK = 1 << 13  # largest rank of an adapter
 HF_FINETUNED_MODEL = (
     "https://s3.amazonaws.com/models.huggingface.co/transfer-learning-chatbot/gpt_personachat_cache.tar.gz"
 )
@@ -108,7 +108,7 @@ def resolve_checkpoint(model_checkpoint: str) -> str:
 
 
 def _suggest(path: Path) -> str:
-    """Return a question that suggests an existing name similar to a missing path, to begin a cure; "" without one."""
+    """Return ``did you mean …? `` for an existing name that is similar to the missing path, or ""."""
     known = [*(os.listdir(path.parent) if os.path.isdir(path.parent) else []),
              *(NAMED if path.parent == Path() else [])]
     near = get_close_matches(path.name, [name for name in known if name[0] != "."], n=1, cutoff=0.5)

@@ -222,7 +222,7 @@ def read_multi_session_chat(path: str | Path) -> Iterator[Dialog]:
 class Release(NamedTuple):
     """A layout in which a corpus is published: its address, its files and their reader."""
 
-    address: str  # of an archive, or of each file, with {} for the file's name
+    address: str  # address of an archive, or of each file, with {} for the file's name
     folders: tuple[str, ...]  # usual names of its folder
     files: dict[str, str]  # split → file names or patterns; "": one file of all splits in the data format
     read: Callable[[Path], Iterator[Dialog]] | None = None  # None: the data format

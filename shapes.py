@@ -77,7 +77,7 @@ def _list_key(record: dict) -> str | None:
 
 
 def _in_time(messages: list) -> list:
-    """Return messages with the oldest first; by their times, some messengers write the newest first."""
+    """Return messages in order of time, because some messengers write the newest first."""
     for key in TIME_KEYS:
         times = [message.get(key) if isinstance(message, dict) else None for message in messages]
         if all(type(time) in (int, float) for time in times) or all(
@@ -272,7 +272,7 @@ def read_strings(place: str, record: Any) -> Dialog:
     if isinstance(record, dict):
         keys = (*LIST_KEYS, "history", "context")
         said = next((record[key] for key in keys if isinstance(record.get(key), list)), None)
-        if isinstance(said, list) and said and all(isinstance(one, list) for one in said):  # exchanges
+        if isinstance(said, list) and said and all(isinstance(one, list) for one in said):  # a list of exchanges
             said = list(chain.from_iterable(said))
     if isinstance(record, dict) and said is None and _is_data(record):
         said = record["data"]

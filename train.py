@@ -246,5 +246,5 @@ def main() -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     for library in ("ignite", "tensorboardX"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # what they have to say, we say
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # this script logs the same
     command(main)

@@ -392,7 +392,7 @@ def main() -> None:
         save_tokenizer(tokenizer, args.folder)
         if args.adapter:
             shutil.copy(Path(run, "adapter_config.json"), args.folder)
-            model.config.__dict__.pop("trained_on", None)  # a file on this machine
+            model.config.__dict__.pop("trained_on", None)  # it names a file on this machine
             _write_config(model, args.folder)
             adapter = load_file(Path(run, "adapter_model.safetensors"))
             write_tensors({name: tensor.bfloat16() for name, tensor in adapter.items()},

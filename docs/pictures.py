@@ -1,7 +1,7 @@
-"""Draw the figures of the tutorial: numbers and texts in, a picture out.
+"""Draw the figures of the tutorial from numbers and texts.
 
-What is drawn is computed in the tutorial, by the project's own functions. Colours of text and background are those of
-`report.STYLE`, so that `make_tutorial.py` can turn them for dark pages.
+The tutorial computes what they show, with the project's own functions. Text and background have the colours of
+`report.STYLE`, so that `make_tutorial.py` can replace them on dark pages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 INK, PAPER, FAINT, LINE = "#1d2733", "#ffffff", "#6b7785", "#d9dfe6"
-PERSONA, USER, BOT, OTHER = "#3fa34d", "#3f83e0", "#e08a2e", "#a45bc4"  # to be seen on white and on black
+PERSONA, USER, BOT, OTHER = "#3fa34d", "#3f83e0", "#e08a2e", "#a45bc4"  # visible on white and on black
 WIDTH = 9.0  # inches
 
 set_matplotlib_formats("svg")
@@ -33,12 +33,12 @@ def say(text: str) -> None:
 
 
 def _canvas(height: float, columns: int = 1, **kwargs):
-    """A figure as wide as the page and its axes."""
+    """Create a figure as wide as the page, and return it with its axes."""
     return pyplot.subplots(1, columns, figsize=(WIDTH, height), **kwargs)
 
 
 def _bare(axes) -> None:
-    """Take the frame, the ticks and the margins away."""
+    """Remove the frame, the ticks and the margins."""
     axes.set_axis_off()
     axes.margins(0)
 
@@ -75,7 +75,7 @@ def dialog(personas: Mapping[str, Sequence[str]], said: Sequence[str], speakers:
 
 def sequences(tokens: Sequence[str], rows: Mapping[str, Sequence[object]], colours: Sequence[str],
               per_line: int = 13) -> None:
-    """Draw tokens in boxes of their ``colours``, and below each what ``rows`` have for it; long ones in lines."""
+    """Draw tokens in coloured boxes with the values of ``rows`` below; a long sequence takes several lines."""
     lines = -(-len(tokens) // per_line)
     tall = 1.2 + 0.62 * len(rows)
     figure, axes = _canvas(0.36 * lines * tall + 0.1)
@@ -150,7 +150,7 @@ def losses(tokens: Sequence[str], probabilities: Sequence[float]) -> None:
 
 
 def curves(values: Mapping[str, Sequence[float]], over: str, floor: Mapping[str, float] | None = None) -> None:
-    """Draw how each of the ``values`` goes, raw and smoothed; ``floor``: dashed lines, by label."""
+    """Draw the course of each of the ``values``, raw and smoothed; ``floor``: dashed lines, by label."""
     figure, axes = _canvas(3.4)
     for colour, (name, series) in zip((USER, BOT, PERSONA), values.items(), strict=False):
         steps = np.arange(1, len(series) + 1)
@@ -168,7 +168,7 @@ def curves(values: Mapping[str, Sequence[float]], over: str, floor: Mapping[str,
 
 
 def ranks(found: Sequence[int], candidates: int, hits: Mapping[int, float]) -> None:
-    """Draw how often the right reply had which rank, and hits@1 among fewer candidates."""
+    """Draw the distribution of the right reply's rank, and hits@1 among fewer candidates."""
     figure, (left, right) = _canvas(3.2, 2)
     left.bar(range(1, candidates + 1), np.bincount(found, minlength=candidates + 1)[1:], color=USER, alpha=0.85)
     left.set(xlabel="rank of the right reply", ylabel="turns", xticks=(1, 5, 10, 15, candidates))

@@ -37,7 +37,7 @@ def min_p_reply(model, context: Segment, special: Specials, share: float, decodi
 
 
 def ask(path: Path, question: str, model, tokenizer, decoding: Decoding) -> str:
-    """What the person whom a file describes, a sentence per line, replies to a question."""
+    """Answer a question with the persona in a file, which has one sentence per line."""
     persona = tokenizer.encode_persona(read_persona(path.read_text("utf-8"), str(path)))
     special = Specials.of(tokenizer)
     context = fitted_context(model, persona, [tokenizer.encode(question)], special, decoding.max_length)
@@ -45,7 +45,7 @@ def ask(path: Path, question: str, model, tokenizer, decoding: Decoding) -> str:
 
 
 def persona_words(records: list[dict], split) -> float:
-    """The share of replies that use a word of the persona, of four letters or more, which nobody has said before."""
+    """Return the share of replies with a new word of the persona: four letters or more, not said in the dialog yet."""
     used = 0
     for turn, record in enumerate(records):
         words = {word for text in split.texts("persona", split.turn_dialog[turn]) for word in normalized(text)}
@@ -55,7 +55,7 @@ def persona_words(records: list[dict], split) -> float:
 
 
 def read_log(path: Path) -> Iterator[Dialog]:
-    """The dialogs of a chat program's log: lines ``[21:04] <anna> hi !``, an empty line between dialogs."""
+    """Read the log of a chat program: lines such as ``[21:04] <anna> hi !``, with an empty line between dialogs."""
     place, turns = "", []
     for number, line in read_lines(path):
         if found := re.fullmatch(r"\[[\d:]+\] <(.+?)> (.*)", line.strip()):

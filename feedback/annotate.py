@@ -202,7 +202,7 @@ SIMULATED: dict[str, Callable] = {"rule": by_rule, "coin": by_coin}
 
 
 def simulate(session: Session, annotator: str, how: str, noise: float) -> None:
-    """Answer all open questions by the simulated annotator ``how``; the seed depends on session and pair."""
+    """Answer all open questions by ``how``, one of `SIMULATED`; the seed depends on session and pair."""
 
     def answers() -> Iterator[dict]:
         for name in session.order:

@@ -225,7 +225,7 @@ class Reward:
             self.dyme = Dyme(draw_dialogs(split, args.dyme_dialogs))
 
     def __call__(self, turns: Sequence[tuple]) -> list[list[float]]:
-        """Compute the rewards of all replies of each turn (persona, history, replies), all of them texts."""
+        """Compute the rewards of all replies of each turn: persona, history and replies as texts."""
         args = self.args
         model = self.model(turns) if self.model else [[0.0] * len(replies) for _, _, replies in turns]
         rewards = []
@@ -264,7 +264,7 @@ class Trainer:
         self.reward: Reward | None = None
         if args.reward_model or args.utterance_metrics or args.dyme:
             self.reward = Reward(args, self.table)
-        self.seen = self.reward.model.dialogs() if args.reward_model else []  # by the reward model or DPO
+        self.seen = self.reward.model.dialogs() if args.reward_model else []  # by the reward model, later by DPO
         if args.algorithm == "dpo":
             self.pairs = self.preference_pairs()
         else:

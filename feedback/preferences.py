@@ -24,7 +24,7 @@ from feedback.pairs import beginnings, pair_name, read_pairs, report_left_out
 ROLES = {"system": "system", "developer": "system",
          **dict.fromkeys(["user", "human", "prompter", "person", "customer"], "other"),
          **dict.fromkeys(["assistant", "bot", "gpt", "model", "ai", "chatbot", "agent"], "bot")}
-SPEAKER = r"\s*(Human|User|Assistant|AI|Bot|System) ?:"  # of a transcript
+SPEAKER = r"\s*(Human|User|Assistant|AI|Bot|System) ?:"  # the beginning of a turn in a transcript
 PROMPTS = ("prompt", "question", "instruction")  # names of the field with the prompt
 logger = logging.getLogger("feedback.preferences")
 

@@ -64,7 +64,7 @@ def pack_texts(persona: Sequence[str], history: Sequence[str], replies: Sequence
 @torch.inference_mode()
 def raw_scores(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[tuple], fp16: str = "",
                batch_size: int = 32) -> list[list[float]]:
-    """Compute the choice head's scores of all replies; a turn is (persona, history, replies), all of them texts."""
+    """Compute the choice head's scores of all replies; a turn consists of persona, history and replies as texts."""
     rows = [pack_texts(persona, history, replies, tokenizer, model) for persona, history, replies in turns]
     scores: list[list[float]] = [[]] * len(rows)
     for places in LengthBatches(np.array([len(row.input_ids) for row in rows], int), batch_size):
@@ -164,7 +164,7 @@ def write_page(figures: dict, path: Path) -> None:
 
 
 def training_batches(lengths: np.ndarray, args: Namespace) -> list[list[int]]:
-    """Return the numbers of the pairs of each step, over all epochs."""
+    """Return, for each step of all epochs, the numbers of the pairs to train on."""
     require_memory(8 * len(lengths) * args.n_epochs, f"--n_epochs {args.n_epochs}", "give fewer")
     batches = LengthBatches(lengths, args.train_batch_size, args.seed)
     steps = []

@@ -45,18 +45,21 @@ class Player:
         self.special = tokens_for_chat(self.tokenizer)
 
     def reply(self, situations: Sequence[tuple[list[str], list[str]]], decoding: Decoding) -> list[str]:
-        """Reply in each situation: a persona and what was said so far, of which the model sees the end."""
+        """Reply in each situation: a persona and the utterances so far, of which the model sees the last ones."""
         contexts = []
         for persona, said in situations:
             sentences = self.tokenizer.encode_persona([] if self.model.no_persona else persona)
             history = tokenize(self.tokenizer, said[-(2 * self.model.max_history + 1):])
             contexts.append(fitted_context(self.model, sentences, history, self.special, decoding.max_length))
         replies = generate_replies(self.model, contexts, self.special, decoding)
-        return [readable(self.tokenizer, reply) or "..." for reply in replies]  # no reader keeps an empty utterance
+        return [readable(self.tokenizer, reply) or "..." for reply in replies]  # readers drop empty utterances
 
 
 def draw_personas(split: Split, dialogs: int, seed: int) -> list[list[list[str]]]:
-    """Draw two personas per dialog. None comes again before all have come; more dialogs begin with the same ones."""
+    """Draw two personas per dialog; a persona is used again only after all others.
+
+    A larger number of ``dialogs`` begins with the same dialogs.
+    """
     draw = np.random.default_rng(seed)
     rounds = -(-2 * dialogs // len(split))
     order = np.concatenate([draw.permutation(len(split)) for _ in range(rounds)])[:2 * dialogs].reshape(-1, 2)
@@ -91,18 +94,18 @@ def play(players: dict[str, Player], roles: Sequence[tuple[str, str]], personas:
 
 
 class Said(NamedTuple):
-    """A reply of a model, and what it is compared with."""
+    """A reply of a model, and the texts that it is compared with."""
 
     dialog: int
-    turn: int  # its number among the speaker's replies, from 0
+    turn: int  # number among the speaker's replies, from 0
     text: str
     earlier: list[str]  # the speaker's earlier replies
     own: list[str]  # the speaker's persona
-    other: list[str]  # the other speaker's
+    other: list[str]  # the other speaker's persona
 
 
 def replies_of(dialogs: Sequence[dict], model: str) -> Iterator[Said]:
-    """Yield the replies of a model; the opening of a dialog is nobody's."""
+    """Yield the replies of a model; the opening of a dialog is not one of them."""
     for number, dialog in enumerate(dialogs):
         for side in (0, 1):
             if dialog["models"][side] == model:

@@ -150,7 +150,7 @@ class Dyme:
 
         self.model = Ridge(alpha=1.0).fit(np.array(seen), following / self.spread)
         usual = np.abs(following / self.spread - self.model.predict(np.array(seen))).mean(1)
-        self.mean, self.scale = float(usual.mean()), float(usual.std()) or 1.0  # of people's deviations
+        self.mean, self.scale = float(usual.mean()), float(usual.std()) or 1.0  # mean and spread of people's deviations
 
     def _features(self, history: Sequence[str], measured: Sequence[np.ndarray]) -> np.ndarray:
         window = np.zeros((self.WINDOW, len(METRICS)))

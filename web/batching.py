@@ -78,7 +78,7 @@ NO_OPTIONS = ReplyOptions()
 class Stopped(NamedTuple):
     """The place where a stop text ends a reply."""
 
-    characters: int  # of the text before the stop
+    characters: int  # number of characters before the stop
     kept: int  # tokens that contain these characters
     tokens: int  # tokens up to the end of the stop
 
@@ -109,7 +109,7 @@ class Reply:
         self.computed = 0  # number of the last step that computed this reply
         self.places: list[Place] = []
         self.rows: list[BatchRow] = []
-        self.logits: dict[BatchRow, torch.Tensor] = {}  # of the beams computed so far, until all are
+        self.logits: dict[BatchRow, torch.Tensor] = {}  # rows computed so far, until all beams are
         self.beams = BeamSearch(args, special) if args.num_beams > 1 else None
         self.random = torch.Generator(device)
         if args.seed:
@@ -261,7 +261,7 @@ class Decoder:
         """
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         if unknown := [token for token, _ in args.logit_bias if token >= vocabulary]:
-            raise InputError(f"logit_bias: there is no token {unknown[0]}; the model knows {vocabulary:,}, from 0 on")
+            raise InputError(f"logit_bias: there is no token {unknown[0]}; use ids from 0 to {vocabulary - 1:,}")
         reply = Reply(context, args, self.special, self.model.device, client, notify, extra)
         needed = KeyValues.bytes_for(self.cache.token_bytes, reply.longest, reply.width)
         if needed > self.memory:
@@ -338,7 +338,7 @@ class Decoder:
                 break
             try:
                 self._step()
-            except Exception:  # of any kind: later requests must still be answered
+            except Exception:  # later requests must still be answered, whatever failed
                 logger.exception("A step failed; its %d replies end with an error", len(self.decoding))
                 self._end(self.decoding, "error")
         self._end([*self.decoding, *self.waiting], "stopping")

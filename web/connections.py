@@ -51,7 +51,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        super().on_headers_complete()  # raises for an address that is none
+        super().on_headers_complete()  # raises an error if the URL is malformed
         self.in_head = False
 
     def data_received(self, data: bytes) -> None:
