@@ -228,8 +228,8 @@ def annotate(args: Namespace) -> None:
         in_terminal(session, args.annotator)
     answers = read_answers([args.answers], session.pairs)
     people = Counter(person for person, _ in answers)
-    print(*(f"{person}: {count:,} of {len(session.pairs):,} pairs" for person, count in people.items()),
-          *agreement(answers), sep="\n")
+    lines = [f"{person}: {count:,} of {len(session.pairs):,} pairs" for person, count in people.items()]
+    print(*map(printable, [*lines, *agreement(answers)]), sep="\n")
 
 
 def main() -> None:

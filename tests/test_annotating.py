@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -221,9 +222,12 @@ def test_answering_through_a_pipe_continues(world, pairs, tmp_path):
     sides = first["shown"]
     assert first["choice"] == sides[0]
     assert first["questions"] == {"empathy": sides[1], "relevance": sides[0], "fluency": "tie"}
+    with open(path, "a") as file:  # a name that would clear the terminal
+        file.write(json.dumps(first | {"annotator": "\x1b[2J"}) + "\n")
     done = in_terminal(world / "pairs.jsonl", path, "x\nq\n")
+    assert b"[2J: 1 of" in done.stdout and b"\x1b" not in done.stdout
     assert f"2 of {len(pairs)} answered; the answers are in {path}" in done.stdout.decode()
-    assert [json.loads(line)["choice"] for line in path.read_text().splitlines()] == [sides[0], "bad"]
+    assert [json.loads(line)["choice"] for line in path.read_text().splitlines()] == [sides[0], sides[0], "bad"]
 
 
 def test_single_keys_in_a_terminal(world, pairs, tmp_path):
@@ -301,6 +305,9 @@ def test_hostile_requests_to_the_page(served, tmp_path):
         return requests.post(address, data=body, headers={"Content-Type": kind, **headers}, timeout=120)
 
     name = post(b'{"annotator": "anna"}').json()["pair"]
+    page = requests.get(address, headers={"X-Forwarded-Host": "evil.example"}, timeout=120)
+    assert page.ok and "evil.example" not in page.text + str(page.headers)
+    assert "frame-ancestors 'none'" in page.headers["Content-Security-Policy"]
     for host in ("evil.example", "127.0.0.1.evil.example"):
         assert post(b'{"annotator": "anna"}', Host=host).status_code == 400
         assert requests.get(address, headers={"Host": host}, timeout=120).status_code == 400
@@ -309,8 +316,9 @@ def test_hostile_requests_to_the_page(served, tmp_path):
                   sent | {"key": None}, sent | {"questions": {"empathy": {}}}, sent | {"questions": 3},
                   sent | {"pair": {"a": 1}}, {"pair": name}):
         assert post(json.dumps(wrong).encode()).status_code == 400, wrong
-    for body in (b"[" * 5000, b'{"a":' * 1000, b"\xff", b"", b'{"annotator": "' + b"a" * 20_000 + b'"}'):
+    for body in (b"[" * 5000, b'{"a":' * 1000, b"\xff", b"", b"1" * 5000):
         assert post(body).status_code == 400
+    assert post(b'{"annotator": "' + b"a" * 20_000 + b'"}').status_code == 413
     where = ("127.0.0.1", int(address.rstrip("/").rpartition(":")[2]))
     threads, closing = threading.active_count(), []
     for number in range(200):  # half-open requests, which are closed below
@@ -331,30 +339,87 @@ def test_a_second_annotating_process_is_refused(served, world, pairs, tmp_path):
     assert not (tmp_path / "answers.jsonl").read_text()
 
 
-def test_the_page_works_by_keyboard(served, tmp_path):
-    """Enter a name, then press single keys; the page shows the progress."""
+@pytest.fixture(scope="module")
+def browse():
+    """Open a page in Chromium: ``browse(address, viewport=…)``."""
     from playwright.sync_api import sync_playwright
 
-    if not os.path.exists("/usr/bin/chromium"):
-        pytest.skip("needs Chromium at /usr/bin/chromium")
-    session, address = served
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("needs Chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=[
+        browser = playwright.chromium.launch(executable_path=chromium, args=[
             "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync"])
-        page = browser.new_page()
-        page.set_default_timeout(120_000)
-        page.goto(address)
-        page.fill("#name", "anna")
-        page.keyboard.press("Enter")
-        for count, key in enumerate("atx"):
-            page.wait_for_function("n => $('progress').textContent.startsWith(n + ' of') && !waiting", arg=str(count))
-            page.keyboard.press(key)
-        page.wait_for_function("$('progress').textContent.startsWith('3 of')")
+
+        def open_page(address: str, **settings):
+            page = browser.new_context(**settings).new_page()
+            page.set_default_timeout(120_000)
+            page.goto(address)
+            return page
+
+        yield open_page
         browser.close()
-    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+
+
+def recorded(tmp_path: Path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+
+
+def test_the_page_works_by_keyboard(served, browse, tmp_path):
+    """Enter a name, then press single keys; the page shows the progress."""
+    session, address = served
+    page = browse(address)
+    page.fill("#name", "anna")
+    page.keyboard.press("Enter")
+    for count, key in enumerate("atx"):
+        page.locator("#progress", has_text=f"{count} of").wait_for()
+        page.keyboard.press(key)
+    page.locator("#progress", has_text="3 of").wait_for()
+    records = recorded(tmp_path)
     assert [record["choice"] for record in records] == [records[0]["shown"][0], "tie", "bad"]
     assert [record["pair"] for record in records] == session.order[:3]
+
+
+def test_the_page_works_on_a_phone_by_touch(served, browse, tmp_path):
+    """Answer all questions by touch, changing one answer before the last; nothing is too small or too wide."""
+    session, address = served
+    session.questions = True
+    page = browse(address, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page.fill("#name", "anna")
+    page.get_by_role("button", name="Begin").tap()
+    page.locator("#replies button").nth(1).tap()
+    for row, column in ((0, 0), (2, 2), (0, 1), (1, 0)):
+        page.locator("#rows div").nth(row).locator("button").nth(column).tap()
+    page.locator("#progress", has_text="1 of").wait_for()
+    record, = recorded(tmp_path)
+    sides = record["shown"]
+    assert record["choice"] == sides[1]
+    assert record["questions"] == {"empathy": sides[1], "relevance": sides[0], "fluency": "tie"}
+    sizes = page.locator("button:visible").evaluate_all("all => all.map(one => one.getBoundingClientRect())")
+    assert len(sizes) == 13 and all(size["width"] >= 44 and size["height"] >= 44 for size in sizes)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    for colours in ("light", "dark"):
+        page.emulate_media(color_scheme=colours)
+        found = axe.run(page).response["violations"]
+        assert not [one["id"] for one in found if one["impact"] in ("serious", "critical")], colours
+
+
+def test_the_page_says_what_it_cannot_save_and_tries_again(served, browse, tmp_path):
+    session, address = served
+    page = browse(address)
+    page.fill("#name", "anna")
+    page.keyboard.press("Enter")
+    page.locator("#progress", has_text="0 of").wait_for()
+    (tmp_path / "answers.jsonl").unlink()
+    (tmp_path / "answers.jsonl").mkdir()
+    page.keyboard.press("a")
+    page.locator("#progress", has_text="Not saved").filter(has_text="cannot be written").wait_for()
+    (tmp_path / "answers.jsonl").rmdir()
+    page.keyboard.press("b")
+    page.locator("#progress", has_text="1 of").wait_for()
+    record, = recorded(tmp_path)
+    assert record["choice"] == record["shown"][1]
 
 
 def test_simulated_annotators(pairs, tmp_path):

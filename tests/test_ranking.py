@@ -128,7 +128,7 @@ def test_people_see_two_dialogs_without_names(paired, tmp_path):
         page.fill("#name", "anna")
         page.keyboard.press("Enter")
         for count in range(9):
-            page.wait_for_function("n => $('progress').textContent.startsWith(n + ' of') && !waiting", arg=str(count))
+            page.locator("#progress", has_text=f"{count} of").wait_for()
             shown = page.locator("#replies button").all_inner_texts()
             assert page.inner_text("#ask") == ranking.QUESTION and page.title() == ranking.QUESTION
             for text in shown:
@@ -139,7 +139,7 @@ def test_people_see_two_dialogs_without_names(paired, tmp_path):
             values = [("tea" in text) - ("dog dog" in text) for text in shown]
             pressed.append("ab"[values.index(max(values))])
             page.keyboard.press(pressed[-1])
-        page.wait_for_function("$('progress').textContent.startsWith('9 of')")
+        page.locator("#progress", has_text="9 of").wait_for()
         chromium.close()
     server.should_exit = True
     thread.join()
