@@ -261,7 +261,7 @@ def restore_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
                 value, weight = file.get_tensor(key), weights[name]
                 if value.ndim:
                     value = devices.placed_like(value, weight)
-                elif optimizer.defaults.get("fused"):  # it counts steps on the weights' device, others count on the CPU
+                elif optimizer.defaults.get("fused"):  # fused: counts on the weights' device
                     value = value.to(weight.device)
                 optimizer.state[weight][field] = value
 

@@ -79,7 +79,7 @@ def processes(args: Namespace) -> Iterator[None]:
     if several and torch.device(args.device).type == "cuda":
         backend, local_rank = "nccl", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         if local_rank >= torch.cuda.device_count():
-            raise InputError(f"process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+            raise InputError(f"process {local_rank} has no GPU, because this machine has {torch.cuda.device_count()}; "
                              "start as many processes as GPUs, or use --device cpu")
         args.device = f"cuda:{local_rank}"
     try:

@@ -200,7 +200,7 @@ class DialogNumbers:
         return (side.role, side.whole, "whole"), (side.role, side.all_but_last, "all_but_last")
 
     def _pair(self, number: int) -> None:
-        """Note that both sides of a dialog are known."""
+        """Record that both sides of a dialog are known."""
         for key in self._keys(self.longest[number]):
             self._unpaired[key].remove(number)
             if not self._unpaired[key]:

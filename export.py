@@ -114,7 +114,7 @@ def push(folder: Path, name: str, private: bool) -> str:
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Export from TransferTransfo",
                           ignore_patterns=["*.unfinished"])
     except HFValidationError as error:
-        raise InputError(f"{flag}: is no name for a model ({short(str(error))}); write USER/NAME") from None
+        raise InputError(f"{flag}: is not a name for a model ({short(str(error))}); write USER/NAME") from None
     except OfflineModeIsEnabled:
         raise InputError(f"{flag}: HF_HUB_OFFLINE forbids connecting to {hub}; unset it ({kept})") from None
     except HfHubHTTPError as error:

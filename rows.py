@@ -89,7 +89,7 @@ def _cell(value: object) -> str:
 
 
 def _by_dialog(path: str | Path, rows: Iterator[TableRow], uses: dict[str, int]) -> Iterator[list[TableRow]]:
-    """Yield the rows of each dialog, which need not be adjacent; without names of dialogs, each row is one."""
+    """Yield the rows of each dialog, which need not be adjacent. Without a column of dialogs, each row is a dialog."""
     key: Callable[[TableRow], object]
     if "dialog" in uses:
         def key(row: TableRow) -> object:

@@ -22,10 +22,10 @@ DIVIDER = re.compile(r"\s*([-=*_#~])\1{2,}\s*")  # a line drawn between dialogs
 NUMBERED = re.compile(r"\s*[\[(]?([0-9]{1,9})(?:[.):\]](?![0-9])\s*|[\t ]\s*(?:[-–—]\s+)?)(.*)")
 DAY, HOUR = r"\d{1,4}[/.-]\d{1,2}[/.-]\d{1,4}", r"\d{1,2}:\d{2}(?::\d{2})?(?:\s?[AaPp]\.?[Mm]\.?)?"
 STAMP = rf"[\s\u200e]{{0,8}}[\[(]?(?:{DAY}(?:,?\s{{1,3}}|T))?{HOUR}[\])]?\s{{1,3}}(?:[-–]\s{{0,3}})?"
-STAMPED = re.compile(STAMP)  # the beginning of a messenger's message: a time and mostly a name
+STAMPED = re.compile(STAMP)  # the beginning of a message in a messenger's export: a time, usually with a name
 FACE = r"[\u2600-\u27bf\U0001f300-\U0001faff]\ufe0f?"
 NAME = rf"[0-9]|(?:{FACE}){{1,3}}|(?:{FACE} ?)?[^\W\d_][\w.'’-]{{0,30}}(?: #?[\w.'’-]{{1,30}}){{0,3}}"
-REMARK = r"(?:\s?[\[(][^\[\]()]{1,40}[\])])?"  # behind a name: (agent), [10:05 PM]
+REMARK = r"(?:\s?[\[(][^\[\]()]{1,40}[\])])?"  # a remark after a name, such as (agent) or [10:05 PM]
 LABELLED = re.compile(rf"(?:{STAMP})?(?:\s{{0,8}}<({NAME})>\s*|[\s\u200e#>*_\[(@•–-]{{0,8}}({NAME})\s{{0,3}}"
                       rf"[\])*_#]{{0,3}}{REMARK}\s{{0,3}}(?:[:：](?!//)|\t)[*_]{{0,3}}\s*)(.*)")
 SYSTEM_LABELS = {"system", "developer", "persona", "personality", "your persona"}

@@ -1,4 +1,4 @@
-"""Run a tutorial from its text, and write it as a notebook and as a web page beside it.
+"""Run a tutorial and write it as a notebook and as a web page, beside its source.
 
     python docs/make_tutorial.py docs/tutorial.py docs/tutorial.ko.md
 

@@ -41,7 +41,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
     """Yield line numbers, from 1, and JSON objects; None if a line is not a JSON object. Empty lines are skipped."""
     try:
         if path.exists() and not path.is_file():  # a device or a pipe may have no end
-            raise InputError(f"{path}: is no ordinary file; name a file of JSON lines")
+            raise InputError(f"{path}: is not an ordinary file; name a file of JSON lines")
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); name a file of JSON lines") from None
@@ -91,7 +91,7 @@ def is_pair(record: dict) -> bool:
 
 
 def read_pairs(path: str | Path) -> dict[str, dict]:
-    """Read pairs by name, in the order of the file. Lines that are no pair or were edited are skipped with a warning.
+    """Read pairs by name, in the order of the file. Edited lines and lines without a pair are skipped with a warning.
 
     Raises `InputError` if the file cannot be read or contains no pair.
     """

@@ -108,14 +108,14 @@ def _turns(record: dict) -> list[dict]:
     turns = record["turns"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) and isinstance(turn.get("text"), str)
                                               and isinstance(turn.get("who"), str) for turn in turns):
-        raise ValueError("whose turns do not say who said what")
+        raise ValueError("whose turns have no speakers")
     return turns
 
 
 def _sentences(record: dict, field: str) -> list[str]:
     value = record.get(field) or []
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"whose {field} is no list of texts")
+        raise ValueError(f"whose {field} is not a list of texts")
     return value
 
 

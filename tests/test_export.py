@@ -338,7 +338,7 @@ def test_pushing_to_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refused("unset it")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    refused("is no name", "a/b/c")
+    refused("is not a name", "a/b/c")
     for hub.status, word in ((401, "may not write"), (403, "may not write"), (500, "refused")):
         refused(word)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")

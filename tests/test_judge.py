@@ -39,7 +39,7 @@ def test_ratings_in_every_spelling(tmp_path, caplog):
     assert [one.persona for one in found] == [[], [], ["i am tall .", "tea is hot ."], []]
     assert [ratings.overall(one) for one in found] == [3, 3.75, 1.5, 1]
     assert "3 lines without a rating that is a number (line 4, 5, 9)" in caplog.text
-    assert "whose history is no list of texts (line 6)" in caplog.text and "without a reply (line 7)" in caplog.text
+    assert "whose history is not a list of texts (line 6)" in caplog.text and "without a reply (line 7)" in caplog.text
     assert "that are no JSON object (line 8)" in caplog.text
     with pytest.raises(InputError, match="holds no rated reply"):
         ratings.read_ratings(write(tmp_path / "none.jsonl", good))
@@ -243,7 +243,7 @@ def test_unusable_ratings_are_skipped(rating, tmp_path, caplog):
 
 
 def test_a_device_is_not_read():
-    with pytest.raises(InputError, match="/dev/zero: is no ordinary file"):
+    with pytest.raises(InputError, match="/dev/zero: is not an ordinary file"):
         ratings.read_ratings("/dev/zero")
 
 
