@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Write and read the checkpoints of a run, and stop the run on signals and bad losses.
+    """The checkpoints of a run: writes and reads them, and stops the run on signals and bad losses.
 
     Every process has such an object and calls its methods at the same points; the first process writes. ``schedule``:
     the learning-rate schedule. The arguments ``resume``, ``n_epochs``, ``checkpoint_every``, ``keep_checkpoints`` and

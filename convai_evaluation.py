@@ -229,7 +229,7 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: Tokenizer,
 
 
 def require_training(args: Namespace, tokenizer: Tokenizer) -> None:
-    """Raise `InputError` if hits@1 or perplexity is asked of a model that has no trained heads or control tokens."""
+    """Raise `InputError` for hits@1 or perplexity of a model without trained heads and control tokens."""
     if tokenizer.own_names and args.eval_type != "f1":
         raise InputError(f"--eval_type {args.eval_type}: {args.model_checkpoint} has never been trained with the "
                          "control tokens and the choice head of this project; train it (train.py --model_checkpoint), "

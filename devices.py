@@ -152,7 +152,7 @@ def end_all(message: str) -> None:
 
 
 class HalfPrecision(nn.Module):
-    """Run a model in the precision of ``--fp16``, with apex's meanings; losses and scores are in float32.
+    """A wrapper that runs a model in the precision of ``--fp16``, as apex defines it; losses and scores are in float32.
 
     O1 and bf16: float32 weights with autocast. O2: float32 master weights (the model's) and a half-precision copy for
     each batch; gradients reach the masters through the cast. O3: weights in half precision. The choice head always

@@ -165,7 +165,7 @@ class Side(NamedTuple):
 
 
 class DialogNumbers:
-    """Assign numbers to dialogs, one entry at a time; the two sides of a dialog get one number.
+    """The numbers of dialogs, assigned one entry at a time; the two sides of a dialog get one number.
 
     One side ends with the dialog's last utterance, the other with the one before. All utterances are compared, so
     dialogs that only begin alike get different numbers.

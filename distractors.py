@@ -52,7 +52,7 @@ def draw_distractors(replies: np.ndarray, dialogs: np.ndarray, texts: Sequence[s
 
 
 class _UsableReplies:
-    """Filter replies: keep those that are wrong for a turn and differ from each other."""
+    """A filter of replies that keeps those that are wrong for a turn and differ from each other."""
 
     def __init__(self, replies: np.ndarray, dialogs: np.ndarray, texts: Sequence[str],
                  tokens: Mapping[int, tuple] | None):
@@ -81,7 +81,7 @@ class _UsableReplies:
 
 
 class _SimilarReplies:
-    """Find replies that share words with a given one, by an index from each word to the replies that contain it."""
+    """An index from each word to the replies that contain it, to find replies that share words with a given one."""
 
     def __init__(self, replies: np.ndarray, texts: Sequence[str], rng: np.random.Generator):
         self.words = [frozenset(words(texts[number])) for number in replies]

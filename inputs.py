@@ -167,7 +167,7 @@ def pack_turn(persona, history, candidates, special: Specials, max_positions: in
 
 
 def pack_candidates(context: Segment, candidates: Sequence[Sequence[int]], special: Specials) -> Row:
-    """Pack candidates, the gold one last, behind their context, each with its end; they must fit there."""
+    """Pack candidates with their ends behind the context, the gold one last. They must fit there."""
     length, start = len(context.ids), context.start + len(context.ids)
     row = Row([*context.ids], [*context.types], list(range(context.start, start)), [0] * length, [IGNORED] * length, [],
               [length] * length)

@@ -102,7 +102,7 @@ def candidate_mask(segment_ids: torch.Tensor, visible: torch.Tensor | None = Non
 
 
 class _LowRank(torch.autograd.Function):
-    """Compute ``x W' + scale (x A') B'`` (Hu et al. 2021) with a frozen W, in as few passes over memory as possible.
+    """The function ``x W' + scale (x A') B'`` (Hu et al. 2021) with a frozen W, in few passes over memory.
 
     Shapes: x (tokens, in), W (out, in), A (rank, in), B (out, rank). The matrix products do both additions.
     """

@@ -57,7 +57,7 @@ def find_smollm2() -> str:
 
 @cache
 def _hash_once(path: Path, changed: int) -> str:
-    """Return the hash of a file, computed only once per time of last change (``changed``)."""
+    """Return the hash of a file; it is computed again only if ``changed``, the time of the last change, differs."""
     return hash_file(path)
 
 

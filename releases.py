@@ -141,7 +141,7 @@ def read_synthetic_persona_chat(path: str | Path) -> Iterator[Dialog]:
     names = [name.strip().casefold() for name in header]
     wanted = ["user 1 personas", "user 2 personas", "best generated conversation"]
     if not set(wanted) <= set(names):
-        raise InputError(f"{path}: line 1 has not the columns of the release, {', '.join(wanted)}; name its "
+        raise InputError(f"{path}: line 1 lacks the columns of the release, {', '.join(wanted)}; name its "
                          "Synthetic-Persona-Chat_train.csv, _valid.csv or _test.csv")
     columns = [names.index(name) for name in wanted]
     for number, row in rows:

@@ -53,7 +53,7 @@ class AdamW(torch.optim.AdamW):
 
 
 class Decay(ParamScheduler):
-    """Set the learning rate before each iteration: it rises from 0 to ``lr``, then falls to 0.
+    """A handler that sets the learning rate before each iteration: it rises from 0 to ``lr``, then falls to 0.
 
     It rises linearly over the share ``warmup_ratio`` of all ``iterations``. Then it falls linearly, as in 2019, or, if
     ``lr_decay`` is "polynomial", with the square of the remaining share of iterations.

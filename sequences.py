@@ -234,7 +234,7 @@ LLAMA_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "sel
 
 
 class LlamaLayer:
-    """Compute a layer of Llama, Mistral or Qwen2 in as few torch operations as possible, with the layer's own weights.
+    """A layer of Llama, Mistral or Qwen2, computed with its own weights in as few torch operations as possible.
 
     With one token per reply, calling modules and small operations takes longer than the arithmetic.
     """

@@ -97,7 +97,7 @@ def _report_unknown_tokens(table: TokenTable, tokenizer: Tokenizer) -> None:
     else:
         logger.warning("%.3g %% of the texts' tokens are unknown to the tokenizer: the model reads and learns %s in "
                        "their place; take a model that spells this language, such as --model_checkpoint gpt2 or one "
-                       "made for it (GPT-1's tokenizer reads English alone)", 100 * unknown, tokenizer.unk_token)
+                       "made for it (GPT-1's tokenizer reads only English)", 100 * unknown, tokenizer.unk_token)
 
 
 def _hash(path: Path) -> str:

@@ -56,9 +56,9 @@ def execute(source: Path) -> dict:
 
 
 def page(notebook: dict, title: str, language: str) -> str:
-    """The notebook as a web page, light or dark as the reader's system is.
+    """Convert the notebook to a web page, light or dark like the reader's system.
 
-    The code of cells that only say a sentence is folded, for it repeats the sentence.
+    The code of cells that only print a sentence is folded, because it repeats the sentence.
     """
     parts = [f"<style>{EXTRA}</style>"]
     for cell in notebook.cells:
@@ -73,7 +73,7 @@ def page(notebook: dict, title: str, language: str) -> str:
 
 
 def _output(output: dict) -> str:
-    """What a cell puts out: a picture, a sentence, or plain text."""
+    """Convert the output of a cell: a picture, a sentence, or plain text."""
     data = output.get("data", {})
     if "image/svg+xml" in data:
         picture = data["image/svg+xml"]

@@ -414,7 +414,7 @@ written = {name: generate_replies(model, contexts, special, way) for name, way i
 
 @torch.inference_mode()
 def token_probabilities(replies_: list[list[int]]) -> list[list[float]]:
-    """How likely the model finds each token of a reply to each of the turns."""
+    """Return the probability of each token of a reply, for each of the turns."""
     probabilities = []
     for start in range(0, len(replies_), 8):
         rows = [gold_only.pack(number, [reply]) for number, reply in enumerate(replies_[start:start + 8], start)]
@@ -465,7 +465,7 @@ say(f"Beams write {likeliest['Words per reply']:.1f} words per reply, and people
 
 # %%
 def answer_as(persona: list[str], said: list[str], decoding: Decoding) -> str:
-    """What somebody with this persona replies to all that was said."""
+    """Reply to what was said as a person with this persona."""
     history = [tokenizer.encode(text) for text in said]
     context = fitted_context(model, tokenizer.encode_persona(persona), history, special, decoding.max_length)
     return readable(tokenizer, generate_replies(model, [context], special, decoding)[0])
@@ -520,7 +520,7 @@ say("\n".join(f"- “{pair[1][-1]}” ✗ {pair[2][0]} **✓ {pair[2][1]}**" for
 
 # %%
 def chances_of_the_better(turns_: list[tuple]) -> list[float]:
-    """The probability that Bradley and Terry's model gives to each choice that was made."""
+    """Return the probability of each choice by the model of Bradley and Terry."""
     return [1 / (1 + math.exp(worse - better)) for worse, better in raw_scores(model, tokenizer, turns_)]
 
 

@@ -164,5 +164,5 @@ def _message(message: dict) -> tuple[str, str]:
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         content = "\n".join(part["text"] if isinstance(part.get("text"), str) else "" for part in content)
     if role is None or not isinstance(content, str):
-        raise ValueError("with a message of another role than system, user and assistant, or without text")
+        raise ValueError("with a message without text, or with a role other than system, user and assistant")
     return role, content

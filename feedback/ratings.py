@@ -81,7 +81,7 @@ def read_chats(path: str | Path) -> list[Chat]:
 
 
 def _rated(record: dict) -> Rated:
-    """Convert a record to a rated reply. Raises ``ValueError`` with the reason if it is none."""
+    """Convert a record to a rated reply. Raises ``ValueError`` with the reason if this is impossible."""
     if not isinstance(record.get("reply"), str) or not record["reply"].strip():
         raise ValueError("without a reply")
     fact = record.get("fact")

@@ -127,7 +127,7 @@ def weighted(utterance: str, history: Sequence[str], weights: dict[str, float] =
 
 
 class Dyme:
-    """Predict the metrics of the next utterance of a dialog, and reward utterances near this prediction.
+    """A predictor of the metrics of a dialog's next utterance, which rewards utterances near the prediction.
 
     A ridge regression (von Unold et al. use a neural network) predicts them from the metrics of the last ``WINDOW``
     utterances (0 if there are fewer), the number of utterances, and the lengths of the last two. An utterance is good

@@ -110,7 +110,7 @@ def test_unusable_preferences_are_counted(tmp_path, caplog):
                     "a prompt or reply that is neither text nor messages (line 4)",
                     "without anything that is replied to (line 5)",
                     "whose two dialogs differ before their last replies (line 6)",
-                    "a message of another role than system, user and assistant, or without text (line 7)",
+                    "a message without text, or with a role other than system, user and assistant (line 7)",
                     "that are no record (line 8)", "that repeat an earlier one (line 9)"]:
         assert problem in caplog.text
     with pytest.raises(InputError, match="none of its preferences can be used"):
