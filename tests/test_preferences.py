@@ -108,7 +108,7 @@ def test_unusable_preferences_are_counted(tmp_path, caplog):
                     good | {"prompt": "another"})) == 2
     for problem in ["that do not end with two replies of the bot (line 2)", "with the same reply twice (line 3)",
                     "a prompt or reply that is neither text nor messages (line 4)",
-                    "without anything that is replied to (line 5)",
+                    "without a message before the reply (line 5)",
                     "whose two dialogs differ before their last replies (line 6)",
                     "a message without text, or with a role other than system, user and assistant (line 7)",
                     "that are no record (line 8)", "that repeat an earlier one (line 9)"]:
