@@ -56,7 +56,7 @@ MARK = "# Written by TransferTransfo's export.py."  # a Modelfile that begins so
 
 
 def model_name(folder: Path) -> str:
-    """Return the model's name: that of its folder."""
+    """Return the name of the model's folder, which is the model's name."""
     return folder.resolve().name
 
 

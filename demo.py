@@ -172,7 +172,7 @@ def main() -> int:
         app = build_app(bot, open_dataset(args, bot.tokenizer), host_names(args.host, args.allow_host),
                         args.allow_origin, collector, pairing)
         host, port = listening.getsockname()[:2]
-        print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends.", flush=True)
+        print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; stop with Ctrl-C.", flush=True)
         server = serve(bot, app, args.drain)
         server.run([listening])
         return 128 + server.signal if server.signal else 0

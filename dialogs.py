@@ -27,7 +27,7 @@ logger = logging.getLogger("dialogs")
 
 
 class Utterance(NamedTuple):
-    """What a speaker says at once, with distractors for it if the corpus has some."""
+    """The words of a speaker in one turn, with distractors if the corpus has some."""
 
     speaker: object
     text: str
@@ -41,7 +41,7 @@ class Dialog(NamedTuple):
     utterances: list[Utterance]
     personas: Mapping[Any, list[str]] = {}  # speaker → sentences
     bot: object = None  # the only speaker whose turns are learnt; None: both speakers' turns are
-    notes: tuple[str, ...] = ()  # what to report about it, such as "with a system message"; the log counts each note
+    notes: tuple[str, ...] = ()  # remarks for the log, such as "with a system message", which counts each of them
 
 
 # ------------------------------------------------------------------------------------------- dialogs into entries

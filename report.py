@@ -48,7 +48,7 @@ def escape(text: str) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Format a figure for printing; None stands for a choice among single candidates."""
+    """Format a figure for printing; None means that no turn had several candidates."""
     return "nothing to choose" if value is None else f"{value:.4g}"
 
 

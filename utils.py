@@ -104,7 +104,7 @@ def _hash(path: Path) -> str:
     try:
         return hash_file(path)
     except OSError:
-        read_corpus(path)  # says what is wrong with the path
+        read_corpus(path)  # raises an error that explains the path
         raise
 
 

@@ -29,7 +29,7 @@ logger = logging.getLogger("feedback.annotate")
 
 
 class Answer(BaseModel):
-    """What the page sends: a name, and once there is a question, the answer to it, as `Session.answer` takes it."""
+    """A message from the page: a name and, after the first question, the arguments of `Session.answer`."""
 
     model_config = ConfigDict(strict=True)
 

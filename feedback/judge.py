@@ -245,7 +245,7 @@ class Agreement:
             chosen = np.concatenate([places[one] for one in draw.integers(len(places), size=len(places))])
             drawn.append(correlations(columns[:, chosen], ratings[..., chosen]))
         with catch_warnings():
-            simplefilter("ignore", RuntimeWarning)  # some columns are constant, such as the persona's without personas
+            simplefilter("ignore", RuntimeWarning)  # some columns may be constant
             self.low, self.high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
 
 

@@ -21,7 +21,7 @@ from cli import InputError, command, positive_real
 from dialogs import Utterance, merge_utterances
 from feedback.pairs import append_json_lines, read_json_lines, report_left_out
 
-LARGEST_RATING = 1e9  # beyond, sums of squares lose what differs
+LARGEST_RATING = 1e9  # sums of larger squares would round differences away
 OVERALL = ("overall", "rating", "score")  # names of the overall quality; the first that exists is used
 logger = logging.getLogger("feedback.ratings")
 

@@ -273,7 +273,7 @@ def parse_args(command_line: list[str] | None = None) -> Namespace:
     add("--fp16", default="", choices=["", "O0", *HALF], help="half precision, as in train.py (default: none)")
     add_device_flag(parser.add_argument)
     add("--seed", type=whole_number, default=42, help="seed of held-out dialogs and of dropout (default: %(default)s)")
-    # What else the trainer of train.py and the loading of checkpoints ask for:
+    # Further arguments that the trainer of train.py and the loading of checkpoints need:
     parser.set_defaults(lm_coef=0.0, mc_coef=1.0, gradient_accumulation_steps=1, max_len=0)
     return parser.parse_args(command_line)
 

@@ -168,7 +168,7 @@ def check(page: gr.Blocks, path: str, query: str, body: bytes | None) -> bytes |
         if event is None or event.fn is None:
             raise Refused("fn_index: this page has no such event", 404)
         if event.queue == path.startswith("/gradio_api/run/"):
-            raise Refused("fn_index: this event has another address", 404)
+            raise Refused("fn_index: this event must be sent to another address", 404)
         data = sent.get("data")
         if not isinstance(data, list) or len(data) != len(event.inputs):
             raise Refused(f"data: not a list of {len(event.inputs)} values")
@@ -193,7 +193,7 @@ def _input(block: gr.components.Component, value: object) -> object:
 
 
 def _event_data(sent: object) -> dict:
-    """Return the number of the rated message with the rating, or that of the choice taken. Raises `Refused`."""
+    """Return the number of the rated message with the rating, or the number of a choice. Raises `Refused`."""
     if not isinstance(sent, dict) or type(sent.get("index")) is not int or not isinstance(
             sent.get("liked"), (bool, str, type(None))):
         raise Refused("event_data: not the number of a message and a rating")
