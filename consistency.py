@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from cli import InputError
 from corpora import read_lines
+from metrics import wilson
 
 VERDICTS = ("answered", "contradicted", "evaded")
 # Kinds of which one person may have several values: "pizza and pasta" does not contradict a persona that likes pizza.
@@ -257,15 +258,7 @@ def read_questions(path: str | Path) -> list[Question]:
     return questions
 
 
-def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the Wilson (1927) score interval of the share ``count / total``; ``z`` 1.96 gives 95 % confidence."""
-    share, weight = count / total, z * z / total
-    middle = share + weight / 2
-    half = z * (share * (1 - share) / total + weight / (4 * total)) ** 0.5
-    return max(0.0, (middle - half) / (1 + weight)), min(1.0, (middle + half) / (1 + weight))
-
-
 def shares(verdicts: Sequence[str]) -> dict[str, tuple[float, float, float]]:
-    """Return the share of each of `VERDICTS` with its `wilson` interval: (share, lower bound, upper bound)."""
+    """Return the share of each of `VERDICTS` with its `metrics.wilson` interval: (share, lower bound, upper bound)."""
     count = Counter(verdicts)
     return {verdict: (count[verdict] / len(verdicts), *wilson(count[verdict], len(verdicts))) for verdict in VERDICTS}

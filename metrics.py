@@ -201,6 +201,14 @@ def reply_metrics(records: list[dict], split: "Split", max_history: int) -> dict
 # ---------------------------------------------------------------------------------------------------- intervals
 
 
+def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the Wilson (1927) score interval of the share ``count / total``; ``z`` 1.96 gives 95 % confidence."""
+    share, weight = count / total, z * z / total
+    middle = share + weight / 2
+    half = z * (share * (1 - share) / total + weight / (4 * total)) ** 0.5
+    return max(0.0, (middle - half) / (1 + weight)), min(1.0, (middle + half) / (1 + weight))
+
+
 def interval(values: ArrayLike, weights: ArrayLike, groups: ArrayLike, draws: int = 1000,
              seed: int = 0) -> tuple[float, float]:
     """Return the 95 % confidence interval of ``sum(values) / sum(weights)``, by a bootstrap over dialogs.

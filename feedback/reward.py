@@ -35,7 +35,7 @@ from feedback.preferences import read_preferences
 from feedback.snapshot import check_arguments, check_origin, check_preferences, restore_snapshot, save_snapshot
 from files import write_text
 from inputs import LengthBatches, Row, Specials, collate, pack_turn
-from metrics import calibration, calibration_error
+from metrics import calibration, calibration_error, wilson
 from model import HALF, DoubleHeadsModel, autocast
 from report import bars, calibration_table, html
 from tables import tokenize
@@ -116,14 +116,6 @@ class RewardModel:
 # ------------------------------------------------------------------------------------------------------ figures
 
 
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the share ``right`` / ``total`` (Wilson 1927)."""
-    rate, spread = right / total, z * z / total
-    middle = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / total + spread / total / 4)
-    return middle - half, middle + half
-
-
 def measure_held_out(model: DoubleHeadsModel, tokenizer: Tokenizer, pairs: list[tuple[dict, int]],
                      args: Namespace) -> dict:
     """Measure accuracy, calibration and scale of the scores on pairs, given as (pair, number of the better reply)."""
@@ -134,7 +126,7 @@ def measure_held_out(model: DoubleHeadsModel, tokenizer: Tokenizer, pairs: list[
     right = int((values[:, 1] > values[:, 0]).sum())
     bins = calibration(values, values[:, 1] > values[:, 0])
     return {"held_out_pairs": len(pairs), "accuracy": right / len(pairs),
-            "accuracy_interval": wilson_interval(right, len(pairs)), "mean": float(values.mean()),
+            "accuracy_interval": wilson(right, len(pairs)), "mean": float(values.mean()),
             "deviation": float(values.std()) or 1.0, "calibration": bins, "calibration_error": calibration_error(bins)}
 
 

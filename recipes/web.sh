@@ -4,12 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-run=$(cat .demo/run 2> /dev/null || true)  # the tiny model of an earlier call
 if python -c "from pretrained import find_smollm2; find_smollm2()" 2> /dev/null; then
-    [ -f "$run/config.json" ] || run=persona
-    echo "The page opens $run."
-    exec python demo.py --model_checkpoint "$run" --dataset_path data/sample_personachat.json --fp16 bf16 "$@"
+    echo "The page opens persona."
+    exec python demo.py --model_checkpoint persona --dataset_path data/sample_personachat.json --fp16 bf16 "$@"
 fi
+run=$(cat .demo/run 2> /dev/null || true)  # the tiny model of an earlier call
 if ! [ -f "$run/model.safetensors" ] || ! [ -f .demo/tiny_corpus.json ]; then
     ./recipes/tiny.sh
     run=$(ls -td runs/*_tiny* | head -n 1)

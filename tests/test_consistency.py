@@ -6,7 +6,8 @@ import pytest
 from conftest import ROOT, script
 
 from cli import InputError
-from consistency import Question, canonical_words, judge, read_questions, shares, wilson
+from consistency import Question, canonical_words, judge, read_questions, shares
+from metrics import wilson
 
 QUESTIONS = ROOT / "benchmarks" / "persona_questions.jsonl"
 

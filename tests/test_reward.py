@@ -1,7 +1,6 @@
 """Test reward models, which learn what people prefer."""
 
 import json
-import math
 import random
 from argparse import Namespace
 
@@ -112,12 +111,3 @@ def test_a_reward_model_of_coin_flips_warns(world, pairs, tmp_path, caplog):
         reward.train_reward(arguments)
     with pytest.raises(InputError, match="too few for training and testing"):
         reward.train_reward(Namespace(**vars(arguments) | {"reward": str(tmp_path / "other")}))
-
-
-def test_wilson_interval():
-    """Check the definition: each bound is the share from which the observed share is 1.96 standard deviations away."""
-    for right, total in [(0, 10), (7, 10), (447, 513), (10, 10)]:
-        low, high = reward.wilson_interval(right, total)
-        for bound in (low, high):
-            assert abs(right / total - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / total), abs=1e-9)
-        assert -1e-12 <= low <= right / total <= high <= 1 + 1e-12
