@@ -79,6 +79,11 @@ def test_only_collect_keeps_what_visitors_prefer(server, folder, collect):
         kept = {path.name: len(path.read_text().splitlines()) for path in (folder / "kept").glob("*.jsonl")}
         assert kept == ({"pairs.jsonl": 1, "answers.jsonl": 1, "ratings.jsonl": 1} if collect else {})
         assert collect or not written
+        if collect:  # what cannot be written costs the visitor nothing but the rating
+            (folder / "kept" / "ratings.jsonl").unlink()
+            (folder / "kept" / "ratings.jsonl").mkdir()
+            rated, _, chosen = asyncio.run(visit())
+            assert "could not be kept" in rated["note"] and rated["liked"] and "is kept" in chosen["note"]
     finally:
         if collect:
             own.end()

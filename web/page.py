@@ -8,8 +8,9 @@ nothing from other servers, and nothing that a browser sends makes it open a fil
 
 import asyncio
 import json
+import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from html import escape
@@ -31,6 +32,7 @@ TRIES = 4  # replies decoded to find two that differ
 OTHERS = 9  # replies of other dialogs with which the choice head compares the bot's reply
 CHOICES = (0, 1, "tie", "bad")  # the answers of feedback.annotate, in the order of the buttons
 MOST_EVENTS, EVENT_SHARE = 200, 50  # page events under way: in all, and from one address
+logger = logging.getLogger(__name__)
 
 THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
                           ).set(button_primary_background_fill="*primary_600",
@@ -286,8 +288,7 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
             page_state.compared = None
             choice, note = CHOICES[event.index], ""
             if collector:
-                collector.compare(compared, choice, visitor(request))
-                note = "Your choice is kept for research."
+                note = kept("choice", collector.compare, compared, choice, visitor(request))
             text, tokens, ended = compared.replies[choice if choice in (0, 1) else 0]
             remember(page_state, compared.personality, [*compared.said, text], tokens, ended, compared.options)
             return json.dumps({"turn": number, "said": [*compared.said, text], "note": note})
@@ -302,8 +303,8 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
             known = type(place) is int and 0 < place < len(sent["said"]) and place % 2
             if collector and known and event.liked in (True, False):
                 if (sent["persona"], sent["said"][:place + 1]) in page_state.given:
-                    collector.rate(sent["persona"], sent["said"][:place + 1], event.liked, visitor(request))
-                    note = "Your rating is kept for research."
+                    note = kept("rating", collector.rate, sent["persona"], sent["said"][:place + 1], event.liked,
+                                visitor(request))
                 else:
                     note = "Only this browser keeps the rating: the server no longer knows that reply."
             return json.dumps({"place": place if known else -1, "note": note,
@@ -398,6 +399,16 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
         gr.api(answer, api_name="chat", concurrency_limit=None)
     events = make_safe_(page, MOST_EVENTS, EVENT_SHARE)
     return page
+
+
+def kept(what: str, save: Callable[..., None], *values: object) -> str:
+    """Save a choice or a rating, and return what the page says about it."""
+    try:
+        save(*values)
+    except InputError as problem:  # a full disk, for example, which visitors need not know
+        logger.warning("%s", problem)
+        return f"Your {what} could not be kept; the conversation goes on."
+    return f"Your {what} is kept for research."
 
 
 def visitor(request: gr.Request) -> str:
