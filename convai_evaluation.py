@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from cli import InputError, command, positive_number
-from corpora import require_split
+from corpora import read_lines, require_split
 from decoding import (
     Decoding,
     add_decoding_flags,
@@ -44,8 +44,8 @@ from inputs import (
 )
 from metrics import choice_metrics, count_words, intervals, perplexities, reply_metrics, split_words
 from model import DoubleHeadsModel, autocast, half_dtype
-from report import figure, write_report
-from tables import tokenize
+from report import compare_models, figure, write_report
+from tables import Split, tokenize
 from templates import tokens_for_chat
 from tokenization import Tokenizer
 from utils import add_common_flags, open_dataset
@@ -236,6 +236,32 @@ def require_training(args: Namespace, tokenizer: Tokenizer) -> None:
                          "or use --eval_type f1, which uses the model's own chat template")
 
 
+def read_predictions(path: str, split: Split, kinds: list[str]) -> dict[str, list[dict]]:
+    """Read a file of ``--predictions`` about the same turns: the records of each of the ``kinds`` of evaluation.
+
+    Raises `InputError` if it is about other turns, or was made by another ``--eval_type``.
+    """
+    records: list[dict] = []
+    for number, line in read_lines(path):
+        try:
+            record = json.loads(line)
+            gold = split.texts("candidates", len(records)) if len(records) < split.num_turns else [None]
+            if record["gold"] != gold[-1] or record["context"] != split.texts("history", len(records)) or \
+                    len(record.get("scores", gold)) != len(gold):
+                raise ValueError
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"--compare {path}: line {number} is not about turn {len(records)} of these data; write "
+                             "the file with --predictions on the same data") from None
+        records.append(record)
+    needed = {"hits@1": {"scores"}, "ppl": {"nll", "tokens", "word_nll", "words"}, "f1": {"reply"}}
+    for kind in kinds:
+        chosen = kind == "f1" and any("scores" in record and "nll" not in record for record in records)
+        if len(records) < split.num_turns or chosen or not all(needed[kind] <= record.keys() for record in records):
+            raise InputError(f"--compare {path}: has not the {kind} of all {split.num_turns:,} turns; write the file "
+                             f"with --predictions and --eval_type {kind} or all")
+    return {kind: records for kind in kinds}
+
+
 def evaluate(args: Namespace) -> dict[str, float]:
     """Evaluate the model on the validation split, as ``--eval_type`` says, and return the figures by name."""
     if args.predictions:  # fail before the work if the file cannot be written
@@ -250,6 +276,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
     table = open_dataset(args, tokenizer)
     split = require_split(table, "valid", args.dataset or args.dataset_path)
     kinds = ["hits@1", "ppl", "f1"] if args.eval_type == "all" else [args.eval_type]
+    others = read_predictions(args.compare, split, kinds) if args.compare else {}
     records: dict[str, list[dict]] = {}
     figures: dict[str, float] = {}
 
@@ -288,6 +315,12 @@ def evaluate(args: Namespace) -> dict[str, float]:
     if ranges := intervals(records, split):
         logger.info("95 %% intervals (bootstrap with 1,000 samples of dialogs): %s",
                     ", ".join(f"{name} {figure(low)} to {figure(high)}" for name, (low, high) in ranges.items()))
+    comparison = compare_models(records, others, split, args.compare) if others else None
+    if comparison:
+        for name, one in comparison["metrics"].items():
+            logger.info("%s: %s, %s in %s; difference %+.3g (95 %% interval %+.3g to %+.3g), p = %.4f", name,
+                        figure(one["first"]), figure(one["second"]), args.compare, one["difference"], one["low"],
+                        one["high"], one["p"])
     if args.predictions:
         lines = [{"context": split.texts("history", turn), "gold": split.texts("candidates", turn)[-1]} |
                  {name: value for record in of_turn for name, value in record.items()}
@@ -297,7 +330,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
     if args.report:
         with _writing(f"--report {args.report}"):
             write_report(Path(args.report), figures, vars(args), split, model.max_history,
-                         records.get("hits@1"), records.get("f1"))
+                         records.get("hits@1"), records.get("f1"), comparison)
     return figures
 
 
@@ -500,6 +533,9 @@ def main() -> None:
         help="f1: decode N times, with --seed, --seed + 1, …; report mean and standard deviation (default: 1)")
     add("--batch_size", type=positive_number, default=16, help="turns per batch (default: %(default)s)")
     add("--predictions", metavar="FILE", help="write each turn's scores, likelihoods and reply, a JSON line per turn")
+    add("--compare", metavar="FILE",
+        help="compare with the --predictions of another model on the same turns: differences, their significance and, "
+             "with --report, the turns that differ most")
     add("--report", metavar="DIR", help="write report.html and report.json: figures, ranks, calibration, worst turns")
     add("--parlai", action="store_true", help="let ParlAI evaluate; also accept ParlAI's flags, such as --datapath")
     if "--parlai" in sys.argv:  # with it, ParlAI parses the other flags

@@ -225,23 +225,65 @@ def interval(values: ArrayLike, weights: ArrayLike, groups: ArrayLike, draws: in
     return low, high
 
 
-def intervals(records: dict[str, list[dict]], split: "Split") -> dict[str, tuple[float, float]]:
-    """Return the `interval` of each main metric; ``records`` has the evaluations ``hits@1``, ``ppl`` and ``f1``."""
-    dialogs, found = np.asarray(split.turn_dialog), {}
+def turn_values(records: dict[str, list[dict]], split: "Split") -> dict[str, np.ndarray]:
+    """Return the values and weights of all turns, (2, turns), for each main metric.
+
+    A metric is the sum of its values divided by the sum of its weights; a perplexity is the exponential of that.
+    ``records`` has the evaluations ``hits@1``, ``ppl`` and ``f1``; turns without a choice have weight 0 in Hits@1.
+    """
+    found, ones = dict[str, list](), np.ones(split.num_turns)
     if "hits@1" in records:
-        chosen = [turn for turn, record in enumerate(records["hits@1"]) if len(record["scores"]) > 1]
-        hits = [gold_rank_by_words(records["hits@1"][turn]["scores"], split.texts("candidates", turn)) == 1
-                for turn in chosen]
-        if chosen:
-            found["Hits@1"] = interval(hits, np.ones(len(hits)), dialogs[chosen])
+        scores = [record["scores"] for record in records["hits@1"]]
+        found["Hits@1"] = [[len(one) > 1 and gold_rank_by_words(one, split.texts("candidates", turn)) == 1
+                            for turn, one in enumerate(scores)], [len(one) > 1 for one in scores]]
     if "ppl" in records:
         for name, total, count in (("Token PPL", "nll", "tokens"), ("Word PPL", "word_nll", "words")):
-            values, weights = ([record[field] for record in records["ppl"]] for field in (total, count))
-            if sum(weights):
-                low, high = interval(values, weights, dialogs)
-                found[name] = math.exp(low), math.exp(high)
+            found[name] = [[record[field] for record in records["ppl"]] for field in (total, count)]
     if "f1" in records:
-        scores = [f1_score(record["reply"], split.texts("candidates", turn)[-1])
-                  for turn, record in enumerate(records["f1"])]
-        found["F1"] = interval(scores, np.ones(len(scores)), dialogs)
-    return found
+        found["F1"] = [[f1_score(record["reply"], split.texts("candidates", turn)[-1])
+                        for turn, record in enumerate(records["f1"])], ones]
+    arrays = {name: np.array(both, float) for name, both in found.items()}
+    return {name: both for name, both in arrays.items() if both[1].any()}
+
+
+def intervals(records: dict[str, list[dict]], split: "Split") -> dict[str, tuple[float, float]]:
+    """Return the `interval` of each main metric (`turn_values`)."""
+    found = {name: interval(values, weights, split.turn_dialog)
+             for name, (values, weights) in turn_values(records, split).items()}
+    return {name: (math.exp(low), math.exp(high)) if name.endswith("PPL") else (low, high)
+            for name, (low, high) in found.items()}
+
+
+def compare(first: np.ndarray, second: np.ndarray, groups: ArrayLike, exponential: bool = False, draws: int = 9999,
+            seed: int = 0) -> dict[str, float]:
+    """Compare a metric of two models on the same turns, whose `turn_values` are given, (2, turns) each.
+
+    ``groups`` (turns,): the number of each turn's dialog. Return the metric of the ``first`` and the ``second`` model,
+    their ``difference``, its 95 % confidence interval, ``low`` to ``high``, by a paired bootstrap over dialogs, and
+    ``p``: how often a difference at least as large, in either direction, comes about if the two models' dialogs are
+    exchanged at random (permutation test). With a single dialog, interval and ``p`` are NaN. ``exponential``: the
+    metric is the exponential of the mean.
+    """
+    from scipy import stats  # half a second, which only a comparison takes
+
+    dialog = np.unique(groups, return_inverse=True)[1]
+    number = dialog.max() + 1
+    totals, counts = (np.concatenate([np.bincount(dialog, part, number) for part in parts])
+                      for parts in ((first[0], second[0]), (first[1], second[1])))
+
+    def metric(places: np.ndarray, axis: int) -> np.ndarray:
+        with np.errstate(invalid="ignore"):  # a resample of dialogs without a choice
+            mean = totals[places].sum(axis) / counts[places].sum(axis)
+        return np.exp(mean) if exponential else mean
+
+    def difference(one: np.ndarray, other: np.ndarray, axis: int) -> np.ndarray:
+        return metric(one, axis) - metric(other, axis)
+
+    both, how = (np.arange(number), number + np.arange(number)), {"vectorized": True, "n_resamples": draws, "rng": seed}
+    low = high = p = math.nan
+    if number > 1:
+        drawn = stats.bootstrap(both, difference, paired=True, method="percentile", batch=1000, **how)
+        low, high = np.nanquantile(drawn.bootstrap_distribution, [0.025, 0.975]).tolist()
+        p = float(stats.permutation_test(both, difference, permutation_type="samples", batch=1000, **how).pvalue)
+    one, other = (float(metric(places, 0)) for places in both)
+    return {"first": one, "second": other, "difference": one - other, "low": low, "high": high, "p": p}

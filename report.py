@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import printable
-from metrics import calibration, calibration_error, gold_rank_by_words, softmax
+from metrics import calibration, calibration_error, compare, f1_score, gold_rank_by_words, softmax, turn_values
 from tables import Split
 
 WORST = 20
@@ -69,16 +69,49 @@ def worst_turns(records: list[dict], split: Split, max_history: int) -> list[dic
     return turns
 
 
+def compare_models(records: dict[str, list[dict]], others: dict[str, list[dict]], split: Split, name: str) -> dict:
+    """Compare the records of two evaluations of the same turns, by kind, the second one being that of ``name``.
+
+    Return ``other``, the name; ``metrics``, the figures of `metrics.compare` by metric, and ``turns``, by kind of
+    evaluation the turns that differ most, in either direction: with the gold reply's probability among the candidates
+    (hits@1), its mean log-likelihood per token (ppl), or the reply and its F1 (f1).
+    """
+    values = turn_values(records, split), turn_values(others, split)
+    figures = {metric: compare(values[0][metric], values[1][metric], split.turn_dialog, metric.endswith("PPL"))
+               for metric in values[0] if metric in values[1]}
+
+    def value(kind: str, record: dict, turn: int) -> float:
+        if kind == "hits@1":
+            return float(softmax(record["scores"])[-1])
+        if kind == "ppl":
+            return -record["nll"] / record["tokens"]
+        return f1_score(record["reply"], split.texts("candidates", turn)[-1])
+
+    turns = {}
+    for kind in records:
+        models = records[kind], others[kind]
+        both = np.array([[value(kind, record, turn) for turn, record in enumerate(of_model)] for of_model in models])
+        furthest = np.argsort(-np.abs(both[0] - both[1]), kind="stable")[:WORST].tolist()
+        turns[kind] = [{
+            "turn": turn, "dialog": int(split.turn_dialog[turn]), "history": split.texts("history", turn)[-1:],
+            "gold": split.texts("candidates", turn)[-1], "values": both[:, turn].tolist(),
+            "replies": [of_model[turn]["reply"] for of_model in models] if kind == "f1" else None,
+        } for turn in furthest if both[0, turn] != both[1, turn]]
+    return {"other": name, "metrics": figures, "turns": turns}
+
+
 def write_report(folder: Path, figures: dict[str, float], settings: dict, split: Split, max_history: int,
-                 choices: list[dict] | None, replies: list[dict] | None) -> None:
+                 choices: list[dict] | None, replies: list[dict] | None, comparison: dict | None = None) -> None:
     """Write ``report.json`` and ``report.html``.
 
     ``choices`` are records with ``scores``, ``replies`` are records with ``reply``, both in the order of the split's
-    turns; None if not evaluated. Turns with a single candidate are skipped. Raises ``OSError`` if the folder cannot be
-    written.
+    turns; None if not evaluated. Turns with a single candidate are skipped. ``comparison`` is what `compare_models`
+    returns, or None. Raises ``OSError`` if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     report: dict = {"figures": figures, "settings": settings, "turns": split.num_turns}
+    if comparison:
+        report["comparison"] = comparison
     if several := {turn: record["scores"] for turn, record in enumerate(choices or []) if len(record["scores"]) > 1}:
         ranks = [gold_rank_by_words(scores, split.texts("candidates", turn)) for turn, scores in several.items()]
         bins = calibration(several.values(), [rank == 1 for rank in ranks])
@@ -100,6 +133,8 @@ def _page(report: dict) -> str:
                        if not (value is None or value is False or value == ""))  # but show 0
     parts = [f"<h1>Evaluation of {escape(str(report['settings']['model_checkpoint']))}</h1>"
              f"<p class=faint>{report['turns']:,} validation turns</p>{figures}"]
+    if "comparison" in report:
+        parts.append(_comparison(report["comparison"]))
     if "ranks" in report:
         parts.append("<h2>Rank of the gold reply</h2>" + bars(
             ["rank", "turns"], [([str(rank), f"{count:,}"], count) for rank, count in enumerate(report["ranks"], 1)]))
@@ -143,6 +178,40 @@ def _metric(name: str, value: float | None) -> str:
         if shared and value is not None and 0 <= value <= 1 else ""
     return (f"<div class=metric><b>{escape(name)}</b> <span class=value>{figure(value)}</span>{bar}"
             f"<p class=faint>{meaning}</p></div>")
+
+
+DIFFERING = {"hits@1": "Probability of the gold reply among the candidates",
+             "ppl": "Log-likelihood of the gold reply, in nats per token", "f1": "F1 of the reply"}
+
+
+def _comparison(comparison: dict) -> str:
+    """The differences from another model, with their significance, and the turns that differ most."""
+
+    def table(names: list[str], rows: list[list[str]], numbers: int) -> str:
+        """A table whose last ``numbers`` columns are numbers."""
+        kinds = ["" if place < len(names) - numbers else " class=number" for place in range(len(names))]
+        head, *body = ("".join(f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
+                       for tag, row in [("th", names), *(("td", row) for row in rows)])
+        return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in body) + "</table>"
+
+    rows = [[name, f"{one['first']:.4g}", f"{one['second']:.4g}", f"{one['difference']:+.3g}",
+             f"{one['low']:+.3g} to {one['high']:+.3g}", f"{one['p']:.4f}"]
+            for name, one in comparison["metrics"].items()]
+    parts = [f"<h2>Compared with {escape(comparison['other'])}</h2>"
+             "<p>The 95 % intervals come from a paired bootstrap over dialogs. p is the probability of a difference at "
+             "least as large if it made no difference which of the two models is which (permutation test over "
+             "dialogs).</p>", table(["", "this model", "the other", "difference", "95 % interval", "p"], rows, 5)]
+    for kind, turns in comparison["turns"].items():
+        rows = []
+        for one in turns:
+            gold = f"{escape(' '.join(one['history']))}<br><span class=gold>{escape(one['gold'])}</span>"
+            said = [f"{value:.3f}" + (f"<br>{escape(reply)}" if reply is not None else "") for value, reply in
+                    zip(one["values"], one["replies"] or [None] * 2, strict=True)]
+            rows.append([str(one["turn"]), gold, *said])
+        numbers = 0 if kind == "f1" else 2
+        parts.append(f"<h2>Turns that differ most: {DIFFERING[kind]}</h2>" +
+                     table(["turn", "said last, gold reply", "this model", "the other"], rows, numbers))
+    return "".join(parts)
 
 
 def html(title: str, parts: list[str]) -> str:

@@ -3,12 +3,13 @@
 import json
 import math
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import FAMILIES, TINY, script, shared, templates
+from conftest import FAMILIES, TINY, error_line, script, shared, templates
 from hypothesis import given
 from hypothesis import strategies as st
 from test_decoders import FAMILIES as DECODERS
@@ -228,7 +229,7 @@ def test_the_report_shows_the_worst_turns_escaped(tmp_path):
     flags = {"model_checkpoint": "<run>", "top_k": 0, "fp16": ""}
     write_report(folder, {"Hits@1": 19 / 30}, flags, split, 2, records, records)
     page = (folder / "report.html").read_text()
-    assert "<dt>top_k</dt><dd>0</dd>" in page and "<dt>fp16" not in page and "among so many candidates" in page
+    assert "<dt>top_k</dt><dd>0</dd>" in page and "<dt>fp16" not in page and "among the first candidates" in page
     assert "<script>" not in page and "<b>i" not in page and "<run>" not in page and "&lt;script&gt;" in page
     report = json.loads((folder / "report.json").read_text())
     assert [turn["turn"] for turn in report["worst"]] == list(range(20))
@@ -251,3 +252,72 @@ def test_intervals_equal_scipys_bootstrap():
     assert low < values.sum() / weights.sum() < high
     alone = metrics.interval(values, weights, np.arange(len(groups)))
     assert high - low > 1.3 * (alone[1] - alone[0])  # turns of one dialog are not independent
+
+
+# ------------------------------------------------------------------------------------------------------ comparisons
+
+
+def test_a_difference_is_tested_by_exchanging_whole_dialogs():
+    """The probability by enumeration of all exchanges, the interval by drawing dialogs in a loop."""
+    draw = np.random.default_rng(3)
+    groups = np.repeat(np.arange(9), draw.integers(1, 6, 9))
+    weights = draw.integers(1, 9, (2, len(groups))).astype(float)
+    values = weights * (draw.normal(1, 0.4, 9)[groups] + draw.normal([[0.25], [0]], 0.2, (2, len(groups))))
+    found = metrics.compare(np.stack([values[0], weights[0]]), np.stack([values[1], weights[1]]), groups, True)
+
+    def difference(chosen: list[list[int]]) -> float:
+        """``chosen``: for both sides, the model whose dialog is taken, per dialog, and the dialogs."""
+        ratios = [sum(values[model, groups == dialog].sum() for model, dialog in side) /
+                  sum(weights[model, groups == dialog].sum() for model, dialog in side) for side in chosen]
+        return math.exp(ratios[0]) - math.exp(ratios[1])
+
+    real = difference([[(model, dialog) for dialog in range(9)] for model in (0, 1)])
+    exchanged = np.array([difference([[(side ^ swap, dialog) for dialog, swap in enumerate(swaps)] for side in (0, 1)])
+                          for swaps in product((0, 1), repeat=9)])
+    at_least = min((exchanged >= real - 1e-9).mean(), (exchanged <= real + 1e-9).mean())
+    assert found["p"] == pytest.approx(min(1, 2 * at_least)) and 0 < found["p"] < 0.3
+    assert found["difference"] == pytest.approx(real) == found["first"] - found["second"]
+    drawn = [difference([[(model, dialog) for dialog in dialogs] for model in (0, 1)])
+             for dialogs in draw.integers(9, size=(3000, 9)).tolist()]
+    assert [found["low"], found["high"]] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.05)
+    alone = metrics.compare(np.ones((2, 3)), np.ones((2, 3)), [0, 0, 0])
+    assert alone["difference"] == 0 and math.isnan(alone["p"]) and math.isnan(alone["low"])
+
+
+def test_two_models_are_compared_turn_by_turn(tmp_path, trained, small_corpus):
+    how = ("--dataset_path", small_corpus, "--dataset_cache", "cache", "--eval_type", "all", "--max_length", 4)
+    script("convai_evaluation.py", *how, "--model_checkpoint", trained, "--predictions", "trained.jsonl", cwd=tmp_path)
+    script("convai_evaluation.py", *how, "--model_checkpoint", TINY, "--predictions", "random.jsonl", "--compare",
+           "trained.jsonl", "--report", "report", cwd=tmp_path)
+    assert "Hits@1: " in script.stderr and " in trained.jsonl; difference " in script.stderr
+    first, second = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+                     for name in ("random", "trained"))
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    comparison, figures = report["comparison"], report["figures"]
+    assert set(comparison["metrics"]) == {"Hits@1", "Token PPL", "Word PPL", "F1"}
+    for name, one in comparison["metrics"].items():
+        assert one["first"] == pytest.approx(figures[name]) and one["low"] <= one["difference"] <= one["high"]
+    perplexity = math.exp(sum(one["nll"] for one in second) / sum(one["tokens"] for one in second))
+    assert comparison["metrics"]["Token PPL"]["second"] == pytest.approx(perplexity)
+
+    def gold(record: dict) -> float:
+        return math.exp(record["scores"][-1]) / sum(map(math.exp, record["scores"]))
+
+    gaps = [abs(gold(one) - gold(other)) for one, other in zip(first, second, strict=True)]
+    turns = comparison["turns"]["hits@1"]
+    assert [abs(one["values"][0] - one["values"][1]) for one in turns] == pytest.approx(sorted(gaps)[::-1][:20])
+    assert turns[0]["values"] == pytest.approx([gold(first[turns[0]["turn"]]), gold(second[turns[0]["turn"]])])
+    for one in comparison["turns"]["f1"]:
+        assert one["replies"] == [first[one["turn"]]["reply"], second[one["turn"]]["reply"]]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Compared with trained.jsonl" in page and "Turns that differ most: Probability of the gold reply" in page
+
+    def refusal(lines: list[dict], *more) -> str:
+        (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return error_line("convai_evaluation.py", *how, "--model_checkpoint", TINY, "--compare", "other.jsonl", *more,
+                          cwd=tmp_path)
+
+    assert "line 2 is not about turn 1 of these data" in refusal([second[0], *second])
+    assert f"has not the hits@1 of all {len(first)} turns" in refusal(second[:-1])
+    chosen = [{name: one[name] for name in ("context", "gold", "scores", "reply")} for one in second]
+    assert "has not the f1 of all" in refusal(chosen, "--eval_type", "f1")  # the reply is the chosen candidate
