@@ -318,7 +318,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
     comparison = compare_models(records, others, split, args.compare) if others else None
     if comparison:
         for name, one in comparison["metrics"].items():
-            logger.info("%s: %s, %s in %s; difference %+.3g (95 %% interval %+.3g to %+.3g), p = %.4f", name,
+            logger.info("%s: %s, %s in %s; difference %+.4g (95 %% interval %+.4g to %+.4g), p = %.4f", name,
                         figure(one["first"]), figure(one["second"]), args.compare, one["difference"], one["low"],
                         one["high"], one["p"])
     if args.predictions:

@@ -33,9 +33,13 @@ th { color: var(--faint); font-weight: normal; border-bottom: 1px solid var(--li
 .metric { margin: 1rem 0 } .metric p { margin: .2rem 0 } .value { font-size: 1.3rem; margin-inline-start: .5rem }
 .whole { background: var(--line); border-radius: 2px; margin: .2rem 0 }
 summary { cursor: pointer; padding: .5rem 0 }
+.texts { table-layout: fixed; overflow-wrap: anywhere }
+.texts th:first-child { width: 3rem } .texts .number { width: 4.5rem }
 @media (max-width: 40rem) { td, th { padding: .2rem .3rem }
-        th.number { white-space: normal } td:last-child:has(.bar) { min-width: 5rem }
-        dl { grid-template-columns: 1fr } dd { margin-bottom: .5rem } td, dd { overflow-wrap: anywhere } }
+        th.number { white-space: normal } .figures { display: block; overflow-x: auto }
+        td:last-child:has(.bar) { min-width: 5rem }
+        dl { grid-template-columns: 1fr } dd { margin-bottom: .5rem } td, dd { overflow-wrap: anywhere }
+        .figures td { overflow-wrap: normal } }
 section { background: var(--tint); border-radius: 8px; padding: .8rem 1rem; margin: 1rem 0 }
 section p { margin: .2rem 0 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.5rem } dd { margin: 0 }
@@ -185,22 +189,22 @@ DIFFERING = {"hits@1": "Probability of the gold reply among the candidates",
 
 
 def _comparison(comparison: dict) -> str:
-    """The differences from another model, with their significance, and the turns that differ most."""
+    """Return the differences from another model, with their significance, and the turns that differ most, as HTML."""
 
-    def table(names: list[str], rows: list[list[str]], numbers: int) -> str:
-        """A table whose last ``numbers`` columns are numbers."""
+    def table(kind: str, names: list[str], rows: list[list[str]], numbers: int) -> str:
+        """Return a table whose last ``numbers`` columns are numbers."""
         kinds = ["" if place < len(names) - numbers else " class=number" for place in range(len(names))]
         head, *body = ("".join(f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
                        for tag, row in [("th", names), *(("td", row) for row in rows)])
-        return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in body) + "</table>"
+        return f"<table class={kind}><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in body) + "</table>"
 
-    rows = [[name, f"{one['first']:.4g}", f"{one['second']:.4g}", f"{one['difference']:+.3g}",
-             f"{one['low']:+.3g} to {one['high']:+.3g}", f"{one['p']:.4f}"]
+    rows = [[name, f"{one['first']:.4g}", f"{one['second']:.4g}", f"{one['difference']:+.4g}",
+             f"{one['low']:+.4g} to {one['high']:+.4g}", f"{one['p']:.4f}"]
             for name, one in comparison["metrics"].items()]
     parts = [f"<h2>Compared with {escape(comparison['other'])}</h2>"
              "<p>The 95 % intervals come from a paired bootstrap over dialogs. p is the probability of a difference at "
-             "least as large if it made no difference which of the two models is which (permutation test over "
-             "dialogs).</p>", table(["", "this model", "the other", "difference", "95 % interval", "p"], rows, 5)]
+             "least as large between two models that are equally good (permutation test over dialogs).</p>",
+             table("figures", ["", "this model", "the other", "difference", "95 % interval", "p"], rows, 5)]
     for kind, turns in comparison["turns"].items():
         rows = []
         for one in turns:
@@ -210,7 +214,7 @@ def _comparison(comparison: dict) -> str:
             rows.append([str(one["turn"]), gold, *said])
         numbers = 0 if kind == "f1" else 2
         parts.append(f"<h2>Turns that differ most: {DIFFERING[kind]}</h2>" +
-                     table(["turn", "said last, gold reply", "this model", "the other"], rows, numbers))
+                     table("texts", ["turn", "said last, gold reply", "this model", "the other"], rows, numbers))
     return "".join(parts)
 
 
