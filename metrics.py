@@ -171,12 +171,13 @@ def variety(replies: Sequence[str]) -> dict[str, float]:
 
     ``Words per reply``: the length, for Chinese and Japanese in characters. ``Distinct-1`` and ``Distinct-2``: the
     share of distinct words and word pairs among those of all replies (Li et al. 2016). ``Stutters``: the share of
-    replies with a word three times in a row.
+    replies with a word, not a punctuation mark, three times in a row.
     """
     lengths, stutters, grams = [], [], {1: Counter(), 2: Counter()}
     for reply in map(split_words, map(separate_letters, replies)):
         lengths.append(len(reply))
-        stutters.append(any(len(set(words)) == 1 for words in zip(reply, reply[1:], reply[2:], strict=False)))
+        stutters.append(any(first == second == third and any(map(str.isalnum, first))
+                            for first, second, third in zip(reply, reply[1:], reply[2:], strict=False)))
         for n, counts in grams.items():
             counts.update(zip(*(reply[start:] for start in range(n)), strict=False))
     return {"Words per reply": fmean(lengths),

@@ -1,4 +1,4 @@
-"""Take the README's pictures of the page: `python docs/screenshots.py http://127.0.0.1:7860`, of a server that runs."""
+"""Take the README's pictures of the page from a running server: `python docs/screenshots.py http://127.0.0.1:7860`."""
 
 import shutil
 import sys

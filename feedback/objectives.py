@@ -60,7 +60,7 @@ def dpo_loss(better: torch.Tensor, worse: torch.Tensor, reference_better: torch.
 
 
 class AdaptiveKL:
-    """The price of a nat: the weight of the KL penalty, adapted until the KL of replies is ``target`` nats.
+    """The weight of the KL penalty, the price of a nat. It is adapted until the KL of replies is ``target`` nats.
 
     As in Ziegler et al. (2019), each batch changes the price by its relative error, limited to 20 %, times the batch's
     share of ``horizon`` replies. With ``target`` 0 the price is constant.

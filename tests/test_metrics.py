@@ -208,7 +208,7 @@ def test_reply_metrics_by_hand(tmp_path):
     assert metrics["Distinct-1"] == pytest.approx(5 / 7)  # the different words are: I love cats . older
     assert metrics["Distinct-2"] == pytest.approx(5 / 5)
     assert metrics["Copied"] == pytest.approx(1 / 3)  # the first reply copies the persona, ignoring case
-    records[0] = {"reply": "cats cats cats . cats"}
+    records[0], records[2] = {"reply": "cats cats cats . cats"}, {"reply": "well . . ."}
     assert reply_metrics(records, table["valid"], max_history=1)["Stutters"] == pytest.approx(1 / 3)
 
 
