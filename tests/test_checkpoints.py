@@ -158,7 +158,7 @@ def test_runs_that_cannot_be_resumed_are_refused(undisturbed, small_corpus, tmp_
     wider = make_checkpoint(tmp_path / "wider", n_layer=1, n_embd=64)
     assert "is not a checkpoint of this run's model" in refused(run, "--model_checkpoint", wider)
     with started("--resume", run, cwd=tmp_path) as process:  # a second process on the same run is refused
-        until(lambda: "Going on" in (tmp_path / "log").read_text(), [process])
+        until(lambda: "Continuing after" in (tmp_path / "log").read_text(), [process])
         os.kill(process.pid, signal.SIGSTOP)
         assert "another process is training this run" in refused(run)
     (run / "training_args.json").write_text("[1")

@@ -191,14 +191,14 @@ def test_a_crowding_client_leaves_others_their_share():
         decoder.submit(SHORT, asked(), Client("a", "another key"))
     assert decoder.refuses(Client("a")) and not decoder.refuses(Client("b"))
     for _ in range(3):
-        honest = decoder.submit(SHORT, asked(max_length=20, min_length=20), Client("b"))
+        honest = decoder.submit(SHORT, asked(max_length=100, min_length=100), Client("b"))
         start = [len(reply.tokens) for reply in crowd]
         ended(honest)
         assert honest.finish == "length"
         gained = sum(len(reply.tokens) for reply in crowd) - sum(start)
-        # The crowd gets a quarter of 8 rows in each of the 20 steps, and all 8 in the few steps before this thread
-        # looks again. Without shares it would get all 8 in every step, 160 in total.
-        assert gained <= 20 * 2 + 8 * 8
+        # The crowd gets a quarter of 8 rows in each of the 100 steps, and all 8 in the steps before this thread looks
+        # again. Without shares it would get all 8 in every step, 800 in total.
+        assert gained <= 100 * 2 + 40 * 8
     lost = [reply for reply in crowd if reply.finish]
     assert lost and all(reply.finish == "busy" and not reply.tokens for reply in lost) and crowd[-1] in lost
     decoder.close()

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs
 import gradio as gr
 from gradio.queueing import Queue
 from gradio.server_messages import ProcessCompletedMessage
+from gradio.utils import LRUCache
 
 from web.guard import Refused
 
@@ -27,6 +28,14 @@ KINDS = {gr.Textbox: TEXT, gr.Button: TEXT, gr.HTML: TEXT, gr.Checkbox: (bool, t
          gr.Number: NUMBER}
 
 
+class Messages(LRUCache):
+    """The messages that wait for each page. Two connections of one page may both end, and both delete its messages."""
+
+    def __delitem__(self, page: str) -> None:
+        if page in self:
+            super().__delitem__(page)
+
+
 class Events(Queue):
     """Gradio's queue of the events of all pages, with bounds.
 
@@ -37,6 +46,7 @@ class Events(Queue):
     def __init__(self, page: gr.Blocks, most: int, share: int):
         super().__init__(True, most, 1, None, page, None)
         self.most, self.share = most, share
+        self.pending_messages_per_session = Messages(2000)  # as many as Gradio itself keeps
         self.sleep_when_free = 0.01  # Gradio looks for events a thousand times per second, which slows the decoding
         self.ANALYTICS_MAX_EVENTS = 0
 
