@@ -37,9 +37,9 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary
 
 # These test files train, start servers or browsers, or compare with whole libraries; together they take minutes.
 SLOW = {f"test_{name}.py" for name in (
-    "attack", "checkpoints", "commands", "decoders", "demo", "distributed", "export", "hostile", "judge", "lora",
-    "page", "parlai", "persona", "policy", "published", "ranking", "reward", "selfplay", "serving", "sharing",
-    "tutorial")}
+    "attack", "checkpoints", "commands", "decoders", "demo", "distributed", "export", "gguf", "hostile", "judge",
+    "lora", "page", "parlai", "persona", "policy", "published", "ranking", "reward", "selfplay", "serving", "sharing",
+    "terminal", "tutorial")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
