@@ -272,8 +272,12 @@ def test_stop_ends_the_reply_and_enter_is_never_lost(visit):
 
     box(page).fill("fourth")
     box(page).press("Enter")
-    page.wait_for_function("() => document.querySelectorAll('#chat .bot-row').length === 4")
-    page.get_by_test_id("stop-button").click()
+    page.wait_for_function("""() => {  // in the page, because the reply may be over before the driver's click arrives
+        const stop = document.querySelector("[data-testid=stop-button]");
+        if (!stop || document.querySelectorAll("#chat .bot-row").length !== 4) return false;
+        stop.click();
+        return true;
+    }""")
     ready(page, 4)
     page.wait_for_timeout(200)
     whole = said(page)
