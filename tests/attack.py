@@ -373,7 +373,7 @@ async def hanging(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 
 
 async def overload(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
-    """Waste the server's time on refusals: twice as many clients as it accepts, each with its own key."""
+    """Waste the server's time on refusals, with twice as many clients as it accepts, each with its own key."""
     rates = {96: [], 192: []}
     for number in range(12 if Pace.judged else 2):
         clients = (96, 192, 192, 96)[number % 4]

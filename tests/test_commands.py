@@ -152,7 +152,7 @@ def test_accumulation_is_one_step_of_the_mean_gradient(tmp_path):
 
 
 def test_an_incomplete_group_of_batches_is_averaged(tmp_path, small_corpus):
-    """Compare three batches in a group of up to eight with a group of exactly three."""
+    """Train on three batches: groups of up to eight must move the weights as groups of exactly three do."""
     checkpoint = make_checkpoint(tmp_path / "still", n_layer=1, n_embd=32, **NO_DROPOUT)
     moved = []
     for every in (3, 8, 2):

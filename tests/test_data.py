@@ -125,7 +125,7 @@ def test_the_script_writes_the_sample(tmp_path):
     assert (tmp_path / "again.json").read_bytes() == SAMPLE.read_bytes()
 
 
-# Names of splits, except "turns": an object with "turns" is a dialog in JSON lines.
+# Names of splits. "turns" is left out, because an object with that key is read as a dialog.
 NAMES = st.text(min_size=1, max_size=5).filter(lambda name: name.isprintable() and name != "turns")
 
 

@@ -26,7 +26,7 @@ PATIENCE = 300  # seconds, enough for any step on a busy machine
 
 
 def store_at(ports) -> torch.distributed.TCPStore:
-    """Open the store where processes find each other, as torchrun does, at the first free port; port 0 means any."""
+    """Open the store where processes find each other, as torchrun does, at the first free port; 0 is any free port."""
     for port in ports:
         try:
             return torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)

@@ -61,7 +61,7 @@ def test_corpora_are_found_and_mixed_split_by_split(tmp_path, data_dir, tokenize
     assert golds(table["valid"]) == ["a hen .", "i like a hen .", "a ant .", "i like a ant .", *rest]
     assert golds(table["test"]) == ["a bee .", "i like a bee .", *rest]
     animals = [said for animal in ("cat", "dog", "cow", "pig") for said in (f"a {animal} .", f"i like a {animal} .")]
-    assert golds(table["train"]) == animals  # valid and test repeat the other corpora
+    assert golds(table["train"]) == animals  # without the other corpora's dialogs, which valid and test have too
     assert golds(mixed("dailydialog,empathetic_dialogues,blended_skill_talk", keep_repeated=True)["train"]) == [
         *animals, *rest]
     assert table["test"].texts("persona", len(table["test"]) - 1) == ["i mend bikes ."]
