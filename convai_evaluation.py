@@ -257,7 +257,7 @@ def read_predictions(path: str, split: Split, kinds: list[str]) -> dict[str, lis
     for kind in kinds:
         chosen = kind == "f1" and any("scores" in record and "nll" not in record for record in records)
         if len(records) < split.num_turns or chosen or not all(needed[kind] <= record.keys() for record in records):
-            raise InputError(f"--compare {path}: has not the {kind} of all {split.num_turns:,} turns; write the file "
+            raise InputError(f"--compare {path}: lacks the {kind} of some of the {split.num_turns:,} turns; write it "
                              f"with --predictions and --eval_type {kind} or all")
     return {kind: records for kind in kinds}
 
