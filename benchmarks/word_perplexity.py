@@ -7,9 +7,9 @@ from collections import defaultdict
 import torch
 from textbook import Bench, alternate, close, parse_args, report
 
-from convai_evaluation import SMOOTHING, likelihoods, word_shares
 from inputs import LengthBatches, build_input_from_segments
 from metrics import count_words, split_words
+from outputs import SMOOTHING, likelihoods, word_shares
 
 
 @torch.inference_mode()

@@ -291,8 +291,8 @@ del beginner, optimizer, trainer, loader
 # **hits@1** is about the choice head: how often is the gold reply its first choice among the candidates of a turn?
 
 # %%
-from convai_evaluation import choice_scores, gold_likelihoods, replies
 from metrics import choice_metrics, count_words, f1_score, gold_rank_by_words, intervals, perplexities, reply_metrics
+from outputs import choice_scores, gold_likelihoods, replies
 
 choices = [record for _, record in sorted(choice_scores(model, everything))]
 texts = [valid.texts("candidates", number) for number in range(valid.num_turns)]

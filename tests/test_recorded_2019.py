@@ -5,9 +5,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from convai_evaluation import WordShares
 from inputs import Specials, build_context, build_reply, collate, pack_turn
 from interact import sample_sequence, top_filtering
+from outputs import WordShares
 from tokenization import get_tokenizer
 from train import build_input_from_segments
 from weights import add_special_tokens_, load_model

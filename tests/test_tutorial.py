@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, script
 
-from convai_evaluation import replies
 from decoding import Decoding, fitted_context, generate_replies, load_checkpoint
 from inputs import Specials, TurnDataset
+from outputs import replies
 from utils import get_dataset
 
 sys.path.insert(0, str(ROOT / "docs"))
