@@ -7,6 +7,7 @@
 # PERSONA_CHAT.json: the published file, or another file in its layout. FOLDER: the folder for the adapter; default:
 # .demo/persona/adapter. If the script is stopped and started again, it continues from the last checkpoint.
 # DIALOGS: train only the first stage, on this many random dialogs, and evaluate it on 64 validation dialogs.
+# benchmarks/learning_curve.py compares such folders.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$(realpath "${1:?name the JSON file of PERSONA-CHAT}") work=.demo/persona${DIALOGS:+-$DIALOGS}
@@ -35,7 +36,7 @@ train chat --model_checkpoint smollm2 --dataset_path $work/chat.json --lr 8e-4
 if [ -n "${DIALOGS:-}" ]; then
     for figure in hits@1 ppl; do
         python convai_evaluation.py --eval_type $figure --fp16 bf16 --batch_size 8 --model_checkpoint "$(cat $work/chat)" \
-            --dataset_path $work/chat.json
+            --dataset_path $work/chat.json --predictions "$work/$figure.jsonl"
     done
     exit
 fi
