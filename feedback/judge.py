@@ -28,9 +28,9 @@ from embeddings import embed
 from feedback.pairs import append_json_lines
 from feedback.policy import ReplyTokens, label_replies
 from feedback.ratings import Rated, overall, read_ratings
-from feedback.reward import RewardModel, pack_texts
+from feedback.reward import RewardModel, pack_texts, scoring_batches
 from feedback.utterance_metrics import METRICS, check_libraries, lowercase_words
-from inputs import LengthBatches, collate, max_reply
+from inputs import collate, max_reply
 from model import HALF, DoubleHeadsModel, autocast
 from tables import tokenize
 from tokenization import Tokenizer
@@ -67,7 +67,7 @@ def head_outputs(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[
         rows.append(row)
         ranges.append(where)
     found: list[list] = [[]] * len(rows)
-    batches = LengthBatches(np.array([len(row.input_ids) for row in rows], int), batch_size)
+    batches = scoring_batches([len(row.input_ids) for row in rows], batch_size)
     for places in tqdm(batches, desc="Judging", unit=" batches"):
         batch = {name: tensor.to(model.device)
                  for name, tensor in collate([rows[place] for place in places], tokenizer.pad_token_id).items()}
@@ -203,8 +203,10 @@ def combination_scores(data: DataSet, others: Sequence[DataSet]) -> np.ndarray:
 def correlations(columns: np.ndarray, ratings: np.ndarray) -> np.ndarray:
     """Return Spearman's and Pearson's correlations of columns with ratings: (columns, replies) → (2, columns).
 
-    ``ratings`` may also be (replies,). The correlation is NaN if either side is constant.
+    ``ratings`` may also be (replies,). The correlation is NaN if either side is constant, as a single reply is.
     """
+    if columns.shape[1] < 2:
+        return np.full((2, len(columns)), np.nan)
     ratings = np.broadcast_to(ratings, columns.shape)
     return np.stack([_pearson(stats.rankdata(columns, axis=1), stats.rankdata(ratings, axis=1)),
                      _pearson(columns, ratings)])
@@ -248,7 +250,9 @@ def agreement_lines(data: DataSet, quality: str, said: np.ndarray, resamples: in
     contexts, lines = data.contexts[kept], []
     if both := raters_and_others(rated, quality):
         among = Agreement(*both, contexts, resamples, seed)
-        lines.append(("people", *(np.nanmean(values, -1) for values in (among.value, among.low, among.high))))
+        with catch_warnings():
+            simplefilter("ignore", RuntimeWarning)  # raters who always give the same rating have no correlation
+            lines.append(("people", *(np.nanmean(values, -1) for values in (among.value, among.low, among.high))))
     columns = np.vstack([data.matrix.T[:, kept], said[kept]])
     found = Agreement(columns, np.array([fmean(one.ratings[quality]) for one in rated]), contexts, resamples, seed)
     return lines + [(name, found.value[:, number], found.low[:, number], found.high[:, number])
@@ -278,6 +282,8 @@ def judge(args: Namespace) -> list[dict]:
             print(f"\n{data.name}, {quality}: {sum(quality in one.ratings for one in data.rated):,} replies to "
                   f"{data.contexts.max() + 1:,} contexts; the combination is learnt from {teachers}\n"
                   f"{'':24}  Spearman  95 % interval     Pearson  95 % interval")
+            if len({fmean(one.ratings[quality]) for one in data.rated if quality in one.ratings}) == 1:
+                print("all replies have the same rating, so nothing correlates with it (nan)")
             for name, value, low, high in lines:
                 print(f"{name:24}  " + "   ".join(f"{value[n]:8.3f}  {low[n]:6.3f} to {high[n]:6.3f}" for n in (0, 1)))
                 records.append({"data": data.name, "quality": quality, "scorer": name} | {

@@ -38,7 +38,10 @@ def append_json_lines(path: Path, records: list[dict]) -> None:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
-    """Yield line numbers, from 1, and JSON objects; None if a line is not a JSON object. Empty lines are skipped."""
+    """Yield line numbers, from 1, and JSON objects; None if a line is not a JSON object. Empty lines are skipped.
+
+    Halves of UTF-16 pairs, which JSON can spell but UTF-8 cannot, become question marks.
+    """
     try:
         if path.exists() and not path.is_file():  # a device or a pipe may have no end
             raise InputError(f"{path}: is not an ordinary file; name a file of JSON lines")
@@ -49,7 +52,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8-sig"))
+            if b"\\ud" in line.lower():
+                record = json.loads(json.dumps(record, ensure_ascii=False).encode(errors="replace"))
         except (ValueError, RecursionError):  # ValueError: not JSON, or not UTF-8
             record = None
         yield number, record if isinstance(record, dict) else None

@@ -28,6 +28,7 @@ from ignite.handlers import ProgressBar
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+import devices
 from cli import (
     InputError,
     coefficient,
@@ -59,11 +60,11 @@ from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint
 from feedback.snapshot import check_arguments, check_origin, check_preferences, restore_snapshot, save_snapshot
 from feedback.utterance_metrics import WEIGHTS, Dyme, check_libraries, rule_score, weighted
 from inputs import IGNORED, Row, Specials, TurnDataset, build_context, collate, fit_context, max_reply, pack_turn
-from model import DoubleHeadsModel
+from model import DoubleHeadsModel, autocast
 from tables import Split, tokenize
 from tokenization import save_tokenizer
 from utils import add_common_flags, open_dataset
-from weights import save_model
+from weights import add_lora_, save_model
 
 EVALUATIONS = "evaluations.jsonl"
 NEVER = -1e9  # log-probability of impossible actions; finite, so that 0 · NEVER is 0
@@ -142,12 +143,12 @@ class PolicyNetwork(nn.Module):
     """A policy with a value head, which predicts the remaining reward from the hidden states.
 
     The value head starts at 0 and is not saved with the result. Dropout is off, so that the policy is one fixed
-    distribution.
+    distribution. ``fp16``: the precision of the computation, as in `model.autocast`; the results are float32.
     """
 
-    def __init__(self, model: DoubleHeadsModel):
+    def __init__(self, model: DoubleHeadsModel, fp16: str = ""):
         super().__init__()
-        self.model = model.eval()
+        self.model, self.fp16 = model.eval(), fp16
         self.value = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=model.device)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
@@ -158,10 +159,11 @@ class PolicyNetwork(nn.Module):
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
         try:
-            logits = self.model(**batch).logits
+            with autocast(str(self.model.device), self.fp16):
+                logits = self.model(**batch).logits
         finally:
             hook.remove()
-        return logits, self.value(states[0])[:, 0]
+        return logits, self.value(states[0].float())[:, 0]
 
 
 def action_logprobs(logits: torch.Tensor, special: Specials) -> torch.Tensor:
@@ -194,12 +196,13 @@ def divergence(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample_replies(model: DoubleHeadsModel, turns: Sequence[Context], special: Specials, max_length: int,
+def sample_replies(network: PolicyNetwork, turns: Sequence[Context], special: Specials, max_length: int,
                    samples: int) -> list[Context]:
-    """Sample replies to each of ``turns`` from the model's own distribution, without filters or temperature."""
-    how = Decoding(temperature=1.0, top_p=0.0, max_length=max_length, min_length=0)
+    """Sample replies to each of ``turns`` from the policy's own distribution, without filters or temperature."""
+    how, model = Decoding(temperature=1.0, top_p=0.0, max_length=max_length, min_length=0), network.model
     contexts = [build_context(turn.persona, turn.history, special, model.history_start) for turn in turns]
-    ids = generate_replies(model, contexts, special, how, samples=samples)
+    with autocast(str(model.device), network.fp16):
+        ids = generate_replies(model, contexts, special, how, samples=samples)
     replies = [ReplyTokens(one, len(one) < max_length) for one in ids]
     return [turn._replace(replies=replies[place * samples:(place + 1) * samples]) for place, turn in enumerate(turns)]
 
@@ -217,7 +220,7 @@ class Reward:
         if args.utterance_metrics or args.dyme:
             check_libraries()
         if args.reward_model:
-            self.model = RewardModel(args.reward_model, args.device)
+            self.model = RewardModel(args.reward_model, args.device, args.fp16)
             if self.model.scale["accuracy_interval"][0] <= 0.5:
                 logger.warning("%s", NO_BETTER_THAN_CHANCE.format(args.reward_model))
         if args.dyme:
@@ -254,8 +257,11 @@ class Trainer:
         model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
                                                 max_history=args.max_history)
         self.special = Specials.of(self.tokenizer)
-        self.network = PolicyNetwork(model)
+        self.network = PolicyNetwork(model, args.fp16)
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
+        if args.lora:
+            add_lora_(model, self.tokenizer, args.lora, args.model_checkpoint)
+            devices.prepare(model, args.device, args.fp16)  # casts the frozen weights once
         # Each reply has at least one action, with logits and log-probabilities of both policy and reference.
         require_memory(4 * 4 * args.batch_size * len(self.tokenizer), f"--batch_size {args.batch_size}")
         self.table = open_dataset(args, self.tokenizer)
@@ -355,7 +361,7 @@ class Trainer:
         """Sample this step's replies; return actions, rewards (replies,) and the reference's log-probabilities."""
         count = self.args.batch_size // self.args.samples
         order = np.random.default_rng([self.args.seed, number]).integers(len(self.contexts), size=count)
-        turns = sample_replies(self.network.model, [self.turn(self.contexts, place) for place in order.tolist()],
+        turns = sample_replies(self.network, [self.turn(self.contexts, place) for place in order.tolist()],
                                self.special, self.args.max_length, self.args.samples)
         actions = pack_actions(turns, self.special, self.network.model)
         with torch.no_grad():
@@ -437,7 +443,7 @@ class Trainer:
         kls, scores, rules, replies = [], [], [], []
         for start in range(0, len(order), 64):
             turns = [self.turn(dataset, place) for place in order[start:start + 64]]
-            turns = sample_replies(self.network.model, turns, self.special, self.args.max_length, 1)
+            turns = sample_replies(self.network, turns, self.special, self.args.max_length, 1)
             actions = pack_actions(turns, self.special, self.network.model)
             policy, reference = (action_logprobs(network(actions.batch)[0], self.special)
                                  for network in (self.network, self.reference))
@@ -459,7 +465,7 @@ def train_policy(args: Namespace) -> Path:
     """Train a policy and return its run folder."""
     run = Path(args.policy)
     noted = check_arguments(run, args, may_change={"policy", "device", "save_every", "dataset_cache"})
-    if (run / "model.safetensors").exists():  # it is written last
+    if (run / "config.json").exists():  # it is written last
         check_origin(run)
         logger.info("%s is finished", run)
         return run
@@ -522,6 +528,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> Namespace:
     add("--lr", type=learning_rate, default=1e-5, help="learning rate; falls linearly to 0 (default: %(default)s)")
     add("--max_norm", type=positive_real, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
     add("--max_length", type=positive_number, default=30, help="maximum tokens per reply (default: %(default)s)")
+    add("--lora", type=whole_number, default=0, metavar="RANK",
+        help="train and save only low-rank updates of the model's weights; 0: off (default: %(default)s)")
+    add("--fp16", default="", choices=["", "bf16"], help="compute in bfloat16 where it is safe (default: no)")
     add("--seed", type=whole_number, default=42, help="seed of contexts, replies and order (default: %(default)s)")
 
     rewards = parser.add_argument_group("rewards of ppo and rloo").add_argument

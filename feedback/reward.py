@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,16 +35,18 @@ from feedback.pairs import dialog_names, held_out
 from feedback.preferences import read_preferences
 from feedback.snapshot import check_arguments, check_origin, check_preferences, restore_snapshot, save_snapshot
 from files import write_text
-from inputs import LengthBatches, Row, Specials, collate, pack_turn
-from metrics import calibration, calibration_error, wilson
+from inputs import IGNORED, LengthBatches, Row, Specials, collate, pack_turn
+from metrics import calibration, calibration_error, interval, wilson
 from model import HALF, DoubleHeadsModel, autocast
 from report import bars, calibration_table, html
 from tables import tokenize
 from tokenization import Tokenizer, save_tokenizer
 from train import create_trainer
 from utils import add_device_flag
-from weights import save_model
+from weights import add_lora_, save_model
 
+LONG = 512  # tokens of a row, from which on batches become smaller
+MOST_REPLIES = 16  # to one context in a row; the attention of a row takes memory in the square of its length
 SCALE = "reward.json"
 DIALOGS = "dialogs.json"  # the `beginnings` of the dialogs of all its pairs
 logger = logging.getLogger("feedback.reward")
@@ -61,13 +64,25 @@ def pack_texts(persona: Sequence[str], history: Sequence[str], replies: Sequence
                      Specials.of(tokenizer), model.max_positions, model.history_start)
 
 
+def scoring_batches(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
+    """Return batches of the numbers of rows with these lengths, the longest rows first.
+
+    The attention of a row takes memory in the square of its length, so batches of very long rows are smaller.
+    """
+    batches = []
+    for places in LengthBatches(np.array(lengths, int), batch_size):
+        rows = max(1, batch_size * LONG ** 2 // max(LONG, lengths[places[0]]) ** 2)
+        batches += np.split(places, range(rows, len(places), rows))
+    return batches
+
+
 @torch.inference_mode()
 def raw_scores(model: DoubleHeadsModel, tokenizer: Tokenizer, turns: Sequence[tuple], fp16: str = "",
                batch_size: int = 32) -> list[list[float]]:
     """Compute the choice head's scores of all replies; a turn consists of persona, history and replies as texts."""
     rows = [pack_texts(persona, history, replies, tokenizer, model) for persona, history, replies in turns]
     scores: list[list[float]] = [[]] * len(rows)
-    for places in LengthBatches(np.array([len(row.input_ids) for row in rows], int), batch_size):
+    for places in scoring_batches([len(row.input_ids) for row in rows], batch_size):
         batch = collate([rows[place] for place in places], tokenizer.pad_token_id)
         del batch["labels"]  # there are no gold replies here
         with autocast(str(model.device), fp16):
@@ -113,20 +128,64 @@ class RewardModel:
             return []
 
 
+# ---------------------------------------------------------------------------------------------- pairs of a context
+
+
+class Comparisons(NamedTuple):
+    """The distinct replies to a context, and pairs of their places: the worse reply and the better one."""
+
+    persona: list[str]
+    history: list[str]
+    replies: list[str]
+    pairs: list[tuple[int, int]]
+
+    def pack(self, tokenizer: Tokenizer, model: DoubleHeadsModel) -> Row:
+        """Pack all replies into one row, in which each pair is a turn of two candidates, the better one last."""
+        row = pack_texts(self.persona, self.history, self.replies, tokenizer, model)
+        last, = row.mc_token_ids
+        return row._replace(mc_token_ids=[[last[worse], last[better]] for worse, better in self.pairs],
+                            labels=[IGNORED] * len(row.labels))  # the language-model head learns nothing
+
+
+def group_by_context(better: Sequence[tuple[dict, int]]) -> list[Comparisons]:
+    """Group pairs, given as (pair, number of the better reply), by their contexts, in the order of the pairs.
+
+    All comparisons of a context then cost little more than one, because its tokens are computed once, and they belong
+    to one training step (Ouyang et al. 2022). A context with more than ``MOST_REPLIES`` replies makes several groups.
+    """
+    groups: dict[tuple, list[Comparisons]] = {}
+    for pair, best in better:
+        made = groups.setdefault((tuple(pair["persona"]), tuple(pair["history"])), [])
+        texts = [pair["replies"][number]["text"] for number in (1 - best, best)]
+        if not made or len({*made[-1].replies, *texts}) > MOST_REPLIES:
+            made.append(Comparisons(pair["persona"], pair["history"], [], []))
+        replies = made[-1].replies
+        replies += [text for text in dict.fromkeys(texts) if text not in replies]
+        made[-1].pairs.append((replies.index(texts[0]), replies.index(texts[1])))
+    return [group for made in groups.values() for group in made]
+
+
 # ------------------------------------------------------------------------------------------------------ figures
 
 
 def measure_held_out(model: DoubleHeadsModel, tokenizer: Tokenizer, pairs: list[tuple[dict, int]],
                      args: Namespace) -> dict:
-    """Measure accuracy, calibration and scale of the scores on pairs, given as (pair, number of the better reply)."""
-    turns = [(pair["persona"], pair["history"], [pair["replies"][1 - better]["text"], pair["replies"][better]["text"]])
-             for pair, better in pairs]
+    """Measure accuracy, calibration and scale of the scores on pairs, given as (pair, number of the better reply).
+
+    The accuracy's interval is the wider one of Wilson's and of a bootstrap over contexts, because pairs with the same
+    context are not independent.
+    """
+    groups = group_by_context(pairs)
     model.eval()
-    values = np.array(raw_scores(model, tokenizer, turns, args.fp16))
-    right = int((values[:, 1] > values[:, 0]).sum())
-    bins = calibration(values, values[:, 1] > values[:, 0])
-    return {"held_out_pairs": len(pairs), "accuracy": right / len(pairs),
-            "accuracy_interval": wilson(right, len(pairs)), "mean": float(values.mean()),
+    scores = raw_scores(model, tokenizer, [group[:3] for group in groups], args.fp16)
+    values = np.array([[row[worse], row[better]] for row, group in zip(scores, groups, strict=True)
+                       for worse, better in group.pairs])
+    right = values[:, 1] > values[:, 0]
+    contexts = np.repeat(np.arange(len(groups)), [len(group.pairs) for group in groups])
+    low, high = zip(wilson(int(right.sum()), len(pairs)), interval(right, np.ones(len(pairs)), contexts), strict=True)
+    bins = calibration(values, right)
+    return {"held_out_pairs": len(pairs), "held_out_contexts": len(groups), "accuracy": float(right.mean()),
+            "accuracy_interval": (min(low), max(high)), "mean": float(values.mean()),
             "deviation": float(values.std()) or 1.0, "calibration": bins, "calibration_error": calibration_error(bins)}
 
 
@@ -155,10 +214,13 @@ def write_page(figures: dict, path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- training
 
 
-def training_batches(lengths: np.ndarray, args: Namespace) -> list[list[int]]:
-    """Return, for each step of all epochs, the numbers of the pairs to train on."""
+def training_batches(lengths: np.ndarray, pairs: int, args: Namespace) -> list[list[int]]:
+    """Return, for each step of all epochs, the numbers of the rows to train on, with all ``pairs`` in ``lengths`` rows.
+
+    A step has ``--train_batch_size`` pairs on average.
+    """
     require_memory(8 * len(lengths) * args.n_epochs, f"--n_epochs {args.n_epochs}", "give fewer")
-    batches = LengthBatches(lengths, args.train_batch_size, args.seed)
+    batches = LengthBatches(lengths, max(1, round(args.train_batch_size * len(lengths) / pairs)), args.seed)
     steps = []
     for epoch in range(1, args.n_epochs + 1):
         batches.set_epoch(epoch)
@@ -191,10 +253,10 @@ def train_reward(args: Namespace) -> dict:
         raise InputError(f"{args.pairs}: {len(better)} pairs with a better reply are too few for training and testing; "
                          "annotate more pairs")
     model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len)
-    rows = [pack_texts(pair["persona"], pair["history"],
-                       [pair["replies"][number]["text"] for number in (1 - best, best)], tokenizer, model)
-            for pair, best in tqdm(kept, desc="Packing", unit=" pairs")]
-    steps = training_batches(np.array([len(row.input_ids) for row in rows]), args)
+    if args.lora:
+        add_lora_(model, tokenizer, args.lora, args.model_checkpoint)
+    rows = [group.pack(tokenizer, model) for group in tqdm(group_by_context(kept), desc="Packing", unit=" contexts")]
+    steps = training_batches(np.array([len(row.input_ids) for row in rows]), len(kept), args)
 
     network = devices.prepare(model, args.device, args.fp16, seed=args.seed)
     scaler = devices.loss_scaler(args.device, args.fp16)
@@ -257,11 +319,14 @@ def parse_args(command_line: list[str] | None = None) -> Namespace:
     add("--reward", default="reward", metavar="DIR", help="folder to write (default: %(default)s)")
     add("--held_out", type=share, default=0.15, help="share of the dialogs for testing (default: %(default)s)")
     add("--n_epochs", type=positive_number, default=3, help="passes over the pairs (default: %(default)s)")
-    add("--train_batch_size", type=positive_number, default=16, help="pairs per step (default: %(default)s)")
+    add("--train_batch_size", type=positive_number, default=16,
+        help="pairs per step, on average: all pairs of a context are in the same step (default: %(default)s)")
     add("--lr", type=learning_rate, default=6.25e-5, help="learning rate; falls linearly to 0 (default: %(default)s)")
     add("--max_norm", type=positive_real, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
     add("--save_every", type=positive_number, default=200, metavar="N",
         help="save a snapshot every N steps (default: %(default)s)")
+    add("--lora", type=whole_number, default=0, metavar="RANK",
+        help="train and save only low-rank updates of the model's weights; 0: off (default: %(default)s)")
     add("--fp16", default="", choices=["", "O0", *HALF], help="half precision, as in train.py (default: none)")
     add_device_flag(parser.add_argument)
     add("--seed", type=whole_number, default=42, help="seed of held-out dialogs and of dropout (default: %(default)s)")

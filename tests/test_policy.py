@@ -168,7 +168,7 @@ def test_samples_follow_the_policys_distribution(small):
     """Compare how often each reply occurs among 4,000 samples with its probability."""
     ours, reference, special, turn = small
     torch.manual_seed(0)
-    said = policy.sample_replies(ours.model, [turn], special, max_length=2, samples=4000)[0].replies
+    said = policy.sample_replies(ours, [turn], special, max_length=2, samples=4000)[0].replies
     replies = every_reply()
     for reply in replies:
         probability = math.exp(likelihood(ours, turn, reply, special))
@@ -288,6 +288,23 @@ def test_a_policy_begins_as_its_reference(world, tmp_path):
         "--pairs", pairs_path, "--steps", 1, "--dataset_cache", tmp_path / "cache", "--max_length", 60))
     first, last = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
     assert first["kl"] == 0 < last["kl"]
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "dpo"])
+def test_a_policy_of_low_rank_in_half_precision(algorithm, world, judged, tmp_path, monkeypatch):
+    """Train only an adapter, killed once: the policy begins as the reference, is saved alone, and loads as it ended."""
+    arguments = policy_flags(world, tmp_path / "run", judged, "--algorithm", algorithm, "--lora", 4, "--fp16", "bf16",
+                             "--save_every", 3, "--lr", 3e-2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, policy, 1)
+        policy.train_policy(arguments)
+    run = policy.train_policy(arguments)
+    first, *_, last = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+    assert first["kl"] == 0 < last["kl"] and last["reward"] > first["reward"]
+    assert not (run / "model.safetensors").exists() and policy.train_policy(arguments) == run  # it is finished
+    changed = {"model_checkpoint": str(run), "algorithm": "rloo", "lora": 0}
+    again = policy.Trainer(Namespace(**vars(arguments) | changed))
+    assert again.evaluate()["reward"] == pytest.approx(last["reward"], abs=0.3)
 
 
 def test_rewards_read_their_own_history(world, judged, tmp_path):
