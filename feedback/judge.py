@@ -25,8 +25,8 @@ from tqdm import tqdm
 from cli import command, positive_number, whole_number
 from decoding import load_checkpoint
 from embeddings import embed
+from feedback.actions import ReplyTokens, label_replies
 from feedback.pairs import append_json_lines
-from feedback.policy import ReplyTokens, label_replies
 from feedback.ratings import Rated, overall, read_ratings
 from feedback.reward import RewardModel, pack_texts, scoring_batches
 from feedback.utterance_metrics import METRICS, check_libraries, lowercase_words

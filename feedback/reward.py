@@ -69,10 +69,11 @@ def scoring_batches(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]
 
     The attention of a row takes memory in the square of its length, so batches of very long rows are smaller.
     """
-    batches = []
-    for places in LengthBatches(np.array(lengths, int), batch_size):
-        rows = max(1, batch_size * LONG ** 2 // max(LONG, lengths[places[0]]) ** 2)
-        batches += np.split(places, range(rows, len(places), rows))
+    order, batches = np.argsort([-length for length in lengths], kind="stable"), []
+    while len(order):
+        rows = max(1, batch_size * LONG ** 2 // max(LONG, lengths[order[0]]) ** 2)
+        batches.append(order[:rows])
+        order = order[rows:]
     return batches
 
 

