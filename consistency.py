@@ -1,6 +1,7 @@
 """Judge a reply to a question about the bot's persona: it answers from the persona, contradicts it, or evades.
 
-A file of questions has one JSON object per line, as benchmarks/persona_questions.jsonl:
+A file of questions has one JSON object per line, as data/persona_questions.jsonl (`QUESTIONS`), which was written for
+this project:
 
     {"persona": ["i have two dogs .", …],
      "history": ["hi !", "hello , how are you ?"],          the dialog before the question; may be empty
@@ -25,6 +26,7 @@ from cli import InputError
 from corpora import read_lines
 from metrics import wilson
 
+QUESTIONS = Path(__file__).with_name("data") / "persona_questions.jsonl"
 VERDICTS = ("answered", "contradicted", "evaded")
 # Kinds of which one person may have several values: "pizza and pasta" does not contradict a persona that likes pizza.
 OPEN_KINDS = {"allergy", "animal", "dislike", "drink", "fear", "food", "health", "hobby", "instrument", "language",

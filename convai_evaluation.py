@@ -1,16 +1,20 @@
-"""Compute ConvAI2's metrics on the validation split: hits@1, perplexity and F1; also run the model as a ParlAI agent.
+"""Compute ConvAI2's metrics on the validation split: hits@1, perplexity and F1; also consistency with the persona.
 
     python convai_evaluation.py --eval_type hits@1 --model_checkpoint RUN
+    python convai_evaluation.py --eval_type consistency --no_sample --model_checkpoint RUN
     parlai eval_model -m convai_evaluation:TransformerAgent -t convai2 --model_checkpoint RUN
+
+The last command runs the model as a ParlAI agent.
 """
 
 import json
 import logging
+import math
 import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from cli import InputError, command, positive_number
+from consistency import QUESTIONS, VERDICTS, Question, judge, read_questions, shares
 from corpora import read_lines, require_split
 from decoding import (
     Decoding,
@@ -29,10 +34,11 @@ from decoding import (
     load_checkpoint,
     readable,
 )
+from embeddings import FEWEST_OTHERS, encoder, persona_use
 from inputs import TurnDataset, build_reply, collate, pack_turn
-from metrics import choice_metrics, count_words, intervals, perplexities, reply_metrics
-from model import autocast, half_dtype
-from outputs import choice_scores, gold_likelihoods, replies, word_shares
+from metrics import choice_metrics, count_words, intervals, perplexities, reply_metrics, turn_values
+from model import DoubleHeadsModel, autocast, half_dtype
+from outputs import answers, choice_scores, gold_likelihoods, replies, word_shares
 from report import compare_models, figure, write_report
 from tables import Split, tokenize
 from templates import tokens_for_chat
@@ -45,6 +51,7 @@ try:
 except ImportError:  # only `TransformerAgent` needs ParlAI, which `make parlai` installs separately
     Agent = object
 
+ASKED = ("persona", "history", "question", "kind")  # the fields of a question that its record keeps
 logger = logging.getLogger("convai_evaluation")
 
 
@@ -53,21 +60,27 @@ logger = logging.getLogger("convai_evaluation")
 
 def require_training(args: Namespace, tokenizer: Tokenizer) -> None:
     """Raise `InputError` for hits@1 or perplexity of a model without trained heads and control tokens."""
-    if tokenizer.own_names and args.eval_type != "f1":
+    if tokenizer.own_names and args.eval_type not in ("f1", "consistency"):
         raise InputError(f"--eval_type {args.eval_type}: {args.model_checkpoint} has never been trained with the "
                          "control tokens and the choice head of this project; train it (train.py --model_checkpoint), "
-                         "or use --eval_type f1, which uses the model's own chat template")
+                         "or use --eval_type f1 or consistency, which use the model's own chat template")
 
 
-def read_predictions(path: str, split: Split, kinds: list[str]) -> dict[str, list[dict]]:
-    """Read a file of ``--predictions`` about the same turns: the records of each of the ``kinds`` of evaluation.
+def read_predictions(path: str, split: Split, kinds: list[str],
+                     questions: Sequence[Question]) -> tuple[dict[str, list[dict]], list[dict]]:
+    """Read a file of ``--predictions``: the records of the turns for each of the ``kinds``, and of the ``questions``.
 
-    Raises `InputError` if it is about other turns, or was made by another ``--eval_type``.
+    Without consistency among the kinds, no question is read. Raises `InputError` if the file is about other turns or
+    questions, or was made by another ``--eval_type``.
     """
     records: list[dict] = []
+    asked: list[dict] = []
     for number, line in read_lines(path):
         try:
             record = json.loads(line)
+            if isinstance(record, dict) and "question" in record:
+                asked.append(record)
+                continue
             gold = split.texts("candidates", len(records)) if len(records) < split.num_turns else [None]
             if record["gold"] != gold[-1] or record["context"] != split.texts("history", len(records)) or \
                     len(record.get("scores", gold)) != len(gold):
@@ -76,13 +89,44 @@ def read_predictions(path: str, split: Split, kinds: list[str]) -> dict[str, lis
             raise InputError(f"--compare {path}: line {number} is not about turn {len(records)} of these data; write "
                              "the file with --predictions on the same data") from None
         records.append(record)
-    needed = {"hits@1": {"scores"}, "ppl": {"nll", "tokens", "word_nll", "words"}, "f1": {"reply"}}
+    needed = {"hits@1": {"scores"}, "ppl": {"nll", "tokens", "word_nll", "words"}, "f1": {"reply"},
+              "consistency": {"reply", "use_of_persona"}}
     for kind in kinds:
         chosen = kind == "f1" and any("scores" in record and "nll" not in record for record in records)
         if len(records) < split.num_turns or chosen or not all(needed[kind] <= record.keys() for record in records):
             raise InputError(f"--compare {path}: lacks the {kind} of some of the {split.num_turns:,} turns; write it "
-                             f"with --predictions and --eval_type {kind} or all")
-    return {kind: records for kind in kinds}
+                             f"with --predictions and --eval_type {kind}" + " or all" * (kind != "consistency"))
+    if "consistency" not in kinds:
+        return {kind: records for kind in kinds}, []
+    if not (len(asked) == len(questions) and all(
+            one.get("verdict") in VERDICTS and "reply" in one and
+            all(one.get(field) == getattr(other, field) for field in ASKED)
+            for one, other in zip(asked, questions, strict=True))):
+        raise InputError(f"--compare {path}: has other questions; write it with --predictions and the same --questions")
+    return {kind: records for kind in kinds}, asked
+
+
+def question_records(model: DoubleHeadsModel, tokenizer: Tokenizer, questions: Sequence[Question], decoding: Decoding,
+                     batch_size: int) -> list[dict]:
+    """Ask the model the questions about its persona, and return a record per question with ``reply``, ``verdict``."""
+    said = dict(tqdm(answers(model, tokenizer, questions, decoding, batch_size), total=len(questions),
+                     desc="consistency, questions", unit=" questions"))
+    return [{field: getattr(question, field) for field in ASKED} |
+            {"reply": said[number], "verdict": judge(said[number], question)}
+            for number, question in enumerate(questions)]
+
+
+def add_persona_use(records: list[dict], split: Split) -> None:
+    """Add to each turn's record `persona_use` of the reply and of the gold reply, and the nearest persona sentence."""
+    personas = [split.texts("persona", dialog) for dialog in split.turn_dialog.tolist()]
+    if (distinct := len(set(map(tuple, filter(None, personas))))) <= FEWEST_OTHERS:
+        logger.warning("Use of persona is a poor measure where a split has %s or fewer different personas; this one "
+                       "has %s", FEWEST_OTHERS, distinct)
+    gold = [split.texts("candidates", turn)[-1] for turn in range(split.num_turns)]
+    found = persona_use([*(record["reply"] for record in records), *gold], personas * 2)
+    for record, (use, sentence), (of_gold, _) in zip(records, found, found[len(records):], strict=False):
+        record |= {"use_of_persona": None if math.isnan(use) else use, "nearest_sentence": sentence,
+                   "gold_use_of_persona": None if math.isnan(of_gold) else of_gold}
 
 
 def evaluate(args: Namespace) -> dict[str, float]:
@@ -93,14 +137,19 @@ def evaluate(args: Namespace) -> dict[str, float]:
     if args.report:
         with _writing(f"--report {args.report}"):
             Path(args.report).mkdir(parents=True, exist_ok=True)
+    kinds = ["hits@1", "ppl", "f1"] if args.eval_type == "all" else [args.eval_type]
+    questions = read_questions(args.questions) if "consistency" in kinds else []
+    if questions:
+        encoder()  # fails before the work if it is not installed
     model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
                                        max_history=args.max_history)
+    model.config.no_persona = model.no_persona or args.no_persona
     require_training(args, tokenizer)
     table = open_dataset(args, tokenizer)
     split = require_split(table, "valid", args.dataset or args.dataset_path)
-    kinds = ["hits@1", "ppl", "f1"] if args.eval_type == "all" else [args.eval_type]
-    others = read_predictions(args.compare, split, kinds) if args.compare else {}
+    others, asked_others = read_predictions(args.compare, split, kinds, questions) if args.compare else ({}, [])
     records: dict[str, list[dict]] = {}
+    asked: list[dict] = []
     figures: dict[str, float] = {}
 
     def dataset(num_candidates: int) -> TurnDataset:
@@ -135,10 +184,22 @@ def evaluate(args: Namespace) -> dict[str, float]:
         figures |= {name: fmean(run[name] for run in runs) for name in runs[0]}  # replaces the F1 of the choices
         if args.seeds > 1:
             figures["F1 spread"] = stdev(run["F1"] for run in runs)
+    if "consistency" in kinds:
+        model.to(half_dtype(args.device, args.fp16))
+        asked = question_records(model, tokenizer, questions, Decoding.of(args), args.batch_size)
+        found = shares([one["verdict"] for one in asked])
+        figures |= {f"Questions {verdict}": share for verdict, (share, _, _) in found.items()}
+        logger.info("95 %% intervals of the %s questions (Wilson): %s", f"{len(asked):,}",
+                    ", ".join(f"{verdict} {low:.3f} to {high:.3f}" for verdict, (_, low, high) in found.items()))
+        records["consistency"] = collect(replies(model, gold_only, tokenizer, Decoding.of(args), args.batch_size),
+                                         "consistency, turns")
+        add_persona_use(records["consistency"], split)
+        figures |= {name: float(values.sum() / weights.sum()) for name, (values, weights) in
+                    turn_values({"consistency": records["consistency"]}, split).items()}
     if ranges := intervals(records, split):
         logger.info("95 %% intervals (bootstrap with 1,000 samples of dialogs): %s",
                     ", ".join(f"{name} {figure(low)} to {figure(high)}" for name, (low, high) in ranges.items()))
-    comparison = compare_models(records, others, split, args.compare) if others else None
+    comparison = compare_models(records, others, split, args.compare, (asked, asked_others)) if others else None
     if comparison:
         for name, one in comparison["metrics"].items():
             logger.info("%s: %s, %s in %s; difference %+.4g (95 %% interval %+.4g to %+.4g), p = %.4f", name,
@@ -147,13 +208,13 @@ def evaluate(args: Namespace) -> dict[str, float]:
     if args.predictions:
         lines = [{"context": split.texts("history", turn), "gold": split.texts("candidates", turn)[-1]} |
                  {name: value for record in of_turn for name, value in record.items()}
-                 for turn, of_turn in enumerate(zip(*records.values(), strict=True))]
+                 for turn, of_turn in enumerate(zip(*records.values(), strict=True))] + asked
         with _writing(f"--predictions {args.predictions}"), open(args.predictions, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if args.report:
         with _writing(f"--report {args.report}"):
             write_report(Path(args.report), figures, vars(args), split, model.max_history,
-                         records.get("hits@1"), records.get("f1"), comparison)
+                         records.get("hits@1"), records.get("f1", records.get("consistency")), comparison, asked)
     return figures
 
 
@@ -339,8 +400,9 @@ def evaluate_in_parlai(batch_size: int, flags: list[str]) -> None:
 def add_agent_flags(parser) -> None:
     """Add the flags that this script and the ParlAI agent share, besides the common flags."""
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_type", default="hits@1", choices=["hits@1", "ppl", "f1", "all"],
-        help="what to measure (default: %(default)s)")
+    add("--eval_type", default="hits@1", choices=["hits@1", "ppl", "f1", "all", "consistency"],
+        help="what to measure; all: ConvAI2's three metrics; consistency: whether replies agree with the persona and "
+             "use it (default: %(default)s)")
     add("--legacy_gpt2_words", action="store_true",
         help="ppl: look words up without their leading space, as the 2019 code did by mistake with GPT-2")
     add_decoding_flags(parser)
@@ -355,11 +417,16 @@ def main() -> None:
     add("--seeds", type=positive_number, default=1, metavar="N",
         help="f1: decode N times, with --seed, --seed + 1, …; report mean and standard deviation (default: 1)")
     add("--batch_size", type=positive_number, default=16, help="turns per batch (default: %(default)s)")
-    add("--predictions", metavar="FILE", help="write each turn's scores, likelihoods and reply, a JSON line per turn")
+    add("--questions", default=str(QUESTIONS), metavar="FILE",
+        help="consistency: questions about personas, with known answers (default: the project's 516 questions)")
+    add("--no_persona", action="store_true", help="hide the persona from the model, as a control")
+    add("--predictions", metavar="FILE",
+        help="write each turn's scores, likelihoods and reply, a JSON line per turn; consistency: and per question")
     add("--compare", metavar="FILE",
         help="compare with the --predictions of another model on the same turns: differences, their significance and, "
              "with --report, the turns that differ most")
-    add("--report", metavar="DIR", help="write report.html and report.json: figures, ranks, calibration, worst turns")
+    add("--report", metavar="DIR",
+        help="write report.html and report.json: figures, ranks, calibration, worst turns, replies, questions")
     add("--parlai", action="store_true", help="let ParlAI evaluate; also accept ParlAI's flags, such as --datapath")
     if "--parlai" in sys.argv:  # with it, ParlAI parses the other flags
         ours = ArgumentParser(add_help=False, allow_abbrev=False)

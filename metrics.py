@@ -230,7 +230,8 @@ def turn_values(records: dict[str, list[dict]], split: "Split") -> dict[str, np.
     """Return the values and weights of all turns, (2, turns), for each main metric.
 
     A metric is the sum of its values divided by the sum of its weights; a perplexity is the exponential of that.
-    ``records`` has the evaluations ``hits@1``, ``ppl`` and ``f1``; turns without a choice have weight 0 in Hits@1.
+    ``records`` has the evaluations ``hits@1``, ``ppl``, ``f1`` and ``consistency``. Turns without a choice have weight
+    0 in Hits@1, and turns without a persona in the use of persona.
     """
     found, ones = dict[str, list](), np.ones(split.num_turns)
     if "hits@1" in records:
@@ -243,6 +244,11 @@ def turn_values(records: dict[str, list[dict]], split: "Split") -> dict[str, np.
     if "f1" in records:
         found["F1"] = [[f1_score(record["reply"], split.texts("candidates", turn)[-1])
                         for turn, record in enumerate(records["f1"])], ones]
+    if "consistency" in records:
+        for name, field in (("Use of persona", "use_of_persona"),
+                            ("Use of persona, gold replies", "gold_use_of_persona")):
+            uses = [record[field] for record in records["consistency"]]
+            found[name] = [[use or 0 for use in uses], [use is not None for use in uses]]
     arrays = {name: np.array(both, float) for name, both in found.items()}
     return {name: both for name, both in arrays.items() if both[1].any()}
 

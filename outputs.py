@@ -1,4 +1,4 @@
-"""Run a model over turns, and record what it makes of each: scores of candidates, likelihoods, replies.
+"""Run a model over turns or questions, and record what it makes of each: scores, likelihoods, replies.
 
 `metrics.py` computes the figures of an evaluation from these records.
 """
@@ -7,11 +7,12 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from consistency import Question
 from decoding import Decoding, fitted_context, generate_replies, readable
 from inputs import IGNORED, LengthBatches, Row, TurnDataset, collate, get_loader, max_reply
 from metrics import split_words
@@ -173,7 +174,7 @@ def _negative_log_softmax(logits: torch.Tensor, places: list[tuple[int, int]]) -
     return [everything[line] - value for (line, _), value in zip(places, _gather(logits, places), strict=True)]
 
 
-# ----------------------------------------------------------------------------------------------------------- F1
+# ------------------------------------------------------------------------------------------------------ replies
 
 
 def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: Tokenizer, decoding: Decoding,
@@ -188,3 +189,26 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: Tokenizer,
         batch = generate_replies(model, contexts, special, decoding)
         for turn, reply in zip(turns, batch, strict=True):
             yield turn, {"reply": readable(tokenizer, reply)}
+
+
+def reply_to(model: DoubleHeadsModel, tokenizer: Tokenizer, situations: Sequence[tuple[list[str], list[str]]],
+             decoding: Decoding) -> list[str]:
+    """Reply in each situation: a persona and the utterances so far, of which the model sees the last ones."""
+    contexts, special = [], tokens_for_chat(tokenizer)
+    for persona, said in situations:
+        sentences = tokenizer.encode_persona([] if model.no_persona else persona)
+        history = tokenize(tokenizer, said[-(2 * model.max_history + 1):])
+        contexts.append(fitted_context(model, sentences, history, special, decoding.max_length))
+    return [readable(tokenizer, reply) for reply in generate_replies(model, contexts, special, decoding)]
+
+
+def answers(model: DoubleHeadsModel, tokenizer: Tokenizer, questions: Sequence[Question], decoding: Decoding,
+            batch_size: int) -> Iterator[tuple[int, str]]:
+    """Yield each question's number and the model's reply to it; questions of similar length share a batch."""
+    torch.manual_seed(decoding.seed)
+    asked = [(one.persona, [*one.history, one.question]) for one in questions]
+    order = sorted(range(len(asked)), key=lambda number: sum(map(len, sum(asked[number], []))))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start:start + batch_size]
+        yield from zip(numbers, reply_to(model, tokenizer, [asked[number] for number in numbers], decoding),
+                       strict=True)

@@ -1,4 +1,4 @@
-"""Report an evaluation as JSON and as a page: figures, calibration, ranks and the worst turns.
+"""Report an evaluation as JSON and as a page: figures, calibration, ranks, the worst turns, questions and replies.
 
 This file knows the records of an evaluation and texts, but not the network. `convai_evaluation.py --report DIR` calls
 it.
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import printable
+from consistency import VERDICTS, shares
 from metrics import calibration, calibration_error, compare, f1_score, gold_rank_by_words, softmax, turn_values
 from tables import Split
 
@@ -34,7 +35,7 @@ th { color: var(--faint); font-weight: normal; border-bottom: 1px solid var(--li
 .whole { background: var(--line); border-radius: 2px; margin: .2rem 0 }
 summary { cursor: pointer; padding: .5rem 0 }
 .texts { table-layout: fixed; overflow-wrap: anywhere }
-.texts th:first-child { width: 3rem } .texts .number { width: 4.5rem }
+.turns th:first-child { width: 3rem } .texts .number { width: 4.5rem }
 @media (max-width: 40rem) { td, th { padding: .2rem .3rem }
         th.number { white-space: normal } .figures { display: block; overflow-x: auto }
         td:last-child:has(.bar) { min-width: 5rem }
@@ -73,12 +74,14 @@ def worst_turns(records: list[dict], split: Split, max_history: int) -> list[dic
     return turns
 
 
-def compare_models(records: dict[str, list[dict]], others: dict[str, list[dict]], split: Split, name: str) -> dict:
+def compare_models(records: dict[str, list[dict]], others: dict[str, list[dict]], split: Split, name: str,
+                   questions: tuple[list[dict], list[dict]] = ([], [])) -> dict:
     """Compare the records of two evaluations of the same turns, by kind, the second one being that of ``name``.
 
-    Return ``other``, the name; ``metrics``, the figures of `metrics.compare` by metric, and ``turns``, by kind of
-    evaluation the turns that differ most, in either direction: with the gold reply's probability among the candidates
-    (hits@1), its mean log-likelihood per token (ppl), or the reply and its F1 (f1).
+    ``questions``: both models' records of the same questions. Return ``other``, the name; ``metrics``, the figures of
+    `metrics.compare` by metric; ``turns``, by kind of evaluation the turns that differ most, in either direction: with
+    the gold reply's probability among the candidates (hits@1), its mean log-likelihood per token (ppl), or the reply
+    and its F1 (f1) or use of the persona (consistency); and ``questions``, those with different verdicts.
     """
     values = turn_values(records, split), turn_values(others, split)
     figures = {metric: compare(values[0][metric], values[1][metric], split.turn_dialog, metric.endswith("PPL"))
@@ -89,6 +92,8 @@ def compare_models(records: dict[str, list[dict]], others: dict[str, list[dict]]
             return float(softmax(record["scores"])[-1])
         if kind == "ppl":
             return -record["nll"] / record["tokens"]
+        if kind == "consistency":
+            return record["use_of_persona"] or 0  # unknown for both models
         return f1_score(record["reply"], split.texts("candidates", turn)[-1])
 
     turns = {}
@@ -99,18 +104,39 @@ def compare_models(records: dict[str, list[dict]], others: dict[str, list[dict]]
         turns[kind] = [{
             "turn": turn, "dialog": int(split.turn_dialog[turn]), "history": split.texts("history", turn)[-1:],
             "gold": split.texts("candidates", turn)[-1], "values": both[:, turn].tolist(),
-            "replies": [of_model[turn]["reply"] for of_model in models] if kind == "f1" else None,
+            "replies": [of_model[turn]["reply"] for of_model in models] if kind in REPLYING else None,
         } for turn in furthest if both[0, turn] != both[1, turn]]
-    return {"other": name, "metrics": figures, "turns": turns}
+    verdicts, differing = compare_questions(*questions)
+    return {"other": name, "metrics": verdicts | figures, "turns": turns, "questions": differing}
+
+
+def compare_questions(asked: list[dict], others: list[dict]) -> tuple[dict[str, dict[str, float]], list[dict]]:
+    """Compare two models' records of the same questions: the share of each verdict, and the questions that differ.
+
+    Questions about the same persona are not independent, so personas are resampled and exchanged (`metrics.compare`).
+    An answer that the other model contradicts is the largest difference.
+    """
+    numbers: dict[tuple, int] = {}
+    persona = [numbers.setdefault(tuple(one["persona"]), len(numbers)) for one in asked]
+    figures = {}
+    for verdict in VERDICTS if asked else ():
+        first, second = (np.array([[one["verdict"] == verdict for one in of_model], np.ones(len(asked))], float)
+                         for of_model in (asked, others))
+        figures[f"Questions {verdict}"] = compare(first, second, persona)
+    differing = [{**one, "verdicts": [one["verdict"], other["verdict"]], "replies": [one["reply"], other["reply"]]}
+                 for one, other in zip(asked, others, strict=True) if one["verdict"] != other["verdict"]]
+    return figures, sorted(differing, key=lambda one: set(one["verdicts"]) != {"answered", "contradicted"})[:WORST]
 
 
 def write_report(folder: Path, figures: dict[str, float], settings: dict, split: Split, max_history: int,
-                 choices: list[dict] | None, replies: list[dict] | None, comparison: dict | None = None) -> None:
+                 choices: list[dict] | None, replies: list[dict] | None, comparison: dict | None = None,
+                 questions: list[dict] | None = None) -> None:
     """Write ``report.json`` and ``report.html``.
 
     ``choices`` are records with ``scores``, ``replies`` are records with ``reply``, both in the order of the split's
     turns; None if not evaluated. Turns with a single candidate are skipped. ``comparison`` is what `compare_models`
-    returns, or None. Raises ``OSError`` if the folder cannot be written.
+    returns, or None. ``questions`` are records of questions with ``reply`` and ``verdict``. Raises ``OSError`` if the
+    folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     report: dict = {"figures": figures, "settings": settings, "turns": split.num_turns}
@@ -124,8 +150,15 @@ def write_report(folder: Path, figures: dict[str, float], settings: dict, split:
     if replies:
         step = max(1, len(replies) // WORST)
         report["replies"] = [{"turn": turn, "history": split.texts("history", turn)[-1:],
-                              "gold": split.texts("candidates", turn)[-1], "reply": replies[turn]["reply"]}
+                              "gold": split.texts("candidates", turn)[-1], **replies[turn]}
                              for turn in range(0, len(replies), step)][:WORST]
+    if questions:
+        report["questions"] = {
+            "shares": shares([one["verdict"] for one in questions]),
+            "kinds": {kind: {verdict: sum(one["kind"] == kind and one["verdict"] == verdict for one in questions)
+                             for verdict in VERDICTS} for kind in sorted({one["kind"] for one in questions})},
+            "examples": {verdict: [one for one in questions if one["verdict"] == verdict][:WORST]
+                         for verdict in VERDICTS[1:]}}
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8", "replace")
     (folder / "report.html").write_text(_page(report), "utf-8")
 
@@ -148,10 +181,14 @@ def _page(report: dict) -> str:
             f"Expected calibration error: {report['calibration_error']:.3f}.</p>" +
             calibration_table(report["calibration"], "turns", "was gold"))
         parts.append(f"<h2>The {len(report['worst'])} worst turns</h2>" + "".join(map(_turn, report["worst"])))
+    if "questions" in report:
+        parts.append(_questions(**report["questions"]))
     if "replies" in report:
-        rows = "".join(f"<tr><td>{escape(' '.join(one['history']))}</td><td class=gold>{escape(one['gold'])}</td>"
-                       f"<td>{escape(one['reply'])}</td></tr>" for one in report["replies"])
-        parts.append("<h2>Replies</h2><table><tr><th>to</th><th>gold</th><th>generated</th></tr>" + rows + "</table>")
+        rows = [[escape(" ".join(one["history"])), f"<span class=gold>{escape(one['gold'])}</span>",
+                 escape(one["reply"]) + _use_of_persona(one)] for one in report["replies"]]
+        note = "<p>Below a reply: its use of the persona, and the persona sentence nearest to it.</p>" * (
+            any(map(_use_of_persona, report["replies"])))
+        parts.append(f"<h2>Replies</h2>{note}" + table("texts", ["to", "gold", "generated"], rows, 0))
     parts.append(f"<h2>Settings</h2><dl>{settings}</dl>")
     return html("Evaluation", parts)
 
@@ -169,6 +206,13 @@ MEANINGS = {
     "distinct-": (True, "The share of distinct words, or word pairs, among all words of the replies. Low means "
                         "monotony."),
     "Words per reply": (False, "The mean length of the replies."),
+    "Questions answered": (True, "How often the reply to a question about the persona says what the persona says. More "
+                                 "is better."),
+    "Questions contradicted": (True, "How often it says something else. Less is better."),
+    "Questions evaded": (True, "How often it says neither."),
+    "Use of persona, gold": (False, "The same for the gold replies, as a reference."),
+    "Use of persona": (False, "How much nearer in meaning a reply is to the bot's persona than to other personas, in "
+                              "standard deviations. By chance it is 0."),
     "Copied": (True, "The share of replies that repeat the persona or the history word for word."),
     "Stutters": (True, "The share of replies with a word three times in a row."),
 }
@@ -185,25 +229,61 @@ def _metric(name: str, value: float | None) -> str:
 
 
 DIFFERING = {"hits@1": "Probability of the gold reply among the candidates",
-             "ppl": "Log-likelihood of the gold reply, in nats per token", "f1": "F1 of the reply"}
+             "ppl": "Log-likelihood of the gold reply, in nats per token", "f1": "F1 of the reply",
+             "consistency": "Use of the persona"}
+REPLYING = ("f1", "consistency")  # the kinds of evaluation that decode replies
+
+
+def _use_of_persona(reply: dict) -> str:
+    """Return the use of the persona in a reply, with the nearest persona sentence, as HTML; "" if it is unknown."""
+    use = reply.get("use_of_persona")
+    return "" if use is None else f"<br><span class=faint>{use:.2f}: {escape(reply['nearest_sentence'])}</span>"
+
+
+def _persona_and_question(question: dict) -> str:
+    """Return persona, history and question as HTML."""
+    before = "".join(f"– {escape(utterance)}<br>" for utterance in question["history"])
+    return (f"<span class=faint>{escape(' '.join(question['persona']))}</span><br>{before}"
+            f"<b>{escape(question['question'])}</b>")
+
+
+def _questions(shares: dict, kinds: dict, examples: dict) -> str:
+    """Return the verdicts on replies to questions about personas, in all and by kind, and examples, as HTML."""
+    in_all = {verdict: sum(counts[verdict] for counts in kinds.values()) for verdict in VERDICTS}
+    rows = [[verdict, f"{in_all[verdict]:,}", f"{share:.3f}", f"{low:.3f} to {high:.3f}"]
+            for verdict, (share, low, high) in shares.items()]
+    by_kind = [[escape(kind), str(sum(counts.values())), *map(str, counts.values())]
+               for kind, counts in kinds.items()]
+    parts = ["<h2>Questions about the persona</h2>" +
+             table("figures", ["", "questions", "share", "95 % interval"], rows, 3),
+             "<details><summary>by kind of question</summary>" +
+             table("figures", ["kind", "questions", *VERDICTS], by_kind, 4) + "</details>"]
+    for verdict, asked in examples.items():
+        if asked:
+            some = f", the first {WORST}" * (in_all[verdict] > WORST)
+            parts.append(f"<h3>Questions {verdict}{some}</h3>" + table(
+                "texts", ["persona and question", "reply"],
+                [[_persona_and_question(one), escape(one["reply"])] for one in asked], 0))
+    return "".join(parts)
+
+
+def table(kind: str, names: list[str], rows: list[list[str]], numbers: int) -> str:
+    """Return an HTML table of the class ``kind``, whose last ``numbers`` columns are numbers."""
+    kinds = ["" if place < len(names) - numbers else " class=number" for place in range(len(names))]
+    head, *body = ("".join(f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
+                   for tag, row in [("th", names), *(("td", row) for row in rows)])
+    return f"<table class='{kind}'><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in body) + "</table>"
 
 
 def _comparison(comparison: dict) -> str:
-    """Return the differences from another model, with their significance, and the turns that differ most, as HTML."""
-
-    def table(kind: str, names: list[str], rows: list[list[str]], numbers: int) -> str:
-        """Return a table whose last ``numbers`` columns are numbers."""
-        kinds = ["" if place < len(names) - numbers else " class=number" for place in range(len(names))]
-        head, *body = ("".join(f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
-                       for tag, row in [("th", names), *(("td", row) for row in rows)])
-        return f"<table class={kind}><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in body) + "</table>"
-
+    """Return the differences from another model, their significance, and what differs most, as HTML."""
     rows = [[name, f"{one['first']:.4g}", f"{one['second']:.4g}", f"{one['difference']:+.4g}",
              f"{one['low']:+.4g} to {one['high']:+.4g}", f"{one['p']:.4f}"]
             for name, one in comparison["metrics"].items()]
     parts = [f"<h2>Compared with {escape(comparison['other'])}</h2>"
-             "<p>The 95 % intervals come from a paired bootstrap over dialogs. p is the probability of a difference at "
-             "least as large between two models that are equally good (permutation test over dialogs).</p>",
+             "<p>The 95 % intervals come from a paired bootstrap over dialogs, or over the personas of questions. p is "
+             "the probability of a difference at least as large between two models that are equally good (permutation "
+             "test).</p>",
              table("figures", ["", "this model", "the other", "difference", "95 % interval", "p"], rows, 5)]
     for kind, turns in comparison["turns"].items():
         rows = []
@@ -212,9 +292,15 @@ def _comparison(comparison: dict) -> str:
             said = [f"{value:.3f}" + (f"<br>{escape(reply)}" if reply is not None else "") for value, reply in
                     zip(one["values"], one["replies"] or [None] * 2, strict=True)]
             rows.append([str(one["turn"]), gold, *said])
-        numbers = 0 if kind == "f1" else 2
+        numbers = 0 if kind in REPLYING else 2
         parts.append(f"<h2>Turns that differ most: {DIFFERING[kind]}</h2>" +
-                     table("texts", ["turn", "said last, gold reply", "this model", "the other"], rows, numbers))
+                     table("texts turns", ["turn", "said last, gold reply", "this model", "the other"], rows, numbers))
+    if comparison["questions"]:
+        rows = [[_persona_and_question(one), *(f"<b>{verdict}</b><br>{escape(reply)}" for verdict, reply in
+                                               zip(one["verdicts"], one["replies"], strict=True))]
+                for one in comparison["questions"]]
+        parts.append("<h2>Questions with different verdicts</h2>" +
+                     table("texts", ["persona and question", "this model", "the other"], rows, 0))
     return "".join(parts)
 
 

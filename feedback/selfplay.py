@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from cli import InputError, command, positive_number
 from corpora import require_split
-from decoding import Decoding, add_decoding_flags, fitted_context, generate_replies, load_checkpoint, readable
+from decoding import Decoding, add_decoding_flags, load_checkpoint
 from embeddings import embed
 from feedback.utterance_metrics import asks_question
 from files import write_text
 from metrics import interval, split_words, variety
+from outputs import reply_to
 from pretrained import published_or_persona
-from tables import Split, tokenize
-from templates import tokens_for_chat
+from tables import Split
 from utils import add_common_flags, open_dataset
 from words import separate_letters
 
@@ -42,17 +42,11 @@ class Player:
 
     def __init__(self, checkpoint: str, args: Namespace):
         self.model, self.tokenizer = load_checkpoint(checkpoint, args.device, args.max_len, args.fp16, args.max_history)
-        self.special = tokens_for_chat(self.tokenizer)
 
     def reply(self, situations: Sequence[tuple[list[str], list[str]]], decoding: Decoding) -> list[str]:
-        """Reply in each situation: a persona and the utterances so far, of which the model sees the last ones."""
-        contexts = []
-        for persona, said in situations:
-            sentences = self.tokenizer.encode_persona([] if self.model.no_persona else persona)
-            history = tokenize(self.tokenizer, said[-(2 * self.model.max_history + 1):])
-            contexts.append(fitted_context(self.model, sentences, history, self.special, decoding.max_length))
-        replies = generate_replies(self.model, contexts, self.special, decoding)
-        return [readable(self.tokenizer, reply) or "..." for reply in replies]  # readers drop empty utterances
+        """Reply in each situation, as `outputs.reply_to` does, but never with an empty text."""
+        replies = reply_to(self.model, self.tokenizer, situations, decoding)
+        return [reply or "..." for reply in replies]  # readers drop empty utterances
 
 
 def draw_personas(split: Split, dialogs: int, seed: int) -> list[list[list[str]]]:

@@ -50,4 +50,7 @@ train talk --model_checkpoint "$(cat $work/chat)" --dataset_path $work/mixed.jso
 python weights.py --adapter "$(cat $work/talk)" "$folder"
 python convai_evaluation.py --eval_type all --no_sample --fp16 bf16 --batch_size 8 --model_checkpoint "$folder" \
     --dataset_path "$data"
-PYTHONPATH=. python benchmarks/persona_questions.py --model_checkpoint "$folder"
+for control in "" --no_persona; do  # needs requirements/feedback.txt
+    python convai_evaluation.py --eval_type consistency --no_sample --fp16 bf16 --batch_size 32 --model_checkpoint "$folder" \
+        --dataset_path $work/chat.json $control
+done

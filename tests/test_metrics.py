@@ -225,12 +225,14 @@ def test_the_report_shows_the_worst_turns_escaped(tmp_path):
         {"history": [f"said {n}"], "candidates": ["<script>alert(1)</script>", f"gold {n}"]} for n in range(30)]}]}
     split = table_of(corpus, tmp_path)["valid"]
     records = [{"scores": [0.0, n - 10.0], "reply": "<i>"} for n in range(30)]
+    records[0] |= {"use_of_persona": 1.5, "nearest_sentence": "<b>i</b>"}
     folder = tmp_path / "deep" / "report"
     flags = {"model_checkpoint": "<run>", "top_k": 0, "fp16": ""}
     write_report(folder, {"Hits@1": 19 / 30}, flags, split, 2, records, records)
     page = (folder / "report.html").read_text()
     assert "<dt>top_k</dt><dd>0</dd>" in page and "<dt>fp16" not in page and "among the first candidates" in page
     assert "<script>" not in page and "<b>i" not in page and "<run>" not in page and "&lt;script&gt;" in page
+    assert "Below a reply" in page and "1.50: &lt;b&gt;i" in page
     report = json.loads((folder / "report.json").read_text())
     assert [turn["turn"] for turn in report["worst"]] == list(range(20))
     assert report["ranks"] == [19, 11]  # turn 10 is a tie

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import ROOT, SAMPLE, script, smollm2
 
-from consistency import judge, read_questions
-from decoding import Decoding, fitted_context, generate_replies, load_checkpoint, readable
-from inputs import Specials, TurnDataset, collate
+from consistency import QUESTIONS, judge, read_questions
+from decoding import Decoding, load_checkpoint
+from inputs import TurnDataset, collate
+from outputs import reply_to
 from utils import get_dataset
 
 PERPLEXITY = 11.81  # per token, over the gold replies in the sample's first ten validation turns
@@ -22,14 +23,12 @@ def bot():
 
 def test_it_answers_five_questions_about_its_persona(bot):
     model, tokenizer = bot
-    special = Specials.of(tokenizer)
-    questions = read_questions(ROOT / "benchmarks" / "persona_questions.jsonl")
+    questions = read_questions(QUESTIONS)
     asked = [next(one for one in questions if one.kind == kind and not one.history)
              for kind in ("job", "pet", "food", "home", "music")]
-    contexts = [fitted_context(model, tokenizer.encode_persona(question.persona), [tokenizer.encode(question.question)],
-                               special, 20) for question in asked]
-    replies = generate_replies(model, contexts, special, Decoding(no_sample=True))
-    verdicts = [judge(readable(tokenizer, reply), question) for question, reply in zip(asked, replies, strict=True)]
+    replies = reply_to(model, tokenizer, [(question.persona, [question.question]) for question in asked],
+                       Decoding(no_sample=True))
+    verdicts = [judge(reply, question) for reply, question in zip(replies, asked, strict=True)]
     assert verdicts == ["answered"] * 5
 
 
