@@ -18,7 +18,8 @@ from transformers import TextStreamer
 
 from cli import InputError, Number, printable
 from inputs import Segment, Specials, begin_reply, build_context, fit_context
-from model import HALF, DoubleHeadsModel, half_dtype
+from model import HALF, DoubleHeadsModel
+from packing import prepare_to_decode_
 from sequences import sequences_for
 from templates import OwnTemplate
 from tokenization import OpenAIGPTTokenizer, Tokenizer, get_tokenizer
@@ -510,7 +511,7 @@ def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0
         model.config.max_len = max_len
     if max_history is not None:
         model.config.max_history = max_history
-    return model.to(device, half_dtype(device, fp16)), tokenizer
+    return prepare_to_decode_(model, device, fp16), tokenizer
 
 
 def readable(tokenizer: Tokenizer, reply: list[int]) -> str:

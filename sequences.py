@@ -4,17 +4,16 @@ The classes here manage token ids, keys and values; decoding.py chooses the toke
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from inputs import Segment
 from layers import extend_attention_, usual_attention
+from llama import llama_body
 from model import DoubleHeadsModel
 
 PASS = 512  # new tokens of contexts in one forward pass: activations stay in the processor's cache
@@ -48,7 +47,9 @@ class Sequences:
         self.of_contexts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer → keys, values
         self.of_replies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.parts: list[Part] = []  # the contexts of the current pass; empty in a `step`
-        self.layers = llama_layers(model)
+        self.llama = llama_body(model)
+        self.alone = copies * len(contexts) == 1 and model.device.type == "cpu" and not getattr(
+            model.config.get_text_config(), "sliding_window", None)
         self.logits = self._encode(contexts, share=True)
         if not self.logits.amax(-1).isfinite().all():  # a broken context must not harm others that begin like it
             self.logits = self._encode(contexts, share=False)
@@ -91,6 +92,11 @@ class Sequences:
     def step(self, tokens: Sequence[int], kind: int) -> torch.Tensor:
         """Add one token of type ``kind`` to each row and return the logits of the next tokens, (rows, vocabulary)."""
         device = self.model.device
+        if self.llama and self.alone:
+            column = self.width + self.steps
+            self.steps += 1
+            return self.model.vocabulary_logits(
+                self.llama.extend(tokens[0], kind, self.starts[0] + column, self.of_contexts, column)[0])
         lengths = torch.tensor(self.lengths, device=device).repeat_interleave(self.copies)[:, None]
         starts = torch.tensor(self.starts, device=device).repeat_interleave(self.copies)[:, None]
         columns = torch.arange(self.width + self.steps + 1, device=device)[None]
@@ -106,16 +112,10 @@ class Sequences:
     def _states(self, ids: torch.Tensor, types: torch.Tensor, positions: torch.Tensor,
                 mask: torch.Tensor | dict) -> torch.Tensor:
         """Compute the last hidden states of a row of tokens, (1, tokens, hidden)."""
-        if self.layers is None:
-            return self.model.encode(ids, token_type_ids=types, position_ids=positions, use_cache=True,
-                                   past_key_values=self, attention_mask=mask).last_hidden_state
-        states, body = self.model.embed(ids, types), self.model.base_model
-        cosines, sines = (table[0, :, None] for table in body.rotary_emb(states, position_ids=positions))
-        half = cosines.shape[-1] // 2
-        sines = torch.cat([-sines[..., :half], sines[..., half:]], -1)  # the minus sign of transformers' `rotate_half`
-        for layer in self.layers:
-            states = layer(states, cosines, sines, self, mask[layer.kind] if isinstance(mask, dict) else mask)
-        return body.norm(states)
+        if self.llama:
+            return self.llama(ids, types, positions, self, mask)
+        return self.model.encode(ids, token_type_ids=types, position_ids=positions, use_cache=True,
+                                 past_key_values=self, attention_mask=mask).last_hidden_state
 
     def keep(self, contexts: list[int]) -> None:
         """Keep only these contexts and their replies, in this order; no context may move to a higher number."""
@@ -149,12 +149,14 @@ class Sequences:
 
         The returned keys carry references to this object and the layer, for `decoding_attention`.
         """
-        states, rows, width = self.of_replies, len(self.lengths) * self.copies, self.longest
-        if self.parts:
-            states, rows, width = self.of_contexts, len(self.lengths), self.width
+        new, rows, width = not self.parts and self.copies > 1, len(self.lengths), self.width
+        states = self.of_replies if new else self.of_contexts
         if layer not in states:  # keys are stored transposed, as their product with queries reads them
-            states[layer] = (keys.new_zeros(rows, keys.shape[1], keys.shape[3], width),
-                             values.new_zeros(rows, values.shape[1], width, values.shape[3]))
+            rows, width = (rows * self.copies, self.longest) if new else (
+                rows, width + self.longest if self.copies == 1 else width)
+            kind = torch.float32 if self.alone else keys.dtype
+            states[layer] = (keys.new_zeros(rows, keys.shape[1], keys.shape[3], width, dtype=kind),
+                             values.new_zeros(rows, values.shape[1], width, values.shape[3], dtype=kind))
         all_keys, all_values = states[layer]
         for part in self.parts:
             all_keys[part.slot, :, :, part.shared:part.length] = keys[0, :, part.tokens].transpose(1, 2)
@@ -163,8 +165,9 @@ class Sequences:
                 all_keys[part.slot, :, :, :part.shared] = all_keys[part.source, :, :, :part.shared]
                 all_values[part.slot, :, :part.shared] = all_values[part.source, :, :part.shared]
         if not self.parts:
-            all_keys[..., self.steps] = keys[0].transpose(0, 1)
-            all_values[:, :, self.steps] = values[0].transpose(0, 1)
+            column = self.steps if new else self.width + self.steps
+            all_keys[..., column] = keys[0].transpose(0, 1)
+            all_values[:, :, column] = values[0].transpose(0, 1)
         keys.sequences, keys.layer = self, layer
         return keys, values
 
@@ -180,15 +183,25 @@ class Sequences:
         """
         keys, values = self.of_contexts[layer]
         if self.parts:
-            out = [attention(query[:, :, part.tokens], keys[part.slot, None, ..., :part.length].transpose(2, 3),
-                             values[part.slot, None, :, :part.length], mask[..., part.tokens, :part.length])
-                   for part in self.parts]
+            out = [attention(query[:, :, part.tokens],
+                             keys[part.slot, None, ..., :part.length].transpose(2, 3).to(query.dtype),
+                             values[part.slot, None, :, :part.length].to(query.dtype),
+                             mask[..., part.tokens, :part.length]) for part in self.parts]
             return torch.cat(out, 1)
         contexts, heads, size = len(self.lengths), keys.shape[1], keys.shape[2]
+        query = query[0].transpose(0, 1).to(keys.dtype) * scaling  # (rows, query heads, size)
+        query = query.reshape(len(query), heads, -1, size)  # group query heads by the key head that they share
+
+        def weights_of(scores: torch.Tensor) -> torch.Tensor:
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            return (scores + mask).softmax(-1).to(values.dtype)  # mask and softmax are computed in float32
+
+        if self.copies == 1:
+            end = self.width + self.steps + 1
+            return (weights_of(query @ keys[..., :end]) @ values[:, :, :end]).flatten(1, 2)[None]
         said_keys, said_values = self.of_replies[layer]
         said_keys, said_values = said_keys[..., :self.steps + 1], said_values[:, :, :self.steps + 1]
-        query = query[0].transpose(0, 1) * scaling  # (rows, query heads, size)
-        query = query.reshape(len(query), heads, -1, size)  # group query heads by the key head that they share
 
         def by_context(rows: torch.Tensor) -> torch.Tensor:
             """Reshape (rows, heads, queries, …) to (contexts, heads, copies · queries, …)."""
@@ -197,10 +210,7 @@ class Sequences:
         def by_row(grouped: torch.Tensor) -> torch.Tensor:
             return grouped.unflatten(2, (self.copies, -1)).transpose(1, 2).flatten(0, 1)
 
-        scores = torch.cat([by_row(by_context(query) @ keys), query @ said_keys], -1)
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = (scores + mask).softmax(-1).to(values.dtype)  # mask and softmax are computed in float32
+        weights = weights_of(torch.cat([by_row(by_context(query) @ keys), query @ said_keys], -1))
         out = by_row(by_context(weights[..., :self.width]) @ values) + weights[..., self.width:] @ said_values
         return out.flatten(1, 2)[None]
 
@@ -226,60 +236,6 @@ def decoding_attention(attention: str, module: nn.Module, query: torch.Tensor, k
 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return sequences.attend(key.layer, query, attention_mask, of_context, scale, softcap).to(query.dtype), None
-
-
-LLAMA_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
-LLAMA_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-                "mlp.up_proj", "mlp.down_proj")
-
-
-class LlamaLayer:
-    """A layer of Llama, Mistral or Qwen2, computed with its own weights in as few torch operations as possible.
-
-    With one token per reply, calling modules and small operations takes longer than the arithmetic.
-    """
-
-    def __init__(self, layer: nn.Module, number: int, kind: str | None, attention: Callable):
-        own = layer.self_attn
-        self.number, self.kind, self.size, self.scaling = number, kind, own.head_dim, own.scaling
-        linear = [layer.get_submodule(name) for name in LLAMA_LINEAR]
-        self.query, self.key, self.value, self.out, self.gate, self.up, self.down = (
-            (one.weight, one.bias) for one in linear)
-        self.norms = [(norm.weight.shape, norm.weight, norm.variance_epsilon)
-                      for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-        self.activation = layer.mlp.act_fn
-        self.of_context = partial(attention, own, scaling=self.scaling)
-
-    def __call__(self, states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, sequences: Sequences,
-                 mask: torch.Tensor) -> torch.Tensor:
-        normal = F.rms_norm(states, *self.norms[0])
-        query = F.linear(normal, *self.query)
-        both = torch.cat([query, F.linear(normal, *self.key)], -1).unflatten(-1, (-1, self.size))[0]
-        both = torch.addcmul(both * cosines, both.roll(both.shape[-1] // 2, -1), sines).transpose(0, 1)[None]
-        value = F.linear(normal, *self.value).unflatten(-1, (-1, self.size)).transpose(1, 2)
-        heads = query.shape[-1] // self.size
-        sequences.update(both[:, heads:], value, self.number)
-        attended = sequences.attend(self.number, both[:, :heads], mask, self._of_context, self.scaling, None)
-        states = states + F.linear(attended.flatten(2).to(states.dtype), *self.out)
-        normal = F.rms_norm(states, *self.norms[1])
-        return states + F.linear(self.activation(F.linear(normal, *self.gate)) * F.linear(normal, *self.up), *self.down)
-
-    def _of_context(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                    mask: torch.Tensor) -> torch.Tensor:
-        return self.of_context(query, key, value, mask.to(query.dtype))[0]
-
-
-def llama_layers(model: DoubleHeadsModel) -> list[LlamaLayer] | None:
-    """Return the layers of a model of Llama's kind; None for other layers, or for linear layers that are not plain."""
-    layers, config = getattr(model.base_model, "layers", []), model.config
-    plain = all(type(layer).__name__ in LLAMA_LAYERS and
-                all(type(layer.get_submodule(name)) is nn.Linear for name in LLAMA_LINEAR) for layer in layers)
-    if not layers or not plain:
-        return None
-    attention = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
-    kinds = getattr(config, "layer_types", None) or [None] * len(layers)
-    return [LlamaLayer(layer, number, kind, attention)
-            for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True))]
 
 
 class PaddedSequences:
