@@ -37,8 +37,9 @@ from decoding import (
 from embeddings import FEWEST_OTHERS, encoder, persona_use
 from inputs import TurnDataset, build_reply, collate, pack_turn
 from metrics import choice_metrics, count_words, intervals, perplexities, reply_metrics, turn_values
-from model import DoubleHeadsModel, autocast, half_dtype
+from model import DoubleHeadsModel, autocast
 from outputs import answers, choice_scores, gold_likelihoods, replies, word_shares
+from packing import prepare_to_decode_
 from report import compare_models, figure, write_report
 from tables import Split, tokenize
 from templates import tokens_for_chat
@@ -174,7 +175,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
         records["ppl"] = collect(likelihoods, "ppl")
         figures |= perplexities(records["ppl"])
     if "f1" in kinds:
-        model.to(half_dtype(args.device, args.fp16))  # faster: decoding reads all weights for each token
+        prepare_to_decode_(model, args.device, args.fp16)  # faster: decoding reads all weights for each token
         runs = []
         for seed in range(args.seed, args.seed + args.seeds):
             decoding = Decoding.of(args).over(seed=seed)

@@ -252,6 +252,13 @@ def choose_tokens(scores: torch.Tensor, options: Sequence[Decoding],
 # ------------------------------------------------------------------------------------------------ whole replies
 
 
+@dataclass
+class Memory:
+    """The keys and values of a conversation: those of the last reply and its context."""
+
+    sequences: object = None
+
+
 @torch.inference_mode()
 def generate_replies(
     model: DoubleHeadsModel,
@@ -261,13 +268,15 @@ def generate_replies(
     beginnings: Sequence[list[int]] | None = None,
     streamer: TextStreamer | None = None,
     samples: int = 1,
+    memory: Memory | None = None,
 ) -> list[list[int]]:
     """Decode replies to each context, all in one batch.
 
     ``decoding``: a `Decoding` or anything that `Decoding.of` takes, such as parsed flags. ``beginnings``: the token ids
     that each reply must start with. ``streamer``: receives the prompt and then each token; it works for a single reply
     without beams. ``samples``: the number of replies per context, which share its computation; with beams, the best
-    ``samples`` (at most ``num_beams``) hypotheses of the search.
+    ``samples`` (at most ``num_beams``) hypotheses of the search. ``memory``: what earlier replies in the same
+    conversation have computed; of a single context, only what is new is computed.
 
     Return contexts · samples lists of token ids, without the beginnings and without control tokens; the replies to one
     context are adjacent. Any control token ends a reply, but none can occur before ``min_length``. A reply ends early,
@@ -277,20 +286,21 @@ def generate_replies(
     prompts = [begin_reply(context, special, beginning)
                for context, beginning in zip(contexts, beginnings, strict=True)]
     if decoding.num_beams == 1:
-        return _sampled(model, prompts, special, decoding, beginnings, streamer, samples)
+        return _sampled(model, prompts, special, decoding, beginnings, streamer, samples, memory or Memory())
     at_once = max(1, MOST_BEAMS // (decoding.num_beams + 1))
     return [reply for start in range(0, len(prompts), at_once)
             for reply in _searched(model, prompts[start:start + at_once], special, decoding,
-                                   beginnings[start:start + at_once], samples)]
+                                   beginnings[start:start + at_once], samples, memory or Memory())]
 
 
 def _sampled(model: DoubleHeadsModel, prompts: list[Segment], special: Specials, decoding: Decoding,
-             beginnings: Sequence[list[int]], streamer: TextStreamer | None, samples: int) -> list[list[int]]:
+             beginnings: Sequence[list[int]], streamer: TextStreamer | None, samples: int, memory: Memory
+             ) -> list[list[int]]:
     """Decode replies greedily or by sampling; contexts with all replies ended leave the batch."""
     replies: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     rows = list(range(len(replies)))  # number of the reply of each row of the batch
     going, broken = set(rows), 0
-    sequences = sequences_for(model, prompts, samples, decoding.max_length)
+    memory.sequences = sequences = sequences_for(model, prompts, samples, decoding.max_length, memory.sequences)
     logits = sequences.logits.repeat_interleave(samples, 0)
     if streamer:
         streamer.put(torch.tensor(prompts[0].ids))
@@ -424,14 +434,14 @@ def likeliest(logits: torch.Tensor, scores: torch.Tensor, most: int) -> tuple[li
 
 
 def _searched(model: DoubleHeadsModel, prompts: list[Segment], special: Specials, decoding: Decoding,
-              beginnings: Sequence[list[int]], samples: int) -> list[list[int]]:
+              beginnings: Sequence[list[int]], samples: int, memory: Memory) -> list[list[int]]:
     """Run a beam search per prompt, all in one batch, and return the best replies.
 
     Finished searches leave the batch.
     """
     copies = decoding.num_beams + 1  # the beams and the greedy reply
     searches = [BeamSearch(decoding, special, samples) for _ in prompts]
-    sequences = sequences_for(model, prompts, copies, decoding.max_length)
+    memory.sequences = sequences = sequences_for(model, prompts, copies, decoding.max_length, memory.sequences)
     searching, logits = list(range(len(prompts))), sequences.logits
     rows_each = [1] * len(prompts)
     while True:

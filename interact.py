@@ -25,6 +25,7 @@ from cli import InputError, command, printable
 from corpora import LONGEST_SENTENCE, read_pieces
 from decoding import (  # noqa: F401  2019 code imports some of these from here
     Decoding,
+    Memory,
     add_decoding_flags,
     add_family_flag,
     fitted_context,
@@ -82,7 +83,7 @@ class Conversation:
 
     def __init__(self, model: DoubleHeadsModel, tokenizer: Tokenizer, personality: list[str], decoding: Decoding):
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
-        self.special = tokens_for_chat(tokenizer)
+        self.special, self.memory = tokens_for_chat(tokenizer), Memory()
         self.become(personality)
 
     def become(self, personality: list[str]) -> None:
@@ -116,7 +117,8 @@ class Conversation:
         context = fitted_context(self.model, self.persona, history, self.special, self.decoding.max_length)
         streamer = ReplyStreamer(self.tokenizer) if self.decoding.num_beams == 1 else None
         try:
-            reply = generate_replies(self.model, [context], self.special, self.decoding, streamer=streamer)[0]
+            reply = generate_replies(self.model, [context], self.special, self.decoding, streamer=streamer,
+                                     memory=self.memory)[0]
         except KeyboardInterrupt:
             if streamer and streamer.tokens:
                 streamer.end()  # prints the incomplete last word

@@ -46,6 +46,24 @@ def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
     return (weights @ value).view(batch, heads, queries, size).transpose(1, 2).contiguous(), None
 
 
+def grouped_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scaling: float,
+                      softcap: float | None = None) -> torch.Tensor:
+    """Compute attention as matrix products, without a copy of a key head for each query head that shares it.
+
+    ``query`` (rows, heads, tokens, size), ``keys`` (rows, key heads, size, columns), which is the order in which the
+    product reads them, ``values`` (rows, key heads, columns, size); ``mask`` (rows or 1, 1, tokens, columns) is added
+    to the scores. The result is (rows, heads, tokens, size). With few tokens per row this takes less than half of the
+    time of torch's kernel on CPUs.
+    """
+    rows, heads, tokens, size = query.shape
+    grouped = (query * scaling).to(keys.dtype).reshape(rows, keys.shape[1], -1, size)
+    scores = (grouped @ keys).view(rows, heads, tokens, -1)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = (scores + mask).softmax(-1).to(values.dtype)  # in float32, as the mask is
+    return (weights.view(rows, keys.shape[1], -1, keys.shape[3]) @ values).view(rows, heads, tokens, size)
+
+
 ATTENTION = "sdpa_or_products"  # the name of `packed_attention` in a model's configuration; it is not saved
 AttentionInterface.register(ATTENTION, packed_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

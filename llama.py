@@ -98,8 +98,8 @@ class LlamaBody:
                column: int) -> torch.Tensor:
         """Do the same for one token of a single sequence, which sees all tokens before it.
 
-        ``cache``: by layer, keys (1, heads, size, columns) and values (1, heads, columns, size), in float32; ``column``:
-        the place of the token. For one token small operations take a third of the time, so there are few.
+        ``cache``: by layer, keys (1, heads, size, columns) and values (1, heads, columns, size), in float32;
+        ``column``: the place of the token. For one token small operations take a third of the time, so there are few.
         """
         device = self.model.device
         states = self.model.embed(torch.tensor([[token]], device=device), torch.tensor([[kind]], device=device))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from inputs import Segment
-from layers import extend_attention_, usual_attention
+from layers import extend_attention_, grouped_attention, usual_attention
 from llama import llama_body
 from model import DoubleHeadsModel
 
@@ -30,6 +30,12 @@ class Part(NamedTuple):
     length: int  # the number of tokens of the whole context
 
 
+def common_length(one: Sequence, other: Sequence) -> int:
+    """Return the number of items with which both begin."""
+    return next((n for n, (mine, yours) in enumerate(zip(one, other, strict=False)) if mine != yours),
+                min(len(one), len(other)))
+
+
 class Sequences:
     """Contexts with ``copies`` replies each; every reply grows by one token per `step`.
 
@@ -38,8 +44,13 @@ class Sequences:
     has the row number context · copies + copy; all copies share the keys and values of their context.
     """
 
-    def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int):
-        """Compute the contexts. ``longest``: the largest number of tokens that a reply can have."""
+    def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int,
+                 earlier: "Sequences | None" = None):
+        """Compute the contexts.
+
+        ``longest``: the largest number of tokens that a reply can have. ``earlier``: the same model's sequences of an
+        earlier reply; if there was one context then and there is one now, what both begin with is not computed again.
+        """
         self.model, self.copies, self.longest = model, copies, longest
         self.starts = [context.start for context in contexts]
         self.lengths = [len(context.ids) for context in contexts]
@@ -50,9 +61,16 @@ class Sequences:
         self.llama = llama_body(model)
         self.alone = copies * len(contexts) == 1 and model.device.type == "cpu" and not getattr(
             model.config.get_text_config(), "sliding_window", None)
+        # Of a single context, and of its reply if that is single too: what is computed, as ids with types.
+        self.tokens = list(zip(contexts[0].ids, contexts[0].types, strict=True)) if len(contexts) == 1 else []
+        self.earlier, self.known = earlier, 0
+        if earlier and self.starts == earlier.starts:
+            self.known = common_length(earlier.tokens, self.tokens[:-1])  # the last token is always computed
         self.logits = self._encode(contexts, share=True)
         if not self.logits.amax(-1).isfinite().all():  # a broken context must not harm others that begin like it
+            self.known = 0
             self.logits = self._encode(contexts, share=False)
+        self.earlier = None
 
     def _encode(self, contexts: Sequence[Segment], share: bool) -> torch.Tensor:
         def sequence(slot: int) -> list[tuple[int, int]]:
@@ -61,11 +79,9 @@ class Sequences:
         order = sorted(range(len(contexts)), key=lambda slot: (contexts[slot].start, sequence(slot)))
         logits, tokens, before = [], 0, None
         for place, slot in enumerate(order):
-            shared = 0
+            shared = self.known
             if share and before is not None and contexts[before].start == contexts[slot].start:
-                both = zip(sequence(before), sequence(slot)[:-1], strict=False)  # the last token is always computed
-                shared = next((n for n, (one, other) in enumerate(both) if one != other),
-                              min(self.lengths[before], self.lengths[slot] - 1))
+                shared = common_length(sequence(before), sequence(slot)[:-1])
             new = self.lengths[slot] - shared
             self.parts.append(Part(slot, slot if before is None else before, shared, slice(tokens, tokens + new),
                                    self.lengths[slot]))
@@ -94,9 +110,8 @@ class Sequences:
         device = self.model.device
         if self.llama and self.alone:
             column = self.width + self.steps
-            self.steps += 1
-            return self.model.vocabulary_logits(
-                self.llama.extend(tokens[0], kind, self.starts[0] + column, self.of_contexts, column)[0])
+            states = self.llama.extend(tokens[0], kind, self.starts[0] + column, self.of_contexts, column)
+            return self._logits(states, tokens, kind)
         lengths = torch.tensor(self.lengths, device=device).repeat_interleave(self.copies)[:, None]
         starts = torch.tensor(self.starts, device=device).repeat_interleave(self.copies)[:, None]
         columns = torch.arange(self.width + self.steps + 1, device=device)[None]
@@ -106,7 +121,13 @@ class Sequences:
         states = self._states(torch.tensor([tokens], device=device),
                               torch.full((1, len(tokens)), kind, device=device), (places + starts).T,
                               self._mask((of_reply | (columns < lengths))[:, None, None], places, keys))
+        return self._logits(states, tokens, kind)
+
+    def _logits(self, states: torch.Tensor, tokens: Sequence[int], kind: int) -> torch.Tensor:
+        """Count a step, and return its logits, from its states (1, rows, hidden)."""
         self.steps += 1
+        if self.tokens and self.copies == 1:
+            self.tokens.append((tokens[0], kind))
         return self.model.vocabulary_logits(states[0])
 
     def _states(self, ids: torch.Tensor, types: torch.Tensor, positions: torch.Tensor,
@@ -157,6 +178,9 @@ class Sequences:
             kind = torch.float32 if self.alone else keys.dtype
             states[layer] = (keys.new_zeros(rows, keys.shape[1], keys.shape[3], width, dtype=kind),
                              values.new_zeros(rows, values.shape[1], width, values.shape[3], dtype=kind))
+            if self.known and self.earlier:
+                for mine, old, columns in zip(states[layer], self.earlier.of_contexts[layer], (3, 2), strict=True):
+                    mine.narrow(columns, 0, self.known).copy_(old.narrow(columns, 0, self.known))
         all_keys, all_values = states[layer]
         for part in self.parts:
             all_keys[part.slot, :, :, part.shared:part.length] = keys[0, :, part.tokens].transpose(1, 2)
@@ -188,18 +212,13 @@ class Sequences:
                              values[part.slot, None, :, :part.length].to(query.dtype),
                              mask[..., part.tokens, :part.length]) for part in self.parts]
             return torch.cat(out, 1)
-        contexts, heads, size = len(self.lengths), keys.shape[1], keys.shape[2]
-        query = query[0].transpose(0, 1).to(keys.dtype) * scaling  # (rows, query heads, size)
-        query = query.reshape(len(query), heads, -1, size)  # group query heads by the key head that they share
-
-        def weights_of(scores: torch.Tensor) -> torch.Tensor:
-            if softcap:
-                scores = softcap * torch.tanh(scores / softcap)
-            return (scores + mask).softmax(-1).to(values.dtype)  # mask and softmax are computed in float32
-
+        query = query[0].transpose(0, 1)  # (rows, query heads, size)
         if self.copies == 1:
             end = self.width + self.steps + 1
-            return (weights_of(query @ keys[..., :end]) @ values[:, :, :end]).flatten(1, 2)[None]
+            return grouped_attention(query[:, :, None], keys[..., :end], values[:, :, :end], mask, scaling,
+                                     softcap)[:, :, 0][None]
+        contexts, heads, size = len(self.lengths), keys.shape[1], keys.shape[2]
+        query = (query * scaling).reshape(len(query), heads, -1, size)  # by the key head that query heads share
         said_keys, said_values = self.of_replies[layer]
         said_keys, said_values = said_keys[..., :self.steps + 1], said_values[:, :, :self.steps + 1]
 
@@ -210,7 +229,10 @@ class Sequences:
         def by_row(grouped: torch.Tensor) -> torch.Tensor:
             return grouped.unflatten(2, (self.copies, -1)).transpose(1, 2).flatten(0, 1)
 
-        weights = weights_of(torch.cat([by_row(by_context(query) @ keys), query @ said_keys], -1))
+        scores = torch.cat([by_row(by_context(query) @ keys), query @ said_keys], -1)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = (scores + mask).softmax(-1).to(values.dtype)  # mask and softmax are computed in float32
         out = by_row(by_context(weights[..., :self.width]) @ values) + weights[..., self.width:] @ said_values
         return out.flatten(1, 2)[None]
 
@@ -275,7 +297,9 @@ class PaddedSequences:
         self.cache.reorder_cache(torch.tensor(parents, device=self.model.device))
 
 
-def sequences_for(model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int):
+def sequences_for(model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int,
+                  earlier: object = None) -> Sequences | PaddedSequences:
     """Return `Sequences`, or `PaddedSequences` for model families with attention that cannot be replaced."""
-    kind = Sequences if extend_attention_(model, IN_STEP, decoding_attention) else PaddedSequences
-    return kind(model, contexts, copies, longest)
+    if extend_attention_(model, IN_STEP, decoding_attention):
+        return Sequences(model, contexts, copies, longest, earlier if isinstance(earlier, Sequences) else None)
+    return PaddedSequences(model, contexts, copies, longest)

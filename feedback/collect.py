@@ -24,7 +24,8 @@ from decoding import OPTIONS, Decoding, add_decoding_flags, fitted_context, gene
 from feedback.pairs import append_json_lines, beginnings, is_pair, pair_name, read_json_lines, whole_dialog
 from files import hash_tensors, replacing
 from inputs import TurnDataset
-from model import DoubleHeadsModel, half_dtype
+from model import DoubleHeadsModel
+from packing import prepare_to_decode_
 from utils import add_common_flags, open_dataset
 
 logger = logging.getLogger("feedback.collect")
@@ -75,7 +76,7 @@ def collect_pairs(args: Namespace) -> int:
                      for way in ways],  # logit_bias has no flag
         "fp16": args.fp16,
     }
-    model.to(half_dtype(args.device, args.fp16))  # each token reads all weights
+    prepare_to_decode_(model, args.device, args.fp16)  # each token reads all weights
     longest = max(way.max_length for way in ways)
 
     path, skipped = Path(args.pairs), Counter()

@@ -14,7 +14,7 @@ from cli import InputError, printable
 from decoding import Decoding, decoded, fitted_context, joins, load_checkpoint
 from files import hash_tensors
 from inputs import Segment, build_context
-from model import half_dtype
+from packing import prepare_to_decode_
 from pretrained import resolve_checkpoint
 from templates import OwnTemplate, tokens_for_chat
 from web.batching import NO_OPTIONS, NOBODY, Busy, Client, Decoder, Reply, ReplyOptions, Stopped, Stopping
@@ -35,7 +35,7 @@ class Bot:
         self.model, self.tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
                                                      max_history=args.max_history)
         self.weights = hash_tensors(sorted(self.model.state_dict().items()))[:16]  # the hash that feedback.collect uses
-        self.model.to(half_dtype(args.device, args.fp16))
+        prepare_to_decode_(self.model, args.device, args.fp16)
         self.special = tokens_for_chat(self.tokenizer)
         self.encode = lru_cache(1_000)(self.tokenizer.encode)  # each message comes with all earlier ones
         self.encode_persona = lru_cache(1_000)(self.tokenizer.encode_persona)

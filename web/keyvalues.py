@@ -6,7 +6,7 @@ last of them is released. This file knows neither requests nor texts.
 """
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from cli import InputError
-from layers import extend_attention_, usual_attention
+from layers import additive, extend_attention_, grouped_attention, usual_attention
+from llama import LlamaBody, llama_body
 from model import DoubleHeadsModel
 
 BY_ROW = "_by_row"  # suffix of the attention's name
@@ -60,16 +61,18 @@ class Shelf:
     """Memory for ``slots`` sequences of ``columns`` tokens.
 
     On a CPU each shelf is a mapping of its own: its pages cost nothing until they are written, and freeing it returns
-    them to the system, while the heap would keep them. Keys and values are float32 there, see `attend_by_row`.
+    them to the system, while the heap would keep them. ``states``: by layer and 0 the keys, (slots, heads, size,
+    columns), as their product with queries reads them; by layer and 1 the values, (slots, heads, columns, size).
     """
 
     def __init__(self, shapes: dict[tuple[int, int], tuple[int, int]], slots: int, columns: int, like: torch.Tensor):
         self.columns = columns
         self.places: list[Place | None] = [None] * slots
-        sizes = {which: (slots, heads, columns, size) for which, (heads, size) in shapes.items()}
+        sizes = {which: (slots, heads, *((columns, size) if which[1] else (size, columns)))
+                 for which, (heads, size) in shapes.items()}
         numbers = {which: torch.Size(shape).numel() for which, shape in sizes.items()}
         if like.device.type == "cpu":
-            memory = torch.frombuffer(mmap.mmap(-1, 4 * sum(numbers.values())), dtype=torch.float32)
+            memory = torch.frombuffer(mmap.mmap(-1, like.element_size() * sum(numbers.values())), dtype=like.dtype)
         else:
             memory = like.new_zeros(sum(numbers.values()))
         parts = memory.split(list(numbers.values()))
@@ -88,9 +91,9 @@ class KeyValues:
 
     def __init__(self, shapes: dict[tuple[int, int], tuple[int, int]], like: torch.Tensor):
         self.shapes, self.like = shapes, like
+        self.llama: LlamaBody | None = None
         self.shelves: list[Shelf] = []
-        number = 4 if like.device.type == "cpu" else like.element_size()
-        self.token_bytes = number * sum(heads * size for heads, size in shapes.values())
+        self.token_bytes = like.element_size() * sum(heads * size for heads, size in shapes.values())
 
     @classmethod
     @torch.inference_mode()
@@ -113,7 +116,9 @@ class KeyValues:
         seen = model.layer_masks(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device), one, one)
         model.encode(one, token_type_ids=one, position_ids=one, attention_mask=seen, past_key_values=ShapeRecorder(),
                      use_cache=True)
-        return cls(shapes, like[0])
+        cache = cls(shapes, like[0])
+        cache.llama = llama_body(model)
+        return cache
 
     # --------------------------------------------------------------------------------------------------- room
 
@@ -171,16 +176,16 @@ class KeyValues:
             if sum(shelf.taken for shelf in shelves) <= (len(shelves) - 1) * TOGETHER:
                 place = next(place for place in shelves[0].places if place)
                 goal = next(shelf for shelf in reversed(shelves) if None in shelf.places)
-                slot = goal.places.index(None)
-                for which, states in goal.states.items():
-                    states[slot] = place.shelf.states[which][place.slot]
+                free = Place(goal, goal.places.index(None))
+                self.copy(place, free, slice(None))
                 self.release([place])
-                goal.places[slot], place.shelf, place.slot = place, goal, slot
+                goal.places[free.slot], place.shelf, place.slot = place, free.shelf, free.slot
                 return
 
     def copy(self, source: Place, target: Place, columns: slice) -> None:
         for which, states in target.shelf.states.items():
-            states[target.slot, :, columns] = source.shelf.states[which][source.slot, :, columns]
+            part = (slice(None), columns) if which[1] else (slice(None), slice(None), columns)
+            states[target.slot][part] = source.shelf.states[which][source.slot][part]
 
     # ------------------------------------------------------------------------------------------ a forward pass
 
@@ -210,40 +215,73 @@ class KeyValues:
         self.columns = flat(range(row.length, row.length + new) for row, new in work)
         self.slots = flat([row.place.slot] * new for row, new in work)
         seen = torch.arange(width, device=model.device)
-        body = model.encode(
-            flat(row.ids[:new] for row, new in work)[None],
-            token_type_ids=flat(row.types[:new] for row, new in work)[None],
-            position_ids=(self.columns + flat([row.start] * new for row, new in work))[None],
-            attention_mask=model.layer_masks((seen <= self.columns[:, None])[None, None], self.columns[None],
-                                             seen[None]),
-            past_key_values=self, use_cache=True)
+        ids, types = (flat(values)[None] for values in ((row.ids[:new] for row, new in work),
+                                                        (row.types[:new] for row, new in work)))
+        positions = (self.columns + flat([row.start] * new for row, new in work))[None]
+        masks = model.layer_masks((seen <= self.columns[:, None])[None, None], self.columns[None], seen[None])
+        if self.llama:
+            by_kind = {kind: self.masks_of(mask) for kind, mask in masks.items()} if isinstance(
+                masks, dict) else self.masks_of(masks)
+            states = self.llama(ids, types, positions, self, by_kind)
+        else:
+            states = model.encode(ids, token_type_ids=types, position_ids=positions, attention_mask=masks,
+                                  past_key_values=self, use_cache=True).last_hidden_state
         last = flat([new] for _, new in work).cumsum(0) - 1
         ready = [number for number, (row, new) in enumerate(work) if new == len(row.ids)]
-        logits = model.vocabulary_logits(body.last_hidden_state[0, last[ready]])
+        logits = model.vocabulary_logits(states[0, last[ready]])
         for row, new in work:
             row.length += new
             row.ids, row.types = row.ids[new:], row.types[new:]
         return [work[number].row for number in ready], logits
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the keys and values of the new tokens, (1, heads, tokens, size) each; the model's attention calls this.
+    def masks_of(self, mask: torch.Tensor) -> list[torch.Tensor]:
+        """Return each block's part of a mask, (sequences, 1, tokens of each, width), as numbers to add."""
+        mask = additive(mask[0, 0], torch.float32) if mask.dtype == torch.bool else mask[0, 0].float()
+        return [mask[tokens, :width].unflatten(0, (slots.stop - slots.start, -1))[:, None]
+                for tokens, _, slots, width in self.blocks]
 
-        Returns both, with the blocks that `attend_by_row` reads as an attribute of the keys.
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the keys and values of the new tokens, (1, heads, tokens, size) each; the model's layers call this.
+
+        The returned keys carry references to this object and the layer, for `attend_by_row`.
         """
         for shelf, group in groupby(self.blocks, lambda block: block.shelf):
             blocks = list(group)
             tokens = slice(blocks[0].tokens.start, blocks[-1].tokens.stop)
-            for which, new in enumerate((keys, values)):
-                states = shelf.states[layer, which]
-                states[self.slots[tokens], :, self.columns[tokens]] = new[0, :, tokens].transpose(0, 1).to(states.dtype)
-        # An attribute, because not all families hand further arguments to the attention.
-        keys.blocks = [(tokens, *(shelf.states[layer, which][slots, :, :width] for which in (0, 1)))
-                       for tokens, shelf, slots, width in self.blocks]
+            slots, columns = self.slots[tokens], self.columns[tokens]
+            shelf.states[layer, 0][slots, :, :, columns] = keys[0, :, tokens].transpose(0, 1)
+            shelf.states[layer, 1][slots, :, columns] = values[0, :, tokens].transpose(0, 1)
+        # Attributes, because not all families hand further arguments to the attention.
+        keys.cache, keys.layer = self, layer
         return keys, values
 
     def get_seq_length(self, *_) -> int:
         """Return 0: some families call this to number positions, but get the positions from `compute`."""
         return 0
+
+    def attend(self, layer: int, query: torch.Tensor, masks: list[torch.Tensor], attention: Callable, scaling: float,
+               softcap: float | None = None) -> torch.Tensor:
+        """Compute the attention of the new tokens: ``query`` (1, heads, tokens, size) → (1, tokens, heads, size).
+
+        ``masks``: from `masks_of`. ``attention``, for long contexts of one sequence, is not needed here.
+        """
+        def products(states, keys, values, mask) -> torch.Tensor:
+            return grouped_attention(states, keys, values, mask, scaling, softcap).transpose(1, 2)
+
+        return self.attend_with(products, layer, query, masks)
+
+    def attend_with(self, attention: Callable, layer: int, query: torch.Tensor, masks: list[torch.Tensor]
+                    ) -> torch.Tensor:
+        """Do the same with another function of query, keys, values and mask of a block.
+
+        It takes these as `grouped_attention` does and returns (sequences, tokens, heads, size).
+        """
+        attended = []
+        for (tokens, shelf, slots, width), mask in zip(self.blocks, masks, strict=True):
+            keys, values = shelf.states[layer, 0][slots, ..., :width], shelf.states[layer, 1][slots, :, :width]
+            states = query[0, :, tokens].unflatten(1, (len(keys), -1)).transpose(0, 1)
+            attended.append(attention(states, keys, values, mask).flatten(0, 1))
+        return torch.cat(attended)[None].to(query.dtype)
 
 
 def attend_by_row(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -251,20 +289,21 @@ def attend_by_row(attention: str, module: nn.Module, query: torch.Tensor, key: t
     """Compute the attention of the new tokens of many sequences, in the interface of transformers.
 
     ``query`` (1, heads, tokens, size); ``key`` as `KeyValues.update` returns it; ``attention_mask`` (1, 1, tokens,
-    columns), of each token over its own sequence. ``attention``: name of the implementation that computes each block,
-    and everything in a forward pass without `KeyValues`. On a CPU this computes in float32, in which torch's kernel
-    takes a quarter of the time that it takes in bfloat16.
+    columns), of each token over its own sequence. ``attention``: name of the implementation that computes
+    everything in a forward pass without `KeyValues`, and each block if it does more than SDPA.
     """
     attend = usual_attention(attention, module)
-    if not hasattr(key, "blocks"):
+    if not (cache := getattr(key, "cache", None)):
         return attend(module, query, key, value, attention_mask, **how)
-    attended = []
-    for tokens, keys, values in key.blocks:
-        states = query[0, :, tokens].to(keys.dtype).unflatten(1, (len(keys), -1)).transpose(0, 1)
-        mask = attention_mask[0, 0, tokens, :keys.shape[2]].unflatten(0, (len(keys), -1))[:, None]
-        out, _ = attend(module, states, keys, values, mask, **how)
-        attended.append(out.flatten(0, 1))
-    return torch.cat(attended)[None].to(query.dtype), None
+    masks, scaling = cache.masks_of(attention_mask), how.get("scaling")
+    if "sdpa" in attention and not any(how.get(name) is not None for name in ("s_aux", "position_bias")):
+        return cache.attend(key.layer, query, masks, attend, query.shape[-1] ** -0.5 if scaling is None else scaling,
+                            how.get("softcap")), None
+
+    def own(states, keys, values, mask) -> torch.Tensor:
+        return attend(module, states, keys.transpose(2, 3), values, mask.to(states.dtype), **how)[0]
+
+    return cache.attend_with(own, key.layer, query, masks), None
 
 
 def let_attend_by_row_(model: DoubleHeadsModel) -> None:
