@@ -174,8 +174,9 @@ def evaluate(args: Namespace) -> dict[str, float]:
                                        args.fp16, args.legacy_gpt2_words)
         records["ppl"] = collect(likelihoods, "ppl")
         figures |= perplexities(records["ppl"])
-    if "f1" in kinds:
+    if "f1" in kinds or "consistency" in kinds:
         prepare_to_decode_(model, args.device, args.fp16)  # faster: decoding reads all weights for each token
+    if "f1" in kinds:
         runs = []
         for seed in range(args.seed, args.seed + args.seeds):
             decoding = Decoding.of(args).over(seed=seed)
@@ -186,7 +187,6 @@ def evaluate(args: Namespace) -> dict[str, float]:
         if args.seeds > 1:
             figures["F1 spread"] = stdev(run["F1"] for run in runs)
     if "consistency" in kinds:
-        model.to(half_dtype(args.device, args.fp16))
         asked = question_records(model, tokenizer, questions, Decoding.of(args), args.batch_size)
         found = shares([one["verdict"] for one in asked])
         figures |= {f"Questions {verdict}": share for verdict, (share, _, _) in found.items()}

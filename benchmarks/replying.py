@@ -8,7 +8,7 @@ from textbook import Bench, alternate, parse_args, report
 
 from decoding import Decoding, generate_replies, top_filtering
 from inputs import build_context, build_reply
-from model import half_dtype
+from packing import prepare_to_decode_
 
 LENGTH = 20
 
@@ -42,7 +42,7 @@ def main() -> None:
         return generate_replies(model, contexts, bench.special, decoding, samples=samples)
 
     with torch.inference_mode(False):  # as in the scripts: weights made in inference mode are slower
-        half = copy.deepcopy(bench.ours).to(half_dtype("cpu", "bf16"))
+        half = prepare_to_decode_(copy.deepcopy(bench.ours), "cpu", "bf16")
     checked = [7, 777, 2222]
     if ours(checked, greedy) != [reference(turn, greedy) for turn in checked]:
         raise SystemExit("greedy replies differ; nothing was timed")
