@@ -34,7 +34,7 @@ th { color: var(--faint); font-weight: normal; border-bottom: 1px solid var(--li
 .metric { margin: 1rem 0 } .metric p { margin: .2rem 0 } .value { font-size: 1.3rem; margin-inline-start: .5rem }
 .whole { background: var(--line); border-radius: 2px; margin: .2rem 0 }
 summary { cursor: pointer; padding: .5rem 0 }
-.texts { table-layout: fixed; overflow-wrap: anywhere }
+.texts { table-layout: fixed; overflow-wrap: anywhere } .texts td { vertical-align: top }
 .turns th:first-child { width: 3rem } .texts .number { width: 4.5rem }
 @media (max-width: 40rem) { td, th { padding: .2rem .3rem }
         th.number { white-space: normal } .figures { display: block; overflow-x: auto }
@@ -85,7 +85,7 @@ def compare_models(records: dict[str, list[dict]], others: dict[str, list[dict]]
     """
     values = turn_values(records, split), turn_values(others, split)
     figures = {metric: compare(values[0][metric], values[1][metric], split.turn_dialog, metric.endswith("PPL"))
-               for metric in values[0] if metric in values[1]}
+               for metric in values[0] if metric in values[1] and not metric.endswith("gold replies")}
 
     def value(kind: str, record: dict, turn: int) -> float:
         if kind == "hits@1":
@@ -296,9 +296,9 @@ def _comparison(comparison: dict) -> str:
         parts.append(f"<h2>Turns that differ most: {DIFFERING[kind]}</h2>" +
                      table("texts turns", ["turn", "said last, gold reply", "this model", "the other"], rows, numbers))
     if comparison["questions"]:
-        rows = [[_persona_and_question(one), *(f"<b>{verdict}</b><br>{escape(reply)}" for verdict, reply in
-                                               zip(one["verdicts"], one["replies"], strict=True))]
-                for one in comparison["questions"]]
+        rows = [[_persona_and_question(one)] + [
+            f"<small class=faint>{verdict}</small><br>{escape(reply)}"
+            for verdict, reply in zip(one["verdicts"], one["replies"], strict=True)] for one in comparison["questions"]]
         parts.append("<h2>Questions with different verdicts</h2>" +
                      table("texts", ["persona and question", "this model", "the other"], rows, 0))
     return "".join(parts)
