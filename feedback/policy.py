@@ -100,15 +100,15 @@ class Reward:
 
     def __call__(self, turns: Sequence[tuple]) -> list[list[float]]:
         """Compute the rewards of all replies of each turn: persona, history and replies as texts."""
-        args = self.args
-        model = self.model(turns) if self.model else [[0.0] * len(replies) for _, _, replies in turns]
-        rewards = []
-        for (_, history, replies), scores in zip(turns, model, strict=True):
-            rewards.append([
-                score + (args.utterance_metrics and args.utterance_metrics * weighted(reply, history, args.weights))
-                + (args.dyme and args.dyme * self.dyme.reward(reply, history))
-                for reply, score in zip(replies, scores, strict=True)])
-        return rewards
+        args, said = self.args, [(reply, history) for _, history, replies in turns for reply in replies]
+        rewards = [score for scores in self.model(turns) for score in scores] if self.model else [0.0] * len(said)
+        if args.utterance_metrics:
+            sums = weighted(said, args.weights).tolist()
+            rewards = [reward + args.utterance_metrics * one for reward, one in zip(rewards, sums, strict=True)]
+        if args.dyme:
+            rewards = [reward + args.dyme * self.dyme.reward(*one) for reward, one in zip(rewards, said, strict=True)]
+        ready = iter(rewards)
+        return [[next(ready) for _ in replies] for _, _, replies in turns]
 
 
 def draw_dialogs(split: Split, count: int) -> list[list[str]]:
@@ -290,10 +290,10 @@ class Trainer:
     def dpo(self, number: int) -> dict[str, float]:
         """Make a step of direct preference optimisation; each epoch has its own order of pairs."""
         size, total = self.args.batch_size, len(self.pairs)
-        places = []
-        for place in range(number * size, (number + 1) * size):
-            order = np.random.default_rng([self.args.seed, place // total]).permutation(total)
-            places.append(order[place % total])
+        places = range(number * size, (number + 1) * size)
+        orders = {epoch: np.random.default_rng([self.args.seed, epoch]).permutation(total)
+                  for epoch in {place // total for place in places}}
+        places = [orders[place // total][place % total] for place in places]
         actions = pack_actions([self.pairs[place] for place in places], self.special, self.network.model)
         with torch.no_grad():
             reference = chosen_logprobs(action_logprobs(self.reference(actions.batch)[0], self.special), actions).sum(1)

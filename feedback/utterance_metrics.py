@@ -92,9 +92,15 @@ def similarity(utterance: str, history: Sequence[str] = ()) -> float:
 
 def toxicity(utterance: str, history: Sequence[str] = ()) -> float:
     """Return minus the probability of profanity from profanity-check's linear model, from -1 (abusive) to 0."""
+    return float(toxicities([utterance])[0])
+
+
+def toxicities(utterances: Sequence[str]) -> np.ndarray:
+    """Return the `toxicity` of each utterance, (utterances,); a call takes 3 ms, and 0.01 ms more per utterance."""
     from profanity_check import predict_prob  # half a second to import
 
-    return -float(predict_prob([utterance])[0]) if utterance.strip() else 0.0
+    said = np.array([bool(utterance.strip()) for utterance in utterances], bool)
+    return np.where(said, -predict_prob(utterances), 0.0) if len(utterances) else np.zeros(0)
 
 
 METRICS: dict[str, Callable[..., float]] = {one.__name__: one for one in
@@ -121,9 +127,14 @@ def measure(utterance: str, history: Sequence[str]) -> np.ndarray:
     return np.array([metric(utterance, history) for metric in METRICS.values()])
 
 
-def weighted(utterance: str, history: Sequence[str], weights: dict[str, float] = WEIGHTS) -> float:
-    """Compute the weighted sum of the metrics, as a reward."""
-    return float(sum(weights[name] * metric(utterance, history) for name, metric in METRICS.items() if weights[name]))
+def weighted(said: Sequence[tuple[str, Sequence[str]]], weights: dict[str, float] = WEIGHTS) -> np.ndarray:
+    """Compute the weighted sum of the metrics, as a reward, for utterances with their histories, (utterances,)."""
+    total = np.zeros(len(said))
+    for name, metric in METRICS.items():
+        if weights[name]:
+            total += weights[name] * (toxicities([utterance for utterance, _ in said]) if metric is toxicity else
+                                      np.array([metric(*one) for one in said]))
+    return total
 
 
 class Dyme:

@@ -352,7 +352,7 @@ def test_reward_terms_add_up(world, judged, tmp_path):
     turn = ([], ["hello there ."], ["what happened to you ?", "i like tea ."])
     model = reward.RewardModel(str(judged / "reward"))([turn])[0]
     weights = WEIGHTS | {"question": 1.0}
-    by_hand = [score + 2 * weighted(text, turn[1], weights) + 0.5 * trainer.reward.dyme.reward(text, turn[1])
+    by_hand = [score + 2 * weighted([(text, turn[1])], weights)[0] + 0.5 * trainer.reward.dyme.reward(text, turn[1])
                for score, text in zip(model, turn[2], strict=True)]
     assert trainer.reward([turn])[0] == pytest.approx(by_hand)
 

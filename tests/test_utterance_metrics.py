@@ -29,6 +29,8 @@ def test_utterance_metrics():
     assert metrics.similarity("do", history) == pytest.approx(1 / math.sqrt(5))
     assert metrics.toxicity("you stupid idiot") < -0.8 < -0.3 < metrics.toxicity("what a lovely day") <= 0
     assert metrics.toxicity(" ") == 0
+    said = ["what a lovely day", " ", "you stupid idiot"]
+    assert metrics.toxicities(said) == pytest.approx([metrics.toxicity(text) for text in said])
 
 
 def test_questions_with_any_contractions():
@@ -45,9 +47,10 @@ def test_the_weighted_sum_of_metrics():
     history, text = ["I have a dog.", "What is its name?", "Rex."], "What a lovely name! How old is he?"
     by_hand = (0.15 * metrics.sentiment(text) + 0.25 * 1 + 0.5 * metrics.repetition(text, history)
                + 0.05 * metrics.similarity(text, history) + 0.05 * metrics.toxicity(text))
-    assert metrics.weighted(text, history) == pytest.approx(by_hand)
+    assert metrics.weighted([(text, history), ("Rex.", history[:2])])[0] == pytest.approx(by_hand)
     assert metrics.repetition(text, history) == pytest.approx(-2 / 3)  # what and name repeat; lovely is new
-    assert metrics.weighted(text, history, dict.fromkeys(metrics.METRICS, 0.0) | {"question": 2.0}) == 2.0
+    only_questions = dict.fromkeys(metrics.METRICS, 0.0) | {"question": 2.0}
+    assert metrics.weighted([(text, history), ("Rex.", [])], only_questions).tolist() == [2.0, 0.0]
 
 
 def test_dyme_predicts_what_usually_follows():
