@@ -52,6 +52,7 @@ class Checkpoints:
         self.run_folder, self.folder, self.args = run, run / "checkpoints", args
         self.model, self.optimizer, self.scaler, self.schedule = model, optimizer, scaler, schedule
         self.signal, self.refused, self.model_saved = 0, set(), True
+        self.read_every, self.unread = devices.read_every(args.device), []
 
     def run(self, trainer: Engine, evaluator: Engine, loader: DataLoader) -> None:
         """Run the trainer over all epochs, or, with ``--resume``, over those that remain.
@@ -61,8 +62,9 @@ class Checkpoints:
         run, if the checkpoint does not fit, if a loss is not a finite number, or if the final weights could not be
         written.
         """
+        self.loader = loader
         self.facts = {"data": loader.dataset.split.table.metadata["key"], "batches an epoch": len(loader)}
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._check_loss, loader)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._note_loss)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._after_batch)
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._stop_if_told)
         self.mark(step=0, iteration=0)
@@ -81,16 +83,25 @@ class Checkpoints:
             raise InputError(f"{self.run_folder}: training is complete, but the weights could not be written; make "
                              f"room, then use --resume {self.run_folder} ({self._last()})")
 
-    def _check_loss(self, engine: Engine, loader: DataLoader) -> None:
+    def _note_loss(self, engine: Engine) -> None:
         state = engine.state
-        loss, norm = float(state.output["loss"]), float(devices.unsharded(torch.as_tensor(state.gradient_norm)))
-        # With loss scaling, infinite gradients are normal: the scaler skips the step and lowers the scale.
-        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
-            return
-        batch = loader.batch_sampler.batches()[(state.iteration - 1) % len(loader)]
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients' norm is {norm}"
-        devices.end_all(f"{what} in step {self.place['step'] + 1}, on {', '.join(map(loader.dataset.place, batch))}; "
-                        f"lower --lr, or look at these entries of the data ({self._last()})")
+        norm = devices.unsharded(torch.as_tensor(state.gradient_norm))
+        self.unread.append((state.iteration, self.place["step"] + 1, state.output["loss"], norm))
+        if len(self.unread) >= self.read_every:
+            self._check_losses()
+
+    def _check_losses(self) -> None:
+        """End the run if one of the losses or norms that were not read so far is not finite."""
+        for iteration, step, loss, norm in self.unread:
+            # With loss scaling, infinite gradients are normal: the scaler skips the step and lowers the scale.
+            if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+                continue
+            loader = self.loader
+            batch = loader.batch_sampler.batches()[(iteration - 1) % len(loader)]
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients' norm is {norm}"
+            devices.end_all(f"{what} in step {step}, on {', '.join(map(loader.dataset.place, batch))}; lower --lr, or "
+                            f"look at these entries of the data ({self._last()})")
+        self.unread.clear()
 
     def _after_batch(self, engine: Engine) -> None:
         state, every = engine.state, self.args.checkpoint_every
@@ -98,9 +109,11 @@ class Checkpoints:
             self.mark(state.step, state.iteration)
             if every and state.step % every == 0 and state.iteration % state.epoch_length:  # epochs end with a save
                 self.save()
-        self._stop_if_told()
+        self._stop_if_told(engine)
 
-    def _stop_if_told(self) -> None:
+    def _stop_if_told(self, engine: Engine) -> None:
+        if engine.state.iteration % self.read_every:
+            return
         if number := devices.max_over_processes(self.signal):  # processes receive it at different batches
             self.save()
             logger.info("Stopped after step %d; continue with --resume %s", self.place["step"], self.run_folder)
@@ -152,6 +165,7 @@ class Checkpoints:
         ``nll``: the validation loss of these weights at the end of an epoch, in nats per token; None if there was no
         validation. If the disk is full, the run continues without this checkpoint.
         """
+        self._check_losses()
         header = self.place | self.facts | {
             "config": self.model.config.to_diff_dict(), "nll": nll, "scaler": self.scaler.state_dict(),
             "streams": devices.gather(_to_json(self.streams))}
@@ -166,6 +180,7 @@ class Checkpoints:
 
     def save_model(self) -> None:
         """Write the current weights as the run folder's model; if the disk is full, keep the old model."""
+        self._check_losses()
         self.model_saved = self._write(Path("model.safetensors"), self.model.state_dict().items(),
                                        lambda weights: save_model(self.model, self.run_folder, weights))
 

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
 from ignite.handlers.tensorboard_logger import TensorboardLogger
+from ignite.metrics import RunningAverage
+from ignite.metrics.metric import MetricUsage
 
 import devices
 from decoding import Decoding, fitted_context, generate_replies, readable
@@ -50,6 +53,15 @@ class Samples:
         return "\n\n".join(shown)
 
 
+def show_progress(trainer: Engine, device: str) -> None:
+    """Show a progress bar with the running average of the losses that are read (`devices.read_every`)."""
+    read = Events.ITERATION_COMPLETED(every=devices.read_every(device))
+    RunningAverage(output_transform=lambda out: out["loss"]).attach(
+        trainer, "loss", MetricUsage(Events.STARTED, read, read))
+    ProgressBar(persist=True, bar_format=BAR, disable=not devices.is_first()).attach(
+        trainer, metric_names=["loss"], event_name=read)
+
+
 def attach_record(run: Path, trainer: Engine, evaluator: Engine) -> None:
     """Let each validation add its metrics to the run's ``metrics.json``, a list with an object per epoch.
 
@@ -83,7 +95,8 @@ def attach_curves(run: Path, trainer: Engine, evaluator: Engine, optimizer: torc
     would need all processes; with ``--compile`` there are none, because the network would be compiled again.
     """
     curves = tolerate_full_disk(TensorboardLogger(log_dir=run, write_to_disk=devices.is_first()))
-    curves.attach_output_handler(trainer, Events.ITERATION_COMPLETED, tag="training", output_transform=lambda out: out)
+    curves.attach_output_handler(trainer, Events.ITERATION_COMPLETED(every=devices.read_every(args.device)),
+                                 tag="training", output_transform=lambda out: out)
     curves.attach_opt_params_handler(trainer, Events.ITERATION_STARTED, optimizer, param_name="lr")
     curves.attach_output_handler(evaluator, Events.COMPLETED, tag="validation", metric_names="all",
                                  global_step_transform=lambda *_: trainer.state.iteration)

@@ -280,6 +280,15 @@ def mean_over_turns(value: Callable[[DoubleHeadsOutput], torch.Tensor]) -> Metri
     return MetricsLambda(float, Average(lambda out: value(out)[out.tokens > 0, None].double()))  # padding has no tokens
 
 
+def read_every(device: str) -> int:
+    """Return after how many batches losses are read, and signals exchanged, while training on ``device``.
+
+    Reading a number from a GPU makes the CPU wait until everything before it is computed, and the GPU then waits for
+    the CPU.
+    """
+    return 1 if torch.device(device).type == "cpu" else 16
+
+
 TRIMMED_EVERY = 8  # batches
 
 

@@ -1,14 +1,16 @@
-"""Compute attention over packed rows and low-rank layers faster than transformers and PEFT do.
+"""Compute attention over packed rows, dropout and low-rank layers faster than the libraries do.
 
 These functions deal with tensors only. Tests compare each of them with the library's own result.
 """
 
+import math
 import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners import lora
 from torch import nn
@@ -18,32 +20,104 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+BLOCK = 128  # queries that are multiplied with keys at once
+
+
+def attention_blocks(mask: torch.Tensor) -> list[tuple[slice, slice | torch.Tensor]]:
+    """Divide the queries of a boolean mask (batch, 1, queries, keys) into blocks; return each with the keys it sees.
+
+    The keys that no query of a block sees in any row of the batch need no computation. In packed rows these are later
+    tokens and most other candidates.
+    """
+    seen, blocks = mask[:, 0].any(0), []
+    for first in range(0, len(seen), BLOCK):
+        keys = seen[first:first + BLOCK].any(0).nonzero()[:, 0]
+        stop = int(keys[-1]) + 1
+        blocks.append((slice(first, min(first + BLOCK, len(seen))), slice(0, stop) if len(keys) == stop else keys))
+    return blocks
+
+
+def blocked(mask: torch.Tensor | dict, dtype: torch.dtype) -> torch.Tensor | dict:
+    """Convert boolean masks for `packed_attention`: numbers to add to the scores, which carry `attention_blocks`."""
+    if isinstance(mask, dict):
+        return {kind: blocked(one, dtype) for kind, one in mask.items()}
+    numbers = additive(mask, dtype)
+    numbers.blocks = attention_blocks(mask)
+    return numbers
+
+
+class _Attention(torch.autograd.Function):
+    """Attention in matrix products, block by block, with dropout of the weights.
+
+    Shapes: queries (batch · key heads, queries · group, size), with the query heads of a group side by side and scaled;
+    keys and values (batch · key heads, keys, size); the result is like the queries, with the values' size. ``mask`` is
+    from `blocked`.
+    """
+
+    @staticmethod
+    def forward(ctx, queries, keys, values, mask, dropout):
+        batch, heads = len(mask), len(queries) // len(mask)
+        group = queries.shape[1] // mask.shape[2]
+        out, saved = queries.new_empty(*queries.shape[:2], values.shape[2]), []
+        for of_block, seen in mask.blocks:
+            rows = slice(of_block.start * group, of_block.stop * group)
+            scores = queries[:, rows] @ keys[:, seen].transpose(1, 2)
+            scores.view(batch, heads, -1, group, scores.shape[2]).add_(mask[:, :, of_block, None, seen])
+            weights = torch.softmax(scores, -1)
+            kept = draw_kept(weights.shape, dropout) if dropout else None
+            out[:, rows] = drop(weights, kept, dropout) @ values[:, seen]
+            saved += [weights, kept]
+        ctx.save_for_backward(queries, keys, values, *saved)
+        ctx.blocks, ctx.group, ctx.dropout = mask.blocks, group, dropout
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        queries, keys, values, *saved = ctx.saved_tensors
+        of_queries = torch.empty_like(queries)
+        exact = torch.promote_types(keys.dtype, torch.float32)  # for sums over blocks
+        of_keys, of_values = (torch.zeros_like(states, dtype=exact) for states in (keys, values))
+        for number, (of_block, seen) in enumerate(ctx.blocks):
+            rows, (weights, kept) = slice(of_block.start * ctx.group, of_block.stop * ctx.group), saved[2 * number:][:2]
+            of_out = gradient[:, rows]
+            of_values[:, seen] += drop(weights, kept, ctx.dropout).transpose(1, 2) @ of_out
+            of_weights = drop(of_out @ values[:, seen].transpose(1, 2), kept, ctx.dropout)
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_queries[:, rows] = of_scores @ keys[:, seen]
+            of_keys[:, seen] += of_scores.transpose(1, 2) @ queries[:, rows]
+        return of_queries, of_keys.to(keys.dtype), of_values.to(values.dtype), None, None
+
 
 def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
            attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
            **kwargs) -> tuple[torch.Tensor, None]:
-    """Compute attention behind the interface of transformers: matrix products for packed rows, torch's SDPA otherwise.
+    """Compute attention behind the interface of transformers: `_Attention` on CPUs, torch's SDPA elsewhere.
 
-    For packed rows in bfloat16 on CPUs, SDPA's kernel takes two to three times as long as these matrix products,
-    mostly in the backward pass with a mask. It also needs a copy of a key head for each query head that shares it.
-    ``query`` is (batch, heads, queries, size), ``key`` and ``value`` are (batch, key heads, keys, size); the result is
-    (batch, queries, heads, size).
+    SDPA's kernel for CPUs computes what the mask hides, takes two to three times as long as matrix products in
+    bfloat16, mostly in the backward pass, and needs a copy of a key head for each query head that shares it. A mask
+    that is not from `blocked` is one block, and only in bfloat16. ``query`` is (batch, heads, queries, size), ``key``
+    and ``value`` are (batch, key heads, keys, size); the result is (batch, queries, heads, size).
     """
+    batch, heads, queries, size = query.shape
     plain = not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    if attention_mask is None or dropout or query.device.type != "cpu" or dtype != torch.bfloat16 \
-            or query.shape[2] == 1 or attention_mask.shape[1] > 1 or not plain:
+    whole = not hasattr(attention_mask, "blocks")
+    if not plain or whole and (attention_mask is None or dropout or query.device.type != "cpu" or queries == 1
+                               or dtype != torch.bfloat16 or attention_mask.shape[1] > 1):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       **kwargs)
-    batch, heads, queries, size = query.shape
-    key_heads, keys = key.shape[1:3]
-    if attention_mask.dtype == torch.bool:
-        attention_mask = additive(attention_mask, dtype)
-    grouped = (query * (size ** -0.5 if scaling is None else scaling)).to(dtype).reshape(batch, key_heads, -1, size)
-    key, value = key.to(dtype), value.to(dtype)
-    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, queries, keys) + attention_mask
-    weights = torch.softmax(scores, -1).to(dtype).view(batch, key_heads, -1, keys)
-    return (weights @ value).view(batch, heads, queries, size).transpose(1, 2).contiguous(), None
+    if whole:
+        numbers = additive(attention_mask, dtype) if attention_mask.dtype == torch.bool else attention_mask
+        attention_mask = numbers.expand(batch, -1, -1, -1)
+        attention_mask.blocks = [(slice(0, queries), slice(0, key.shape[2]))]
+    key_heads = key.shape[1]
+    # (batch, heads, queries, size) → (batch, key heads, queries, query heads per key head, size)
+    grouped = (query * (size ** -0.5 if scaling is None else scaling)).to(dtype)
+    grouped = grouped.unflatten(1, (key_heads, -1)).transpose(2, 3).reshape(batch * key_heads, -1, size)
+    with torch.autocast("cpu", enabled=False):  # some of its operations would compute in float32
+        out = _Attention.apply(grouped, *(states.to(dtype).flatten(0, 1) for states in (key, value)), attention_mask,
+                               dropout)
+    return out.view(batch, key_heads, queries, -1, size).transpose(1, 2).reshape(batch, queries, heads, -1), None
 
 
 def grouped_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scaling: float,
@@ -99,7 +173,7 @@ def extend_attention_(model: nn.Module, suffix: str, extended: Callable) -> bool
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert a boolean mask to numbers that are added to the scores: 0 where a query may see a key."""
-    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def candidate_mask(segment_ids: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
@@ -139,6 +213,59 @@ class _LowRank(torch.autograd.Function):
         of_reduced = (gradient @ b).mul_(ctx.scale)
         of_x = (gradient @ weight).addmm_(of_reduced, a) if ctx.needs_input_grad[0] else None
         return of_x, None, None, of_reduced.T @ x, (gradient.T @ reduced).mul_(ctx.scale), None
+
+
+def draw_kept(shape: torch.Size, rate: float) -> torch.Tensor:
+    """Draw what dropout of a ``rate`` keeps on a CPU: a boolean tensor.
+
+    torch takes 5 ns per element for this, because it draws one number after the other with a Mersenne twister. Here,
+    torch's generator draws a seed, and 16 bits of numpy's SFC64 decide about an element: 0.3 ns. The rate is therefore
+    a multiple of 1 / 65536, see `drop`.
+    """
+    count = math.prod(shape)
+    seed = int(torch.randint(2 ** 62, ()))
+    bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16))[:count].view(shape)
+    return bits >= _threshold(rate) - 2 ** 15
+
+
+def _threshold(rate: float) -> int:
+    return round(rate * 2 ** 16)
+
+
+def drop(states: torch.Tensor, kept: torch.Tensor | None, rate: float) -> torch.Tensor:
+    """Set what is not ``kept`` to 0, and scale the rest, so that the mean stays the same; None keeps everything."""
+    return states if kept is None else (states * kept).mul_(1 / (1 - _threshold(rate) / 2 ** 16))
+
+
+class _Dropout(torch.autograd.Function):
+    """Dropout with the masks of `draw_kept`."""
+
+    @staticmethod
+    def forward(ctx, states, rate):
+        kept = draw_kept(states.shape, rate)
+        ctx.save_for_backward(kept)
+        ctx.rate = rate
+        return drop(states, kept, rate)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return drop(gradient, ctx.saved_tensors[0], ctx.rate), None
+
+
+class Dropout(nn.Dropout):
+    """torch's dropout with a quicker draw on CPUs."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if self.training and 0 < self.p < 1 and states.device.type == "cpu":
+            return _Dropout.apply(states, self.p)
+        return super().forward(states)
+
+
+def quicken_(model: nn.Module) -> None:
+    """Let all dropout of a model draw its masks with `draw_kept`, in place."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = Dropout
 
 
 class LowRankLinear(lora.Linear):

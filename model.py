@@ -23,7 +23,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.utils import ModelOutput
 
 from inputs import IGNORED, NO_CANDIDATE, find_gold_places
-from layers import ATTENTION, additive, candidate_mask
+from layers import ATTENTION, additive, blocked, candidate_mask
 from metrics import rank_of_right
 
 
@@ -117,6 +117,10 @@ class DoubleHeadsModel(_Network):
         packed = segment_ids is not None
         if packed:
             attention_mask = self.layer_masks(candidate_mask(segment_ids, visible), position_ids, position_ids)
+            if segment_ids.device.type == "cpu" and self.config.get_text_config()._attn_implementation.startswith(
+                    ATTENTION):
+                half = torch.is_autocast_enabled("cpu")
+                attention_mask = blocked(attention_mask, torch.get_autocast_dtype("cpu") if half else self.dtype)
             use_cache = False
         body = self.encode(
             input_ids, token_type_ids=token_type_ids, position_ids=position_ids, attention_mask=attention_mask,
@@ -167,9 +171,6 @@ class DoubleHeadsModel(_Network):
             masks["sliding_attention"] = mask & (queries[:, None, :, None] - keys[:, None, None] < window)
         if config._attn_implementation.startswith("eager"):  # it adds its mask to the scores
             masks = {kind: additive(mask, self.dtype) for kind, mask in masks.items()}
-        elif config._attn_implementation.startswith(ATTENTION) and torch.is_autocast_enabled(mask.device.type) and \
-                mask.device.type == "cpu":  # `packed_attention` adds it too: convert it once, not in every layer
-            masks = {kind: additive(mask, torch.get_autocast_dtype("cpu")) for kind, mask in masks.items()}
         kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
         masks = {kind: masks[kind] for kind in set(kinds)}
         return masks if len(masks) > 1 else masks.popitem()[1]

@@ -23,15 +23,20 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, weights, lr: float, eps: float = 1e-6):
         super().__init__(weights, lr=lr, eps=eps, weight_decay=0.0, fused=True)
+        self.counter: torch.Tensor | None = None  # one of the state's, which counts the steps on the weights' device
+        self.taken = 0  # what it says
 
     @torch.no_grad()
     def step(self, closure=None):
-        taken = next((int(state["step"]) for state in self.state.values() if state), 0)  # the same for all weights
+        counter = next((state["step"] for state in self.state.values() if state), None)  # all weights have the same
+        if counter is not self.counter:  # a saved state was loaded; reading the number each time would make a GPU wait
+            self.counter, self.taken = counter, int(counter)
         for group in self.param_groups:
-            group["eps"] = self.defaults["eps"] / math.sqrt(1 - group["betas"][1] ** (taken + 1))
+            group["eps"] = self.defaults["eps"] / math.sqrt(1 - group["betas"][1] ** (self.taken + 1))
             for weight in group["params"]:
                 if weight.grad is not None and weight.dtype.itemsize < 4:
                     self._step_from_float32(weight, group)
+        self.taken += 1
         return super().step(closure)
 
     def _step_from_float32(self, weight: nn.Parameter, group: dict) -> None:

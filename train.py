@@ -15,7 +15,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
-from ignite.metrics import MetricsLambda, RunningAverage
+from ignite.metrics import MetricsLambda
 from ignite.utils import convert_tensor, manual_seed
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
@@ -25,7 +25,7 @@ import devices
 from checkpoints import Checkpoints, open_run_folder, parse_resumable
 from cli import coefficient, command, positive_number, positive_real, whole_number, worker_count
 from corpora import require_split
-from curves import BAR, Samples, attach_curves, attach_record
+from curves import BAR, Samples, attach_curves, attach_record, show_progress
 from inputs import DialogDataset, TurnDataset, build_input_from_segments, get_loader, longest_persona
 from model import DoubleHeadsModel, DoubleHeadsOutput
 from schedule import AdamW, Decay, add_schedule_flags
@@ -74,9 +74,7 @@ def training(args: Namespace) -> Path | None:
     decay = Decay(optimizer, args.n_epochs * len(train_loader), args.lr, args.warmup_ratio, args.lr_decay)
     trainer.add_event_handler(Events.ITERATION_STARTED, decay)
 
-    RunningAverage(output_transform=lambda out: out["loss"]).attach(trainer, "loss")
-    ProgressBar(persist=True, bar_format=BAR, disable=not devices.is_first()).attach(trainer, metric_names=["loss"])
-
+    show_progress(trainer, args.device)
     run = open_run_folder(args, tokenizer)
     checkpoints = Checkpoints(run, model, optimizer, scaler, decay, args)
 
@@ -112,7 +110,7 @@ def get_dataflow(args: Namespace, tokenizer: Tokenizer, model: DoubleHeadsModel,
     A batch has ``--train_batch_size`` turns for each process that the run began with, even if the number of processes
     changes when the run is resumed.
     """
-    loaders, world = [], idist.get_world_size()
+    loaders, world, on_gpu = [], idist.get_world_size(), args.device.startswith("cuda")
     for split in ("train", "valid"):
         require_split(table, split, args.dataset or args.dataset_path)
         training_only = {"num_candidates": args.num_candidates, "permutations": args.personality_permutations}
@@ -130,7 +128,7 @@ def get_dataflow(args: Namespace, tokenizer: Tokenizer, model: DoubleHeadsModel,
             batch_size=args.train_batch_size * args.processes if split == "train" else args.valid_batch_size * world,
             seed=args.seed if split == "train" else None, epoch_batches=args.epoch_batches if split == "train" else 0,
             rank=idist.get_rank(), world=world,
-            num_workers=args.num_workers, pin_memory=args.device.startswith("cuda"),
+            num_workers=2 * on_gpu if args.num_workers is None else args.num_workers, pin_memory=on_gpu,
         ))
     return loaders[0], loaders[1]
 
@@ -228,7 +226,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="train and save only low-rank updates of the model's weights; 0: off (default: %(default)s)")
     add("--gradient_checkpointing", action="store_true", help="save memory by computing hidden states twice")
     add("--compile", action="store_true", help="compile the network (its gain on GPUs is not measured)")
-    add("--num_workers", type=worker_count, default=0, help="processes that build batches (default: %(default)s)")
+    add("--num_workers", type=worker_count, help="processes that build batches (default: 2 for a GPU, none for CPUs)")
     parser.set_defaults(processes=None, max_history=2)
     args = parse_resumable(parser, argv)
     if not args.mc_coef:

@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 from cli import InputError, command, short
 from files import ARGUMENTS, describe_unfinished, distinct_tensors, replacing, write_tensors, write_text
 from inputs import IGNORED
-from layers import ATTENTION, LowRankLinear
+from layers import ATTENTION, LowRankLinear, quicken_
 from model import MODELS, AnyDecoder, DoubleHeadsModel, decoder_class
 from pretrained import (
     NAMED,
@@ -108,6 +108,7 @@ def load_model(model_checkpoint: str, rank: int = 0, to_adapt: bool = False) -> 
         logger.info("%s has no choice head: starting from a random one", checkpoint)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
+    quicken_(model)
     model.generation_config = GenerationConfig()  # decoding options are flags; a 2019 config must not change them
     model.config.is_encoder_decoder = False
     if not all(torch.isfinite(weight).all() for weight in model.eval().parameters()):

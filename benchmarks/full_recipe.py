@@ -5,16 +5,20 @@ this device's best speed in large bfloat16 matrix products. The operations of pa
 6 per weight of the body and position, and 6 per weight of the vocabulary and gold token.
 """
 
-import itertools
 import time
+import warnings
 from argparse import Namespace
 
 import torch
+from ignite.engine import Engine, Events
 from textbook import Bench, parse_args, report
-from training import learn
 
-from inputs import IGNORED, get_loader
-from model import autocast
+import devices
+from inputs import IGNORED, TurnDataset, get_loader
+from model import DoubleHeadsModel
+from schedule import AdamW
+from train import create_trainer
+from weights import linear_layers
 
 TURNS = 131_438 * 2 * 3
 
@@ -38,43 +42,58 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(bench: Bench, args: Namespace, compiled: bool) -> dict:
-    """Time training steps over consecutive batches, including building and moving them; return a row of results."""
-    model = bench.ours.to(args.device).train()
+def measure(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace, compiled: bool = False) -> dict[str, float]:
+    """Time steps of train.py's trainer over consecutive batches, including building and moving them.
+
+    Of ``args``, ``device``, ``turns`` per batch, ``workers``, ``warm_up`` and ``repeats`` (batches), and ``seed`` are
+    used. Return figures, on GPUs with the number of times that the CPU waits for the GPU in a step.
+    """
     if compiled:
-        model.transformer.compile(dynamic=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6.25e-5, fused=True)
-    dataset = bench.dataset("train", 4)
-    lengths, _ = dataset.lengths()
-    loader = get_loader(dataset, lengths, args.turns, seed=args.seed, num_workers=args.workers,
-                        pin_memory=args.device != "cpu")
-    body = sum(parameter.numel() for block in model.transformer.h for parameter in block.parameters())
-    vocabulary = model.lm_head.weight.numel()
-    work = turns = 0
-    start = None
-    for number, batch in enumerate(itertools.islice(loader, args.warm_up + args.repeats)):
-        if number == args.warm_up:
+        model.base_model.compile(dynamic=True)
+    network = devices.prepare(model, args.device, "bf16")
+    optimizer, on_gpu = AdamW(model.parameters(), 6.25e-5), args.device != "cpu"
+    trainer = create_trainer(network, optimizer, devices.loss_scaler(args.device, "bf16"), Namespace(
+        device=args.device, gradient_accumulation_steps=1, lm_coef=1.0, mc_coef=1.0, max_norm=1.0))
+    loader = get_loader(dataset, dataset.lengths()[0], args.turns, seed=args.seed, num_workers=args.workers,
+                        pin_memory=on_gpu)
+    body = sum(layer.weight.numel() for layer in linear_layers(model))
+    vocabulary = model.get_output_embeddings().weight.numel()
+    found = dict.fromkeys(("work", "turns", "start"), 0.0)
+
+    @trainer.on(Events.ITERATION_STARTED)
+    def count(engine: Engine) -> None:
+        if engine.state.iteration == args.warm_up + 1:
             synchronize(args.device)
-            start, work, turns = time.perf_counter(), 0, 0
-        work += 6 * (body * batch["input_ids"].numel() + vocabulary * int((batch["labels"] != IGNORED).sum()))
-        turns += len(batch["input_ids"])
-        with autocast(args.device, "bf16"):
-            out = model(**{name: tensor.to(args.device, non_blocking=True) for name, tensor in batch.items()})
-        learn(optimizer, out.lm_loss + out.mc_loss)
+            if on_gpu:
+                torch.cuda.set_sync_debug_mode("warn")
+            found.update(work=0.0, turns=0.0, start=time.perf_counter())
+        batch = engine.state.batch
+        gold = int((batch["labels"] != IGNORED).sum())
+        found["work"] += 6 * (body * batch["input_ids"].numel() + vocabulary * gold)
+        found["turns"] += len(batch["mc_rows"])
+
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        trainer.run(loader, max_epochs=1, epoch_length=args.warm_up + args.repeats)
+    if on_gpu:
+        torch.cuda.set_sync_debug_mode("default")
     synchronize(args.device)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - found["start"]
     top = peak(args.device)
-    return {"work": f"full recipe on {args.device}, 4 candidates, bfloat16{', compiled' if compiled else ''}",
-            "unit": "turns/s", "ours": turns / seconds, "share of the bfloat16 peak": work / seconds / top,
-            "peak, TFLOP/s": top / 1e12, "hours for 3 epochs of 2 permutations": TURNS * seconds / turns / 3600}
+    figures = {"ours": found["turns"] / seconds, "share of the bfloat16 peak": found["work"] / seconds / top,
+               "peak, TFLOP/s": top / 1e12,
+               "hours for 3 epochs of 2 permutations": TURNS * seconds / found["turns"] / 3600}
+    if on_gpu:
+        figures["waits for the GPU per step"] = sum("synchron" in str(one.message) for one in waits) / args.repeats
+        figures["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
+    return figures
 
 
 def main() -> None:
-    cuda = torch.cuda.is_available()
-    args = parse_args(__doc__.splitlines()[0], device="cuda" if cuda else "cpu", turns=64 if cuda else 16, workers=0,
-                      warm_up=20 if cuda else 2)
-    report("full_recipe", args, [measure(Bench(args), args, compiled) for compiled in ((False, True) if cuda else
-                                                                                     (False,))])
+    args = parse_args(__doc__.splitlines()[0], device="cpu", turns=16, workers=0, warm_up=2)
+    bench = Bench(args)
+    row = {"work": f"full recipe on {args.device}, 4 candidates, bfloat16", "unit": "turns/s"}
+    report("full_recipe", args, [row | measure(bench.ours, bench.dataset("train", 4), args)])
 
 
 if __name__ == "__main__":

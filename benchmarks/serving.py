@@ -19,16 +19,17 @@ import httpx
 import numpy as np
 from textbook import ROOT, Bench, parse_args, report
 
+from tables import Split
 from weights import save_model
 
 LENGTH = 20
 
 
 @contextmanager
-def server(folder: str, precision: str):
+def server(folder: str, precision: str, device: str = "cpu"):
     """Run `demo.py` with a checkpoint, and yield its address."""
     flags = ["--model_checkpoint", folder, "--dataset_path", str(ROOT / "data" / "sample_personachat.json"),
-             "--port", "0", "--device", "cpu", "--min_length", str(LENGTH),
+             "--port", "0", "--device", device, "--min_length", str(LENGTH),
              "--fp16", "bf16" if precision == "bfloat16" else ""]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([sys.executable, ROOT / "demo.py", *flags], cwd=folder, stdout=log, stderr=log,
@@ -85,17 +86,21 @@ async def measure(address: str, dialogs: list[tuple[list[str], list[str]]], alon
             "one at a time": statistics.median(waits_alone), "equal to alone, %": 100 * equal / sum(map(len, single))}
 
 
+def conversations(split: Split, count: int, turns: int) -> list[tuple[list[str], list[str]]]:
+    """Return persona and user's lines of ``count`` conversations of ``turns`` turns; dialogs repeat if they are few."""
+    long_enough = np.flatnonzero(np.bincount(split.turn_dialog) >= turns)
+    found = []
+    for dialog in np.resize(long_enough, count).tolist():
+        first = int(np.searchsorted(split.turn_dialog, dialog))
+        lines = [split.texts("history", turn)[-1] for turn in range(first, first + turns)]
+        found.append((split.texts("persona", dialog), lines))
+    return found
+
+
 def main() -> None:
     args = parse_args(__doc__.splitlines()[0], conversations=32, turns=5, alone=8)
     bench = Bench(args)
-    split = bench.table["valid"]
-    long_enough = np.flatnonzero(np.bincount(split.turn_dialog) >= args.turns)[:args.conversations]
-    dialogs = []
-    for dialog in long_enough.tolist():
-        first = int(np.searchsorted(split.turn_dialog, dialog))
-        lines = [split.texts("history", turn)[-1] for turn in range(first, first + args.turns)]
-        dialogs.append((split.texts("persona", dialog), lines))
-    rows = []
+    dialogs, rows = conversations(bench.table["valid"], args.conversations, args.turns), []
     with tempfile.TemporaryDirectory() as folder:
         bench.tokenizer.save_pretrained(folder)
         save_model(bench.ours, folder)

@@ -31,7 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def parse_args(description: str, **defaults: int | str) -> argparse.Namespace:
-    """Parse the flags that all benchmarks share; ``defaults`` are additional flags."""
+    """Parse the flags that all benchmarks share; ``defaults`` are additional flags, or the default of ``repeats``."""
     parser = argparse.ArgumentParser(description=description)
     shared = ROOT.parent / "shared"  # real data if present, else the repository's own sample
     data = [shared / "data/personachat/personachat_self_original.json", ROOT / "data/sample_personachat.json"]
@@ -40,7 +40,8 @@ def parse_args(description: str, **defaults: int | str) -> argparse.Namespace:
                         help="corpus in the data format (default: %(default)s)")
     parser.add_argument("--tokenizer", default=next(str(path) for path in tokenizers if path.exists()),
                         help="folder with vocab.json and merges.txt (default: %(default)s)")
-    parser.add_argument("--repeats", type=positive_number, default=5, help="timings per side (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive_number, default=defaults.pop("repeats", 3),
+                        help="timings per side (default: %(default)s)")
     parser.add_argument("--seed", type=whole_number, default=42)
     for name, value in defaults.items():
         kind = str if isinstance(value, str) else positive_number if value else whole_number

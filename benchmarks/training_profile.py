@@ -14,8 +14,9 @@ from model import autocast
 
 KINDS = {  # by the names of torch's operations
     "matrix products": ("mm", "addmm", "linear", "mkldnn_linear"),
-    "attention": ("bmm", "baddbmm", "_softmax", "_softmax_backward_data", "_safe_softmax", "isneginf", "all"),
-    "dropout masks": ("bernoulli_",),
+    "attention": ("bmm", "baddbmm", "_softmax", "_softmax_backward_data", "_safe_softmax", "isneginf", "all",
+                  "_Attention", "_AttentionBackward"),
+    "dropout masks": ("bernoulli_", "_Dropout", "_DropoutBackward", "ge"),
     "copies and casts": ("copy_", "cat", "clone"),
     "zero-filling": ("fill_", "zero_"),
     "GELU": ("gelu", "gelu_backward"),

@@ -8,8 +8,9 @@ from conftest import TINY, make_checkpoint
 from torch.nn import functional as F
 
 import devices
+import layers
 from inputs import TurnDataset, collate
-from layers import candidate_mask, packed_attention
+from layers import attention_blocks, blocked, candidate_mask, packed_attention
 from tokenization import get_tokenizer
 from utils import get_dataset
 from weights import add_special_tokens_, load_model
@@ -65,24 +66,72 @@ def test_o2_computes_with_rounded_weights(model_and_batch):
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_bfloat16_attention_is_as_exact_as_torchs(key_heads):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_attention_is_as_exact_as_torchs(key_heads, dtype):
+    """Compare results and gradients over several blocks of queries, some of whose keys are not next to each other."""
     draw = torch.Generator().manual_seed(3)
-    query, key, value = (torch.randn(2, heads, 33, 16, generator=draw) for heads in (4, key_heads, key_heads))
-    segments = torch.tensor([[0] * 12 + [1] * 9 + [2] * 12, [0] * 20 + [1] * 8 + [-1] * 5])
-    mask = candidate_mask(segments)
+    query, key, value = (torch.randn(2, heads, 300, 16, generator=draw) for heads in (4, key_heads, key_heads))
+    direction = torch.randn(2, 300, 4, 16, generator=draw)
+    mask = candidate_mask(torch.tensor([[0] * 120 + [1] * 40 + [2] * 60 + [3] * 80,
+                                        [0] * 180 + [1] * 50 + [2] * 30 + [-1] * 40]))
 
     def gradients(attention, dtype):
         leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (query, key, value)]
         out = attention(*leaves)
-        (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+        out.backward(direction.to(dtype))
         return [out.float(), *(leaf.grad.float() for leaf in leaves)]
 
     def kernel(*states):
         return F.scaled_dot_product_attention(*states, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
     exact = gradients(kernel, torch.float32)
-    theirs = gradients(kernel, torch.bfloat16)
-    ours = gradients(lambda *states: packed_attention(None, *states, mask)[0], torch.bfloat16)
+    theirs = gradients(kernel, dtype)
+    ours = gradients(lambda *states: packed_attention(None, *states, blocked(mask, dtype))[0], dtype)
     for name, right, kernels, products in zip(("out", "query", "key", "value"), exact, theirs, ours, strict=True):
-        scale = right.abs().max()
-        assert (products - right).abs().max() <= 2 * (kernels - right).abs().max() + 0.004 * scale, name
+        allowed = 2 * (kernels - right).abs().max() if dtype == torch.bfloat16 else 1e-6 * right.abs().max() + 1e-6
+        assert (products - right).abs().max() <= allowed, name
+    hidden = sum(of_block.stop - of_block.start for of_block, seen in attention_blocks(mask)
+                 if not isinstance(seen, slice) or seen.stop < 300)
+    assert hidden > 150  # these queries are not multiplied with all keys
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_of_attention_equal_finite_differences(dropout, monkeypatch):
+    monkeypatch.setattr(layers, "BLOCK", 4)
+    mask = blocked(candidate_mask(torch.tensor([[0] * 4 + [1] * 2 + [2] * 3, [0] * 3 + [1] * 5 + [-1]])), torch.float64)
+    draw = torch.Generator().manual_seed(1)
+    states = [torch.randn(2, heads, 9, 2, generator=draw, dtype=torch.float64, requires_grad=True)
+              for heads in (4, 2, 2)]
+
+    def attention(*states):
+        torch.manual_seed(5)  # the same weights are dropped each time
+        return packed_attention(None, *states, mask, dropout=dropout)[0]
+
+    assert torch.autograd.gradcheck(attention, states)
+
+
+def test_dropout_of_attention_weights():
+    """With an identity matrix as values, the result is the weights themselves."""
+    query, key = torch.randn(2, 1, 2, 200, 8, generator=torch.Generator().manual_seed(2))
+    mask = blocked(candidate_mask(torch.tensor([[0] * 50 + [1] * 150])), torch.float32)
+    value = torch.eye(200).expand(1, 2, 200, 200)
+    whole, dropped = (packed_attention(None, query, key, value, mask, dropout=rate)[0] for rate in (0.0, 0.25))
+    kept = dropped != 0
+    assert torch.allclose(dropped[kept], whole[kept] / 0.75)
+    assert 1 - kept[whole > 0].float().mean() == pytest.approx(0.25, abs=0.01)
+
+
+def test_dropout():
+    layer, states = layers.Dropout(0.1), torch.randn(500, 400, requires_grad=True)
+    torch.manual_seed(1)
+    first = layer(states)
+    first.sum().backward()
+    kept = first != 0
+    assert torch.allclose(first[kept], states[kept] / 0.9, rtol=1e-4)
+    assert torch.allclose(states.grad, kept / 0.9, rtol=1e-4)
+    assert kept.float().mean() == pytest.approx(0.9, abs=0.005)
+    assert kept.float().mean(0).std() == pytest.approx((0.9 * 0.1 / 500) ** 0.5, rel=0.2)  # columns are independent
+    assert not torch.equal(layer(states) != 0, kept)
+    torch.manual_seed(1)
+    assert torch.equal(layer(states), first)
+    assert torch.equal(layer.eval()(states), states)
