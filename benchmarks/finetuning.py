@@ -100,7 +100,7 @@ class Clock:
         self.before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 
-    def step(self, *_) -> None:
+    def step(self, *_, **__) -> None:
         self.times.append(self.now())
 
     def figures(self, turns: Sequence[int]) -> dict[str, float]:
