@@ -290,10 +290,10 @@ class Trainer:
     def dpo(self, number: int) -> dict[str, float]:
         """Make a step of direct preference optimisation; each epoch has its own order of pairs."""
         size, total = self.args.batch_size, len(self.pairs)
-        places = range(number * size, (number + 1) * size)
+        numbers = range(number * size, (number + 1) * size)
         orders = {epoch: np.random.default_rng([self.args.seed, epoch]).permutation(total)
-                  for epoch in {place // total for place in places}}
-        places = [orders[place // total][place % total] for place in places]
+                  for epoch in {one // total for one in numbers}}
+        places = [orders[one // total][one % total] for one in numbers]
         actions = pack_actions([self.pairs[place] for place in places], self.special, self.network.model)
         with torch.no_grad():
             reference = chosen_logprobs(action_logprobs(self.reference(actions.batch)[0], self.special), actions).sum(1)
