@@ -110,7 +110,8 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str],
             "status": status, "model": bot.name, "version": bot.version, "decoding": len(decoder.decoding),
             "waiting": len(decoder.waiting), "full": bool(decoder.refuses()), "page_events": events.under_way,
             "page_events_full": events.under_way >= events.most,
-            "memory_mib": decoder.cache.bytes >> 20, "memory_allowed_mib": decoder.memory >> 20,
+            "memory_mib": decoder.cache.bytes >> 20, "kept_mib": decoder.cache.kept_bytes >> 20,
+            "memory_allowed_mib": decoder.memory >> 20,
             "seconds_since_last_step": round(silent, 1)}, 200 if status == "ok" else 503)
 
     openai_routes(app, bot)

@@ -290,3 +290,55 @@ def test_reading_contexts_delays_neighbours_little():
     ended(neighbour)
     assert max(read) <= 2 * 256 and statistics.median(read) < 256
     decoder.close()
+
+
+def test_a_conversation_is_kept_for_its_client_only():
+    """Send the turns of a conversation: all get the right replies, but only its own client computes less."""
+    model, counted = small_model("llama", 2), []
+    decoder = Decoder(model, SPECIAL)
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, out: counted.append(inputs[0].numel()))
+    client, others = Client("a", "key"), [Client("a", "another key"), Client("b", "key"), Client("a")]
+    persona, history = [list(range(20))], []
+
+    def answer(context, args, client) -> tuple[list[int], int]:
+        """Return a reply and the number of tokens that the network read for it."""
+        counted.clear()
+        reply = decoder.submit(context, args, client)
+        ended(reply)
+        until(lambda: not decoder.decoding, "its departure")
+        return reply.tokens, sum(counted)
+
+    for turn in range(4):
+        history.append([turn, 7, 9])
+        context = build_context(persona, history, SPECIAL)
+        args = asked(seed=turn + 1, max_length=8, min_length=8, num_beams=2 if turn == 2 else 1)
+        torch.manual_seed(turn + 1)
+        right = generate_replies(model, [context], SPECIAL, args)[0]
+        read = {}
+        for one in [*others, client]:
+            tokens, read[one] = answer(context, args, one)
+            assert tokens == right
+            decoder.cache.kept = [kept for kept in decoder.cache.kept if kept.owner not in others]
+        assert len({read[one] for one in others}) == 1
+        computed = len(context.ids) - (5 + (8 if turn == 3 else 1)) if turn else 0
+        assert read[client] <= read[others[0]] - computed
+        history.append(right)
+    decoder.close()
+
+
+def test_requests_take_the_memory_of_kept_conversations(monkeypatch):
+    monkeypatch.setattr("web.batching.KEPT_FOR", 1.0)
+    decoder = Decoder(small_model("gpt2", 1), SPECIAL, memory=3)  # MiB, for 6,144 tokens
+    cache, client = decoder.cache, Client("a", "key")
+    for length in (700, 300):
+        ended(decoder.submit(long_context(length), asked(max_length=2, min_length=2), client))
+    until(lambda: cache.kept_bytes, "keeping")
+    assert cache.kept_bytes <= (3 << 20) // 4
+    large = decoder.submit(long_context(3000), asked(max_length=2600, min_length=2600), Client("b", "key"))
+    until(lambda: large.tokens, "its start")
+    assert cache.bytes + cache.kept_bytes <= 3 << 20 and cache.bytes > 2 << 20
+    large.cancelled = True
+    ended(large)
+    ended(decoder.submit(SHORT, asked(max_length=20, min_length=20), client))
+    until(lambda: not decoder.decoding and not cache.kept, "the end of keeping")
+    decoder.close()

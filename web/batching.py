@@ -28,6 +28,8 @@ MOST_READ = 256  # context tokens computed in one step
 LEAST_READ = 8
 SHARE = 4  # with other clients present, a client gets 1 / SHARE of the batch
 MEMORY = 2048  # MiB of keys and values
+KEPT = 4  # 1 / KEPT of the memory may hold what conversations have computed, until their next message
+KEPT_FOR = 600.0  # s
 LONGEST_PAUSE = 1.0  # s between two updates of a growing reply
 logger = logging.getLogger("batching")
 
@@ -106,6 +108,7 @@ class Reply:
         self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []
         self.last_step: tuple[torch.Tensor, torch.Tensor] | None = None
         self.cancelled = False
+        self.known = 0  # number of first tokens whose keys and values are in the first place, at the end
         self.computed = 0  # number of the last step that computed this reply
         self.places: list[Place] = []
         self.rows: list[BatchRow] = []
@@ -141,11 +144,20 @@ class Reply:
         """Return the largest size of the keys and values of all rows."""
         return KeyValues.columns_for(self.longest) * self.width * token_bytes
 
-    def begin(self, places: list[Place]) -> None:
+    @property
+    def sequence(self) -> list[tuple[int, int]]:
+        """The tokens of context and reply, as ids with types."""
+        ids, types = self.prompt.ids + self.tokens, self.prompt.types + [self.special.speaker1] * len(self.tokens)
+        return list(zip(ids, types, strict=True))
+
+    def begin(self, places: list[Place], known: int = 0) -> None:
+        """Enter the batch with ``places``, in which the first ``known`` tokens of the context are computed already."""
         self.places = places
-        self.rows = [BatchRow(places[0], self.prompt.start, 0, self.prompt.ids, self.prompt.types)]
+        self.rows = [BatchRow(places[0], self.prompt.start, known, self.prompt.ids[known:], self.prompt.types[known:])]
 
     def end(self, finish: str) -> None:
+        if self.rows and not self.finish:
+            self.known = self.rows[0].length if not self.beams else min(self.rows[0].length, len(self.prompt.ids))
         self.rows, self.finish = [], self.finish or finish  # a finished reply keeps its reason at shutdown
 
     def append(self, token: int, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -218,6 +230,9 @@ class Decoder:
     With other clients present, a client gets 1 / `SHARE` of the rows of each step and may enter even a full batch with
     them; `_fits` divides the memory so that some is left for others. A full queue is shared as well: a new request
     replaces the last one of the client with the most.
+
+    What a client with a key has computed is kept for its next requests, which often begin in the same way. Kept
+    sequences use memory that no request wants; requests never wait for it.
     """
 
     def __init__(self, model: DoubleHeadsModel, special: Specials, max_batch: int = 32, max_waiting: int = 64,
@@ -333,9 +348,13 @@ class Decoder:
     def _run(self) -> None:
         while True:
             with self.wake:
-                self.wake.wait_for(lambda: self.waiting or self.decoding or self.closed)
+                self.wake.wait_for(lambda: self.waiting or self.decoding or self.closed,
+                                   KEPT_FOR / 10 if self.cache.kept else None)
             if self.closed:
                 break
+            self.cache.shrink(self.memory, time.monotonic() - KEPT_FOR)
+            if not self.waiting and not self.decoding:
+                continue
             try:
                 self._step()
             except Exception:  # later requests must still be answered, whatever failed
@@ -355,6 +374,7 @@ class Decoder:
         self._end([reply for reply in self.decoding if reply.cancelled and not reply.finish], "cancelled")
         for reply in self.decoding:
             if reply.finish:
+                self._keep(reply)
                 self.cache.release(reply.places, clear=reply.finish == "error")
         self.decoding = [reply for reply in self.decoding if not reply.finish]
         self._admit()
@@ -367,6 +387,19 @@ class Decoder:
             self._choose(self._compute(work, [*decoding, *(reply for reply, _ in reading)]))
         self.stepped = time.monotonic()
         self.pace.took(self.stepped - start, sum(tokens for _, tokens in reading), len(decoding))
+
+    def _keep(self, reply: Reply) -> None:
+        """Keep what a reply has computed for the next request of its client.
+
+        Only for a client with a key: otherwise people behind one address could measure, by how soon their replies
+        begin, what others there have said.
+        """
+        if reply.client.key and reply.known and reply.finish != "error":
+            try:
+                self.cache.keep(reply.client, reply.prompt.start, reply.sequence[:reply.known], reply.places[0],
+                                min(self.memory // KEPT, self.memory - self.cache.bytes))
+            except Exception:
+                logger.exception("No memory could be allocated to keep a conversation")
 
     def _admit(self) -> None:
         """Move waiting requests into the batch while they fit."""
@@ -385,7 +418,9 @@ class Decoder:
                 self.waiting.remove(reply)
                 self.decoding.append(reply)
             try:
-                reply.begin(self.cache.allocate(reply.longest, reply.width))
+                self.cache.shrink(self.memory - self.cache.bytes_with(reply.longest, reply.width))
+                places = self.cache.allocate(reply.longest, reply.width)
+                reply.begin(places, self.cache.recall(reply.client, reply.prompt.start, reply.sequence[:-1], places))
             except Exception:
                 logger.exception("No memory could be allocated for a reply")
                 self._end([reply], "error")

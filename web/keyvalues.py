@@ -6,6 +6,8 @@ last of them is released. This file knows neither requests nor texts.
 """
 
 import mmap
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import NamedTuple
@@ -17,10 +19,12 @@ from cli import InputError
 from layers import additive, extend_attention_, grouped_attention, usual_attention
 from llama import LlamaBody, llama_body
 from model import DoubleHeadsModel
+from sequences import common_length
 
 BY_ROW = "_by_row"  # suffix of the attention's name
 TOGETHER = 8  # sequences on one shelf
 SHORT = 512  # columns of the longest sequences that share a shelf; each longer sequence has its own
+LEAST_KNOWN = 16  # tokens that are worth copying
 STEP = 256  # the columns of a longer sequence are a multiple of this
 
 
@@ -39,6 +43,16 @@ class BatchRow:
         self.start = start  # position of the first token
         self.length = length  # number of tokens computed
         self.ids, self.types = ids, types  # tokens not computed yet: a context, later single tokens
+
+
+class Kept(NamedTuple):
+    """A sequence that has been computed, kept because another may begin in the same way."""
+
+    owner: tuple[str, str]  # address and key
+    start: int  # position of the first token
+    tokens: list[tuple[int, int]]  # ids with types
+    place: Place  # on a shelf of its own, exactly as long as the tokens
+    last_use: float  # s
 
 
 class Work(NamedTuple):
@@ -93,6 +107,7 @@ class KeyValues:
         self.shapes, self.like = shapes, like
         self.llama: LlamaBody | None = None
         self.shelves: list[Shelf] = []
+        self.kept: list[Kept] = []  # the last used comes last
         self.token_bytes = like.element_size() * sum(heads * size for heads, size in shapes.values())
 
     @classmethod
@@ -186,6 +201,49 @@ class KeyValues:
         for which, states in target.shelf.states.items():
             part = (slice(None), columns) if which[1] else (slice(None), slice(None), columns)
             states[target.slot][part] = source.shelf.states[which][source.slot][part]
+
+    # ------------------------------------------------------------------------------------ what later ones begin with
+
+    @property
+    def kept_bytes(self) -> int:
+        """Number of bytes of the sequences in `kept`, which come on top of `bytes`."""
+        return sum(len(one.tokens) for one in self.kept) * self.token_bytes
+
+    def keep(self, owner: tuple[str, str], start: int, tokens: list[tuple[int, int]], place: Place, most: int) -> None:
+        """Keep a copy of the first columns of ``place``, those of ``tokens``, while `kept` has at most ``most`` bytes.
+
+        It replaces those of the same owner that it begins with.
+        """
+        if len(tokens) * self.token_bytes > most:
+            return
+        self.kept = [one for one in self.kept if one.owner != owner or one.tokens != tokens[:len(one.tokens)]]
+        self.shrink(most - len(tokens) * self.token_bytes)
+        copy = Place(Shelf(self.shapes, 1, len(tokens), self.like), 0)
+        self.copy(place, copy, slice(0, len(tokens)))
+        self.kept.append(Kept(owner, start, tokens, copy, time.monotonic()))
+
+    def recall(self, owner: tuple[str, str], start: int, tokens: list[tuple[int, int]], places: Iterable[Place]) -> int:
+        """Copy what the owner's kept sequences have of ``tokens`` into ``places``; return the number of tokens."""
+        mine = [(common_length(one.tokens, tokens), one) for one in self.kept
+                if (one.owner, one.start) == (owner, start)]
+        known, best = max(mine, key=lambda one: one[0], default=(0, None))
+        if best is None or known < LEAST_KNOWN:
+            return 0
+        for place in places:
+            self.copy(best.place, place, slice(0, known))
+        self.kept = [one for one in self.kept if one is not best] + [best._replace(last_use=time.monotonic())]
+        return known
+
+    def shrink(self, most: int, oldest: float = 0) -> None:
+        """Drop kept sequences last used before ``oldest``, and more until they have at most ``most`` bytes.
+
+        The address with the most sequences loses first, and of these the one that was not used for the longest time.
+        """
+        self.kept = [one for one in self.kept if one.last_use >= oldest]
+        while self.kept_bytes > most:
+            counts = Counter(one.owner[0] for one in self.kept)
+            dropped = max(self.kept, key=lambda one: counts[one.owner[0]])  # the first of several is the oldest
+            self.kept = [one for one in self.kept if one is not dropped]
 
     # ------------------------------------------------------------------------------------------ a forward pass
 

@@ -220,7 +220,7 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
                 number, personality, said = sent["turn"], sent["persona"], sent["said"]
                 options = bot.options(temperature=temperature_now, top_k=top_k_now, top_p=top_p_now,
                                       num_beams=beams_now, max_length=length_now, seed=seed_now or 0)
-                client = Client.at(request.client.host)
+                client = client_of(request)
                 if compare_now:
                     yield await two_replies(sent, options, client, turn_over, page_state)
                     return
@@ -320,7 +320,7 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
                 if len(bot.decoder.waiting) or len(bot.decoder.decoding) > bot.decoder.max_batch // 2:
                     return json.dumps({"turn": sent["turn"], "texts": []})  # others wait for replies
                 texts = await suggestions.offer(sent["conversation"], sent["own"], sent["said"], options,
-                                                Client.at(request.client.host), page_state.turn_over or asyncio.Event())
+                                                client_of(request), page_state.turn_over or asyncio.Event())
                 return json.dumps({"turn": sent["turn"], "texts": texts})
             except (InputError, Busy, RuntimeError):
                 return ""
@@ -389,7 +389,7 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
                     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                         raise InputError(f"{name}: must be {'text' if name == 'message' else 'a list of texts'}")
                 replies = bot.reply(personality, [*history, message], bot.options(seed=seed),
-                                    Client.at(request.client.host))
+                                    client_of(request))
                 async with aclosing(replies):
                     async for reply in replies:
                         yield bot.text(reply)
@@ -414,6 +414,11 @@ def kept(what: str, save: Callable[..., None], *values: object) -> str:
 def visitor(request: gr.Request) -> str:
     """Return the annotator's name for a visitor. It stays the same until the page is loaded again."""
     return f"page {(request.session_hash or '')[:12]}"
+
+
+def client_of(request: gr.Request) -> Client:
+    """Return the client of an event: the address, and the open page, whose name only its browser knows."""
+    return Client.at(request.client.host, f"page {request.session_hash}" if request.session_hash else "")
 
 
 def advice(error: Exception) -> str:
