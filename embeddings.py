@@ -10,6 +10,7 @@ import numpy as np
 
 from cli import InputError
 
+LONG_WAIT = 1000  # texts, which take some seconds
 FEWEST_OTHERS = 20  # with fewer other personas, `persona_use` agrees less with people (docs/results.md)
 
 
@@ -30,7 +31,9 @@ def encoder():
 def embed(texts: Sequence[str]) -> dict[str, np.ndarray]:
     """Compute the embeddings of all distinct texts: unit vectors, (384,) float32."""
     distinct = list(dict.fromkeys(texts))
-    return dict(zip(distinct, encoder().encode(distinct, batch_size=64, normalize_embeddings=True), strict=True))
+    vectors = encoder().encode(distinct, batch_size=64, normalize_embeddings=True,
+                               show_progress_bar=len(distinct) > LONG_WAIT)
+    return dict(zip(distinct, vectors, strict=True))
 
 
 def persona_use(replies: Sequence[str], personas: Sequence[Sequence[str]]) -> list[tuple[float, str]]:

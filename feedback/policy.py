@@ -54,6 +54,7 @@ from feedback.actions import (
     sample_replies,
 )
 from feedback.collect import model_hash
+from feedback.dyme import Dyme
 from feedback.objectives import (
     AdaptiveKL,
     advantages,
@@ -67,7 +68,7 @@ from feedback.pairs import append_json_lines, dialog_names, held_out, read_json_
 from feedback.preferences import read_preferences
 from feedback.reward import NO_BETTER_THAN_CHANCE, RewardModel, fingerprint
 from feedback.snapshot import check_arguments, check_origin, check_preferences, restore_snapshot, save_snapshot
-from feedback.utterance_metrics import WEIGHTS, Dyme, check_libraries, rule_score, weighted
+from feedback.utterance_metrics import WEIGHTS, check_libraries, rule_score, weighted
 from inputs import Specials, TurnDataset, fit_context, max_reply
 from tables import Split, tokenize
 from tokenization import save_tokenizer

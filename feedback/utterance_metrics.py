@@ -1,8 +1,7 @@
-"""Measure qualities of an utterance automatically, and predict their usual values in a dialog (DYME).
+"""Measure qualities of an utterance automatically.
 
-The metrics are those of Saleh et al. (2020, "Hierarchical reinforcement learning for open-domain dialog"). DYME (von
-Unold et al. 2021) learns from dialogs which values the next utterance should have. Libraries are imported where they
-are used, because each takes about a second and annotating needs none.
+The metrics are those of Saleh et al. (2020, "Hierarchical reinforcement learning for open-domain dialog"). Libraries
+are imported where they are used, because each takes about a second and annotating needs none.
 """
 
 import re
@@ -122,64 +121,18 @@ def _vectorizer():
     return HashingVectorizer(ngram_range=(1, 2), alternate_sign=False)
 
 
-def measure(utterance: str, history: Sequence[str]) -> np.ndarray:
-    """Compute all metrics, (5,), in the order of `METRICS`."""
-    return np.array([metric(utterance, history) for metric in METRICS.values()])
+def _values(metric: Callable[..., float], said: Sequence[tuple[str, Sequence[str]]]) -> np.ndarray:
+    if metric is toxicity:
+        return toxicities([utterance for utterance, _ in said])
+    return np.array([metric(*one) for one in said])
+
+
+def measure(said: Sequence[tuple[str, Sequence[str]]]) -> np.ndarray:
+    """Compute all metrics of utterances with their histories, (utterances, 5), in the order of `METRICS`."""
+    return np.stack([_values(metric, said) for metric in METRICS.values()], 1)
 
 
 def weighted(said: Sequence[tuple[str, Sequence[str]]], weights: dict[str, float] = WEIGHTS) -> np.ndarray:
     """Compute the weighted sum of the metrics, as a reward, for utterances with their histories, (utterances,)."""
-    total = np.zeros(len(said))
-    for name, metric in METRICS.items():
-        if weights[name]:
-            total += weights[name] * (toxicities([utterance for utterance, _ in said]) if metric is toxicity else
-                                      np.array([metric(*one) for one in said]))
-    return total
-
-
-class Dyme:
-    """A predictor of the metrics of a dialog's next utterance, which rewards utterances near the prediction.
-
-    A ridge regression (von Unold et al. use a neural network) predicts them from the metrics of the last ``WINDOW``
-    utterances (0 if there are fewer), the number of utterances, and the lengths of the last two. An utterance is good
-    if its metrics are like those of people at the same place. Histories must begin with the dialog's first utterance.
-    """
-
-    WINDOW = 3
-
-    def __init__(self, dialogs: Sequence[Sequence[str]]):
-        """Learn from whole dialogs, each a list of utterances."""
-        seen, following = [], []
-        for dialog in dialogs:
-            measured = [measure(text, dialog[:place]) for place, text in enumerate(dialog)]
-            for place in range(1, len(dialog)):
-                seen.append(self._features(dialog[:place], measured[:place]))
-                following.append(measured[place])
-        following = np.array(following)
-        self.spread = following.std(0).clip(min=1e-6)  # the unit of each metric
-        from sklearn.linear_model import Ridge
-
-        self.model = Ridge(alpha=1.0).fit(np.array(seen), following / self.spread)
-        usual = np.abs(following / self.spread - self.model.predict(np.array(seen))).mean(1)
-        self.mean, self.scale = float(usual.mean()), float(usual.std()) or 1.0  # mean and spread of people's deviations
-
-    def _features(self, history: Sequence[str], measured: Sequence[np.ndarray]) -> np.ndarray:
-        window = np.zeros((self.WINDOW, len(METRICS)))
-        for back, values in enumerate(reversed(measured[-self.WINDOW:])):
-            window[back] = values
-        lengths = [len(lowercase_words(text)) / 10 for text in history[-2:]]
-        return np.concatenate([window.ravel(), [min(len(history), 10) / 10, *lengths, *[0.0] * (2 - len(lengths))]])
-
-    def expected(self, history: Sequence[str]) -> np.ndarray:
-        """Predict the metrics of the next utterance, (5,), in units of their standard deviation among people."""
-        first = max(0, len(history) - self.WINDOW)  # earlier utterances are not used
-        measured = [measure(text, history[:place]) for place, text in enumerate(history[first:], first)]
-        return self.model.predict(self._features(history, measured)[None])[0]
-
-    def deviation(self, utterance: str, history: Sequence[str]) -> float:
-        """Return the mean absolute difference of an utterance's metrics from the `expected` ones, in their units."""
-        return float(np.abs(measure(utterance, history) / self.spread - self.expected(history)).mean())
-
-    def reward(self, utterance: str, history: Sequence[str]) -> float:
-        """Return minus the `deviation`, scaled to mean 0 and standard deviation 1 over people's utterances."""
-        return (self.mean - self.deviation(utterance, history)) / self.scale
+    return sum((weights[name] * _values(metric, said) for name, metric in METRICS.items() if weights[name]),
+               np.zeros(len(said)))

@@ -35,12 +35,12 @@ python -m feedback.reward $low_rank --reward $work/reward --n_epochs 2 --train_b
 # 4. policies
 policy() {  # arguments: seed, algorithm and its flags
     python -m feedback.policy $low_rank --reward_model $work/reward --dataset_path "$data" --dataset_cache $work/cache \
-        --seed "$1" --policy $work/"$2"_"$1" --evaluation_contexts 64 --evaluate_every 20 --save_every 20 \
+        --seed "$1" --policy $work/"$2"_"$1" --evaluation_contexts 16 --evaluate_every 20 --save_every 20 \
         --algorithm "${@:2}"
 }
 for seed in 1 2 3; do
-    policy $seed rloo --steps 20 --batch_size 32 --lr 3e-4 --kl_coef 0.1 --kl_target 0
-    policy $seed dpo --steps 40 --batch_size 16 --lr 1e-4
+    policy $seed rloo --steps 20 --batch_size 16 --lr 3e-4 --kl_coef 0.1 --kl_target 0
+    policy $seed dpo --steps 40 --batch_size 8 --lr 2e-4
 done
 
 # 5. tables

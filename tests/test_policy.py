@@ -322,11 +322,10 @@ def test_rewards_read_their_own_history(world, judged, tmp_path):
 
 
 def test_dyme_is_scaled_on_human_replies(world, judged, tmp_path):
-    """Scale DYME like the reward model: human replies get 0 on average, and most of them more than a cut reply."""
+    """Scale DYME like the reward model: fresh human replies get 0 on average, and most more than a cut reply."""
     arguments = policy_flags(world, tmp_path / "run", judged, "--reward_model", "", "--dyme", 5, "--dyme_dialogs", 30)
     trainer = policy.Trainer(arguments)
-    said = [[*dialog[-1]["history"], dialog[-1]["candidates"][-1]] for dialog in (
-        entry["utterances"] for entry in json.loads((world / "data.json").read_text())["train"])]
+    said = policy.draw_dialogs(trainer.table["train"], 30)[9::10]  # the dialogs that DYME reserves
     paid = torch.tensor([trainer.reward([([], dialog[:place], [dialog[place]])])[0][0]
                          for dialog in said for place in range(1, len(dialog))])
     assert paid.mean() == pytest.approx(0, abs=1e-5) and paid.std(unbiased=False) == pytest.approx(5, abs=1e-4)

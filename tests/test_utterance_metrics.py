@@ -1,7 +1,6 @@
-"""Test the utterance metrics, and DYME, which predicts them."""
+"""Test the utterance metrics."""
 
 import math
-import random
 
 import pytest
 
@@ -51,21 +50,3 @@ def test_the_weighted_sum_of_metrics():
     assert metrics.repetition(text, history) == pytest.approx(-2 / 3)  # what and name repeat; lovely is new
     only_questions = dict.fromkeys(metrics.METRICS, 0.0) | {"question": 2.0}
     assert metrics.weighted([(text, history), ("Rex.", [])], only_questions).tolist() == [2.0, 0.0]
-
-
-def test_dyme_predicts_what_usually_follows():
-    """Learn dialogs in which statements always answer questions, and questions follow statements."""
-    draw = random.Random(0)
-    things = ["tea", "dogs", "rain", "music", "trains", "cheese", "maps", "snow"]
-    dialogs = []
-    for _ in range(60):
-        one, other = draw.sample(things, 2)
-        dialogs.append([f"do you like {one} ?", f"i prefer {other} .", f"why do you prefer {other} ?",
-                        f"{one} is dull ."])
-    dyme = metrics.Dyme(dialogs)
-    asked, told = ["do you like tea ?"], ["do you like tea ?", "i prefer maps ."]
-    question = list(metrics.METRICS).index("question")
-    assert dyme.expected(asked)[question] * dyme.spread[question] == pytest.approx(0, abs=0.1)
-    assert dyme.expected(told)[question] * dyme.spread[question] == pytest.approx(1, abs=0.1)
-    assert dyme.deviation("i prefer snow .", asked) < dyme.deviation("why do you ask ?", asked)
-    assert dyme.deviation("why do you prefer maps ?", told) < dyme.deviation("i prefer snow .", told)
