@@ -4,10 +4,10 @@
     PYTHONPATH=. python benchmarks/learning_curve.py .demo/persona-*/
 
 Each folder has the data (chat.json) and the predictions (hits@1.jsonl, ppl.jsonl) that the recipe leaves there. A
-straight line over the logarithm of the number of dialogs is fitted to hits@1 and to the logarithms of the perplexities,
-as in the power laws of Hestness et al. (2017, "Deep learning scaling is predictable, empirically"). Intervals are those
-of 95 % of 10,000 resamples of the validation dialogs, the same for all points. They do not contain how much another
-seed or another choice of training dialogs would change.
+power of the number of dialogs is fitted to the share of wrong choices (1 - hits@1) and to the perplexities (Hestness et
+al. 2017, "Deep learning scaling is predictable, empirically"). Intervals are those of 95 % of 10,000 resamples of the
+validation dialogs, the same for all points. They do not contain how much another seed or another choice of training
+dialogs would change.
 """
 
 import argparse
@@ -70,22 +70,26 @@ def main() -> None:
     plots = pyplot.subplots(1, len(METRICS), figsize=(11, 3.6), layout="constrained")[1]
     for plot, (name, unit) in zip(plots, METRICS.items(), strict=True):
         values = np.stack([weights @ point[name][0] / (weights @ point[name][1]) for _, point in points])
-        slope, start = np.polyfit(np.log2(sizes), values, 1)  # the mean of a perplexity is its logarithm already
-        line = slope * np.log2(wanted)[:, None] + start
+        falling = values if unit == "perplexity" else np.log(1 - values)  # the mean of a perplexity is a logarithm
+        slope, start = np.polyfit(np.log2(sizes), falling, 1)
+        power = np.exp(slope * np.log2(wanted)[:, None] + start)
         if unit == "perplexity":
-            values, line = np.exp(values), np.exp(line)
-        for size, row in zip(wanted, [*values, *line[len(sizes):]], strict=True):
+            values = np.exp(values)
+        else:
+            power = 1 - power
+        for size, row in zip(wanted, [*values, *power[len(sizes):]], strict=True):
             print(f"{name:13} {size:6,} dialogs  {row[0]:6.3f}  ({' to '.join(f'{end:.3f}' for end in ends(row))})"
-                  + "  by the line" * (size not in sizes))
-        step = np.exp(slope) - 1 if unit == "perplexity" else slope
-        print(f"{name:13} per doubling   {step[0]:+6.3f}  ({' to '.join(f'{end:+.3f}' for end in ends(step))})"
-              + ", relative" * (unit == "perplexity"))
+                  + "  by the power law" * (size not in sizes))
+        step = np.exp(slope)
+        print(f"{name:13} each doubling multiplies {'it' if unit == 'perplexity' else 'the wrong choices'} by "
+              f"{step[0]:.3f} ({' to '.join(f'{end:.3f}' for end in ends(step))})")
         plot.plot(sizes, values[:, 0], "o", label="measured")
         plot.vlines(sizes, *np.quantile(values[:, 1:], [0.025, 0.975], 1), color="C0")
-        plot.plot(wanted, line[:, 0], "C1", label="line")
-        plot.fill_between(wanted, *np.quantile(line[:, 1:], [0.025, 0.975], 1), color="C1", alpha=0.2)
+        plot.plot(wanted, power[:, 0], "C1", label="power law")
+        plot.fill_between(wanted, *np.quantile(power[:, 1:], [0.025, 0.975], 1), color="C1", alpha=0.2)
         plot.set(xscale="log", title=name, xlabel="training dialogs", ylabel=unit, xticks=wanted,
                  xticklabels=[f"{size:,}" for size in wanted])
+        plot.tick_params("x", rotation=45)
         plot.minorticks_off()
         plot.grid(alpha=0.3)
     plots[0].legend()
