@@ -102,7 +102,8 @@ def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
     plain = not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     whole = not hasattr(attention_mask, "blocks")
-    if not plain or whole and (attention_mask is None or dropout or query.device.type != "cpu" or queries == 1
+    drawn = dropout and torch.compiler.is_compiling()  # numpy's draws cannot be compiled
+    if not plain or drawn or whole and (attention_mask is None or dropout or query.device.type != "cpu" or queries == 1
                                or dtype != torch.bfloat16 or attention_mask.shape[1] > 1):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       **kwargs)
@@ -256,7 +257,7 @@ class Dropout(nn.Dropout):
     """torch's dropout with a quicker draw on CPUs."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if self.training and 0 < self.p < 1 and states.device.type == "cpu":
+        if self.training and 0 < self.p < 1 and states.device.type == "cpu" and not torch.compiler.is_compiling():
             return _Dropout.apply(states, self.p)
         return super().forward(states)
 

@@ -187,7 +187,7 @@ def check_equality(folder: Path) -> None:
 
 
 def main() -> None:
-    args = parse_args(__doc__.splitlines()[0], repeats=1, dialogs=12, per_step=2, valid_dialogs=8, side="", folder="")
+    args = parse_args(__doc__.splitlines()[0], repeats=1, dialogs=8, per_step=1, valid_dialogs=6, side="", folder="")
     if args.side:  # in its own process
         folder = Path(args.folder)
         run = train_with_trl if args.side.startswith("TRL") else train_ours

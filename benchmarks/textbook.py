@@ -57,7 +57,8 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             for name in ("vocab.json", "merges.txt"):
                 (Path(folder) / name).symlink_to(Path(args.tokenizer, name).resolve())
-            transformers.OpenAIGPTConfig().save_pretrained(folder)  # openai-gpt's own shape
+            words = json.loads(Path(folder, "vocab.json").read_text("utf-8"))
+            transformers.OpenAIGPTConfig(vocab_size=len(words)).save_pretrained(folder)  # otherwise openai-gpt's shape
             self.tokenizer = get_tokenizer(folder)
             self.ours: PostNormDoubleHeadsModel = load_model(folder)
             add_special_tokens_(self.ours, self.tokenizer)
