@@ -4,8 +4,8 @@
 
 The file has ratings (`feedback.ratings`) of the quality "Uses Knowledge". A line per measure gives Spearman's and
 Pearson's correlation with the mean rating; the last column is the difference in Spearman's correlation from
-`embeddings.persona_use`. The 95 % intervals come from 1,000 resamples of the contexts (seed 42). Then follows the mean
-per system whose replies were rated.
+`embeddings.persona_use`. The 95 % intervals come from 1,000 resamples of the contexts (seed 42). Then follow the mean
+per system whose replies were rated, and the correlation with fewer other personas, a mean of 20 draws (seed 42).
 """
 
 import json
@@ -32,10 +32,12 @@ personas = list(dict.fromkeys(tuple(one.persona) for one in rated))
 vectors = embed([text for one in rated for text in (one.reply, *one.persona)])
 measures: dict[str, list[float]] = {KEPT: [use for use, _ in persona_use([one.reply for one in rated],
                                                                          [one.persona for one in rated])]}
+nearness = []  # per reply: to the own persona, then to the others
 for one in rated:
     near = np.array([max(vectors[one.reply] @ vectors[sentence] for sentence in persona) for persona in personas])
     own = personas.index(tuple(one.persona))
     others, said = np.delete(near, own), content(one.reply)
+    nearness.append((near[own], others))
     shared = [len(said & content(sentence)) / max(1, len(content(sentence))) for sentence in one.persona]
     for name, value in {
             "minus the mean of others": near[own] - others.mean(),
@@ -75,3 +77,11 @@ for system in dict.fromkeys(systems.tolist()):
     mine = systems == system
     print(f"{system:28}{people[mine].mean():<8.2f}" + "  ".join(
         f"{column[mine].mean():<{len(name)}.2f}" for name, column in zip(measures, matrix, strict=True)))
+
+for count in (40, 20, 10, 5, 3):
+    found_by_draw = []
+    for _ in range(20):
+        some = [(own, draw.choice(others, count, replace=False)) for own, others in nearness]
+        column = np.array([[(own - others.mean()) / others.std() for own, others in some]])
+        found_by_draw.append(correlations(column, people)[0, 0])
+    print(f"with {count:2} other personas: Spearman {fmean(found_by_draw):.3f}")
