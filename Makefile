@@ -53,7 +53,7 @@ faults: $(VENV)/test-installed
 	$(BIN)/python tests/faults.py
 
 bench: $(VENV)/bench-installed
-	for claim in tokenising training training_profile finetuning choosing word_perplexity replying serving memory full_recipe growth; do \
+	for claim in tokenising training training_profile finetuning choosing word_perplexity replying serving llama_cpp memory full_recipe growth; do \
 		echo "== $$claim"; PYTHONPATH=. $(BIN)/python benchmarks/$$claim.py $(BENCH_FLAGS) || exit; done
 	PYTHONPATH=. $(BIN)/python benchmarks/write_results.py
 

@@ -40,8 +40,8 @@ class LlamaLayer:
         self.query, self.key, self.value, self.out, self.gate, self.up, self.down = map(layer.get_submodule, LINEAR)
         self.packed = isinstance(self.query, Part)
         self.heads, self.key_heads = own.config.num_attention_heads, own.config.num_key_value_heads
-        self.norms = [(norm.weight.shape, norm.weight, norm.variance_epsilon)
-                      for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.norms = [(norm.weight.shape, None if self.packed else norm.weight, norm.variance_epsilon)
+                      for norm in (layer.input_layernorm, layer.post_attention_layernorm)]  # packed: all weights are 1
         self.activation = layer.mlp.act_fn
         self.silu = own.config.hidden_act in ("silu", "swish")
         self.of_context = partial(attention, own, scaling=self.scaling)
@@ -126,11 +126,12 @@ class LlamaBody:
         return cosines, torch.cat([-sines[..., :half], sines[..., half:]], -1)  # the minus of `rotate_half`
 
 
-def _norm(states: torch.Tensor, norm: tuple[torch.Size, torch.Tensor, float]) -> torch.Tensor:
+def _norm(states: torch.Tensor, norm: tuple[torch.Size, torch.Tensor | None, float]) -> torch.Tensor:
     """Compute the RMS norm of one token; F.rms_norm takes twice the time."""
     (size,), weight, epsilon = norm
     length = torch.linalg.vector_norm(states, dtype=torch.float32).item()
-    return states * (length * length / size + epsilon) ** -0.5 * weight
+    normal = states * (length * length / size + epsilon) ** -0.5
+    return normal if weight is None else normal * weight
 
 
 def llama_body(model: DoubleHeadsModel) -> LlamaBody | None:
