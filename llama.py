@@ -82,6 +82,8 @@ class LlamaBody:
     def __init__(self, model: DoubleHeadsModel, layers: list[LlamaLayer]):
         self.model, self.layers = model, layers
         first = layers[0]
+        window = getattr(model.config.get_text_config(), "sliding_window", None)
+        self.can_extend = model.device.type == "cpu" and not window
         # A query is scaled together with its rotation.
         self.scales = torch.tensor([[first.scaling]] * first.heads + [[1.0]] * first.key_heads, device=model.device)
 
@@ -98,7 +100,7 @@ class LlamaBody:
                column: int) -> torch.Tensor:
         """Do the same for one token of a single sequence, which sees all tokens before it.
 
-        ``cache``: by layer, keys (1, heads, size, columns) and values (1, heads, columns, size), in float32;
+        Only if `can_extend`. ``cache``: by layer, keys (1, heads, size, columns) and values (1, heads, columns, size);
         ``column``: the place of the token. For one token small operations take a third of the time, so there are few.
         """
         device = self.model.device
@@ -112,7 +114,7 @@ class LlamaBody:
             both = torch.addcmul(both * cosines, both.roll(layer.size // 2, -1), sines)
             all_keys[..., column] = both[layer.heads:]
             all_values[:, column] = every[len(self.scales):]
-            query = both[:layer.heads].view(layer.key_heads, -1, layer.size)
+            query = both[:layer.heads].view(layer.key_heads, -1, layer.size).to(all_keys.dtype)
             weights = torch.bmm(query, all_keys[..., :column + 1]).softmax(-1)
             attended = torch.bmm(weights, all_values[:, :column + 1])
             states = layer.add_attention(states, attended.view(1, 1, -1).to(states.dtype))

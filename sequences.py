@@ -59,8 +59,7 @@ class Sequences:
         self.of_replies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.parts: list[Part] = []  # the contexts of the current pass; empty in a `step`
         self.llama = llama_body(model)
-        self.alone = copies * len(contexts) == 1 and model.device.type == "cpu" and not getattr(
-            model.config.get_text_config(), "sliding_window", None)
+        self.alone = bool(self.llama and self.llama.can_extend and copies * len(contexts) == 1)
         # Of a single context, and of its reply if that is single too: what is computed, as ids with types.
         self.tokens = list(zip(contexts[0].ids, contexts[0].types, strict=True)) if len(contexts) == 1 else []
         self.earlier, self.known = earlier, 0

@@ -16,8 +16,8 @@ read real PERSONA-CHAT turns whose distractors were drawn again. Each benchmark 
 the same. It then times them alternately and takes medians; for training it takes the mean over batches with the
 typical lengths of an epoch.
 
-In the rows "default bot against …" the other side is llama.cpp's server, or transformers' `generate()`, with the weights
-of the default bot. The conversations are greedy; both servers keep what they computed in earlier turns.
+In the rows "default bot against …" the other side is llama.cpp's server, or transformers' `generate()`, with the
+weights of the default bot. The conversations are greedy; both servers keep what they computed in earlier turns.
 
 In the rows "fine-tuning SmolLM2-135M" the other side is TRL's `SFTTrainer`, with the same weights, turns and precision.
 
