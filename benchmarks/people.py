@@ -4,7 +4,7 @@
 
 The first table has the accuracy of the reward model, and of other scorers, on pairs of contexts that the reward model
 has not learnt from. The second compares the policies' replies with those of the default bot, to the same contexts of
-PERSONA-CHAT's validation split, by the reward model and by two judges that have learnt nothing from these ratings.
+PERSONA-CHAT's validation split, by the reward model and by judges that have learnt nothing from these ratings.
 """
 
 import json
@@ -104,14 +104,15 @@ def accuracies(work: Path, human: Path, reward: RewardModel, judges: Judges) -> 
     parts = {"all": np.ones(len(tests), bool)} | {
         name: np.array([pair["pair"] in of for pair, _ in tests]) for name, of in names.items()}
     print("| scorer | " + " | ".join(f"{name}, {part.sum()} pairs of {len(set(contexts[part]))} contexts"
-                                     for name, part in parts.items()) + " |\n|" + "---|" * (1 + len(parts)))
-    for name, column in scores.items():
-        worse, best = column[two].T
-        right = (best > worse) + 0.5 * (best == worse)
+                                     for name, part in parts.items()) + " | the reward model is better by |\n|"
+          + "---|" * (2 + len(parts)))
+    right = {name: (np.diff(column[two])[:, 0] > 0) + 0.5 * (np.diff(column[two])[:, 0] == 0)
+             for name, column in scores.items()}
+    for name, of in right.items():
         cells = []
-        for part in parts.values():
-            low, high = interval(right[part], np.ones(part.sum()), contexts[part])
-            cells.append(f"{right[part].mean():.3f} ({low:.3f} to {high:.3f})")
+        for values, part in [*((of, part) for part in parts.values()), (right["reward model"] - of, parts["all"])]:
+            low, high = interval(values[part], np.ones(part.sum()), contexts[part])
+            cells.append(f"{values[part].mean():.3f} ({low:.3f} to {high:.3f})")
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -168,8 +169,10 @@ def policies(work: Path, human: Path, data: Path, reward: RewardModel, judges: J
             for name, checkpoint in {"persona": "persona"} | {
                 name: str(work / name) for names in POLICIES.values() for name in names}.items()}
     rated = [one for replies in said.values() for one in replies]
-    scores = {name: column.reshape(len(said), -1) for name, column in
-              ({"reward model": reward_scores(reward, rated)} | judges(rated)).items()}
+    heads = head_scores(rated, *load_checkpoint("persona"), FP16)
+    scores = {name: column.reshape(len(said), -1) for name, column in (
+        {"reward model": reward_scores(reward, rated)} | judges(rated) | {
+            f"{name} of the default bot": heads[name] for name in ("gain", "choice head")}).items()}
     place = {name: number for number, name in enumerate(said)}
     print(f"\n| policy | {' | '.join(scores)} | words per reply | KL, nats per reply |\n|" + "---|" * (3 + len(scores)))
     for algorithm, names in POLICIES.items():
