@@ -9,7 +9,7 @@ PERSONA-CHAT's validation split, by the reward model and by judges that have lea
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -24,7 +24,7 @@ from feedback.pairs import held_out, whole_dialog
 from feedback.preferences import read_preferences
 from feedback.ranking import Judge
 from feedback.ratings import Rated, overall, read_ratings
-from feedback.reward import RewardModel
+from feedback.reward import RewardModel, raw_scores
 from inputs import Specials, TurnDataset, build_context
 from metrics import interval
 from tables import Split
@@ -50,11 +50,12 @@ class Judges:
                 "combination learnt from other ratings": self.learnt.learnt.predict(columns)}
 
 
-def reward_scores(reward: RewardModel, rated: Sequence[Rated]) -> np.ndarray:
+def choice_scores(score: Callable[[list[tuple]], list[list[float]]], rated: Sequence[Rated]) -> np.ndarray:
+    """Return the scores of a choice head, (replies,); ``score`` takes turns, of persona, history and replies."""
     turns: dict[tuple, list[str]] = {}
     for one in rated:
         turns.setdefault(one.context, []).append(one.reply)
-    rows = reward([(list(persona), list(history), replies) for (persona, history), replies in turns.items()])
+    rows = score([(list(persona), list(history), replies) for (persona, history), replies in turns.items()])
     found = {(context, reply): score for (context, replies), row in zip(turns.items(), rows, strict=True)
              for reply, score in zip(replies, row, strict=True)}
     return np.array([found[one.context, one.reply] for one in rated])
@@ -94,7 +95,7 @@ def accuracies(work: Path, human: Path, reward: RewardModel, judges: Judges) -> 
                                for pair, _ in tests for reply in pair["replies"]))
     replies = [Rated(list(persona), list(history), reply, {}) for persona, history, reply in rated]
     matrix = np.array([columns(*one) for one in rated])
-    scores = {"reward model": reward_scores(reward, replies),
+    scores = {"reward model": choice_scores(reward, replies),
               "combination learnt from the same ratings": learnt.predict(matrix)} | judges(replies) | dict(
         zip(scorers, matrix.T, strict=True))
     place = {one: number for number, one in enumerate(rated)}
@@ -169,10 +170,10 @@ def policies(work: Path, human: Path, data: Path, reward: RewardModel, judges: J
             for name, checkpoint in {"persona": "persona"} | {
                 name: str(work / name) for names in POLICIES.values() for name in names}.items()}
     rated = [one for replies in said.values() for one in replies]
-    heads = head_scores(rated, *load_checkpoint("persona"), FP16)
-    scores = {name: column.reshape(len(said), -1) for name, column in (
-        {"reward model": reward_scores(reward, rated)} | judges(rated) | {
-            f"{name} of the default bot": heads[name] for name in ("gain", "choice head")}).items()}
+    default_bot = load_checkpoint("persona")
+    scores = {"reward model": choice_scores(reward, rated)} | judges(rated) | {
+        "choice head of the default bot": choice_scores(lambda turns: raw_scores(*default_bot, turns, FP16, 8), rated)}
+    scores = {name: column.reshape(len(said), -1) for name, column in scores.items()}
     place = {name: number for number, name in enumerate(said)}
     print(f"\n| policy | {' | '.join(scores)} | words per reply | KL, nats per reply |\n|" + "---|" * (3 + len(scores)))
     for algorithm, names in POLICIES.items():
