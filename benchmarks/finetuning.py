@@ -3,7 +3,8 @@
 Both sides train all weights, under bfloat16 autocast, on the same dialogs with their whole history, and learn the bot's
 replies only. Our side puts a dialog into each row (``--pack_dialogs``). TRL gets what its users give it, a sequence per
 turn, and for comparison a sequence per dialog. It has no choice head, so our four candidates stand beside four
-sequences per turn. TRL's gradient checkpointing is off, because it costs time.
+sequences per turn. TRL's gradient checkpointing is off, because it costs time. TRL's optimizer is torch's AdamW, ours
+that of train.py, whose first steps are shorter (`schedule.AdamW`); so the perplexities differ after a few steps.
 
 Each training runs in its own process, and the sides alternate. The peak is the largest resident memory during the
 training minus the resident memory before it, which includes the weights (540 MB).

@@ -20,6 +20,8 @@ In the rows "default bot against …" the other side is llama.cpp's server, or t
 weights of the default bot. The conversations are greedy; both servers keep what they computed in earlier turns.
 
 In the rows "fine-tuning SmolLM2-135M" the other side is TRL's `SFTTrainer`, with the same weights, turns and precision.
+After so few steps the perplexities differ because train.py has the optimizer of 2019, whose first steps are shorter;
+the lab log has the perplexity with torch's. These rows are of processor time, one thread beside busy neighbours.
 
 """
 
