@@ -166,9 +166,9 @@ def compare(first: np.ndarray, second: np.ndarray) -> str:
 
 def policies(work: Path, human: Path, data: Path, reward: RewardModel, judges: Judges) -> None:
     """Print the second table. Differences are in standard deviations of the default bot's scores."""
+    checkpoints = {"persona": "persona"} | {name: str(work / name) for names in POLICIES.values() for name in names}
     said = {name: replies_of(checkpoint, work / f"{name}.json", data, work / "cache", human)
-            for name, checkpoint in {"persona": "persona"} | {
-                name: str(work / name) for names in POLICIES.values() for name in names}.items()}
+            for name, checkpoint in checkpoints.items()}
     rated = [one for replies in said.values() for one in replies]
     default_bot = load_checkpoint("persona")
     scores = {"reward model": choice_scores(reward, rated)} | judges(rated) | {
