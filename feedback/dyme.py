@@ -49,6 +49,38 @@ class Network(nn.Module):
         return self.linear(metrics) + self.last(hidden)
 
 
+def inputs_of(history: Sequence[str], measured: Sequence[np.ndarray],
+              known: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the network reads of a history: (features,) and (WINDOW · SIZE,).
+
+    ``measured``: the metrics of its last utterances; ``known``: the embeddings of these, by text.
+    """
+    window, vectors = np.zeros((WINDOW, len(METRICS))), np.zeros((WINDOW, SIZE))
+    for back, (text, values) in enumerate(zip(reversed(history[-WINDOW:]), reversed(measured[-WINDOW:]),
+                                              strict=True)):
+        window[back], vectors[back] = values, known[text]
+    lengths = [len(lowercase_words(text)) / 10 for text in history[-2:]]
+    lengths += [0.0] * (2 - len(lengths))
+    return np.array([*window.ravel(), min(len(history), 10) / 10, *lengths]), vectors.ravel()
+
+
+def examples(dialogs: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return, for each utterance but the first of each dialog, what the network reads and should predict.
+
+    These are both arrays of `inputs_of` for its history, its own metrics, (utterances, 5), and its dialog's number.
+    """
+    known, seen, following, numbers = embed([text for dialog in dialogs for text in dialog]), [], [], []
+    of_all = iter(measure([(text, dialog[:place]) for dialog in dialogs for place, text in enumerate(dialog)]))
+    for number, dialog in enumerate(dialogs):
+        measured = list(islice(of_all, len(dialog)))
+        for place in range(1, len(dialog)):
+            seen.append(inputs_of(dialog[:place], measured[:place], known))
+            following.append(measured[place])
+            numbers.append(number)
+    metrics, vectors = (np.stack(part) for part in zip(*seen, strict=True))
+    return metrics, vectors, np.array(following), np.array(numbers)
+
+
 class Dyme:
     """A predictor of the metrics of a dialog's next utterance, which rewards utterances near the prediction.
 
@@ -57,41 +89,22 @@ class Dyme:
     lengths of the last two. Histories must begin with the dialog's first utterance.
     """
 
-    def __init__(self, dialogs: Sequence[Sequence[str]]):
-        """Learn from whole dialogs, each a list of utterances; the same dialogs always give the same network.
+    def __init__(self, dialogs: Sequence[Sequence[str]], seed: int = 0):
+        """Learn from whole dialogs, each a list of utterances; the same dialogs and seed always give the same network.
 
         Each tenth dialog is reserved: it says when to stop training, and how much people deviate from the prediction.
         """
-        known, seen, following, reserved = embed([text for dialog in dialogs for text in dialog]), [], [], []
-        of_all = iter(measure([(text, dialog[:place]) for dialog in dialogs for place, text in enumerate(dialog)]))
-        for number, dialog in enumerate(dialogs, 1):
-            measured = list(islice(of_all, len(dialog)))
-            for place in range(1, len(dialog)):
-                seen.append(self._inputs(dialog[:place], measured[:place], known))
-                following.append(measured[place])
-                reserved.append(number % RESERVED == 0)
-        metrics, vectors = (np.stack(part) for part in zip(*seen, strict=True))
+        metrics, vectors, following, dialog = examples(dialogs)
         self.center, self.width = metrics.mean(0), metrics.std(0) + 1e-6
-        self.spread = np.std(following, 0).clip(min=1e-6)  # the unit of each metric
-        wanted, fresh = np.array(following) / self.spread, np.array(reserved)
+        self.spread = following.std(0).clip(min=1e-6)  # the unit of each metric
+        wanted, fresh = following / self.spread, dialog % RESERVED == RESERVED - 1
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+            torch.default_generator.manual_seed(seed)
             self.network = self._trained(self._tensors(metrics, vectors), torch.tensor(wanted).float(),
                                          torch.tensor(fresh))
-        usual = np.abs(wanted - self._predict(metrics, vectors)).mean(1)[fresh if fresh.any() else ~fresh]
+        usual = np.abs(wanted - self.predict(metrics, vectors)).mean(1)[fresh if fresh.any() else ~fresh]
         self.mean, self.scale = float(usual.mean()), float(usual.std()) or 1.0  # mean and spread of people's deviations
         self._remembered = lru_cache(1000)(self._expected)  # several replies to a context follow each other
-
-    @staticmethod
-    def _inputs(history: Sequence[str], measured: Sequence[np.ndarray],
-                known: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        window, vectors = np.zeros((WINDOW, len(METRICS))), np.zeros((WINDOW, SIZE))
-        for back, (text, values) in enumerate(zip(reversed(history[-WINDOW:]), reversed(measured[-WINDOW:]),
-                                                  strict=True)):
-            window[back], vectors[back] = values, known[text]
-        lengths = [len(lowercase_words(text)) / 10 for text in history[-2:]]
-        lengths += [0.0] * (2 - len(lengths))
-        return np.array([*window.ravel(), min(len(history), 10) / 10, *lengths]), vectors.ravel()
 
     def _tensors(self, metrics: np.ndarray, vectors: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale both inputs so that each number has a standard deviation near 1."""
@@ -122,14 +135,15 @@ class Dyme:
         return best
 
     @torch.no_grad()
-    def _predict(self, metrics: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    def predict(self, metrics: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """Predict the metrics, (utterances, 5), in units of their standard deviation, from what `examples` returns."""
         return self.network(*self._tensors(metrics, vectors)).numpy()
 
     def _expected(self, history: tuple[str, ...]) -> np.ndarray:
         first = max(0, len(history) - WINDOW)  # earlier utterances are not used
         measured = measure([(text, history[:place]) for place, text in enumerate(history[first:], first)])
-        metrics, vectors = self._inputs(history, list(measured), embed(history[first:]))
-        return self._predict(metrics[None], vectors[None])[0]
+        metrics, vectors = inputs_of(history, list(measured), embed(history[first:]))
+        return self.predict(metrics[None], vectors[None])[0]
 
     def expected(self, history: Sequence[str]) -> np.ndarray:
         """Predict the metrics of the next utterance, (5,), in units of their standard deviation among people."""
