@@ -158,9 +158,9 @@ def test_rows_move_to_fewer_shelves():
 def test_requests_wait_for_memory_or_are_refused():
     model = small_model("gpt2", 1)
     token = 2 * 2 * 32 * 4  # layers × (keys and values) × numbers × bytes
-    decoder = Decoder(model, SPECIAL, memory=3)  # MiB, for 6,144 tokens
+    decoder = Decoder(model, SPECIAL, memory=6)  # MiB, for 12,288 tokens; half of them for one request
     assert decoder.cache.token_bytes == token
-    with pytest.raises(InputError, match=r"needs 4 MiB of memory, and --memory allows 3; ask for fewer tokens"):
+    with pytest.raises(InputError, match=r"needs 4 MiB of memory, and one reply may take half of --memory, 3; ask for"):
         decoder.submit(long_context(4200), asked(max_length=LONG))
     first = decoder.submit(SHORT, asked(max_length=LONG, min_length=LONG))
     until(lambda: first.tokens, "its start")
@@ -168,7 +168,7 @@ def test_requests_wait_for_memory_or_are_refused():
     third = decoder.submit(SHORT, asked(max_length=5), Client("b"))  # this request fits
     ended(third)
     assert second in decoder.waiting and not second.finish
-    assert decoder.cache.bytes <= 3 << 20
+    assert decoder.cache.bytes <= 6 << 20
     first.cancelled = True
     ended(second)
     assert second.finish in ("length", "stop")
@@ -328,17 +328,19 @@ def test_a_conversation_is_kept_for_its_client_only():
 
 def test_requests_take_the_memory_of_kept_conversations(monkeypatch):
     monkeypatch.setattr("web.batching.KEPT_FOR", 1.0)
-    decoder = Decoder(small_model("gpt2", 1), SPECIAL, memory=3)  # MiB, for 6,144 tokens
+    decoder = Decoder(small_model("gpt2", 1), SPECIAL, memory=6)  # MiB, for 12,288 tokens
     cache, client = decoder.cache, Client("a", "key")
-    for length in (700, 300):
+    for length in (1000, 900):
         ended(decoder.submit(long_context(length), asked(max_length=2, min_length=2), client))
     until(lambda: cache.kept_bytes, "keeping")
-    assert cache.kept_bytes <= (3 << 20) // 4
-    large = decoder.submit(long_context(3000), asked(max_length=2600, min_length=2600), Client("b", "key"))
-    until(lambda: large.tokens, "its start")
-    assert cache.bytes + cache.kept_bytes <= 3 << 20 and cache.bytes > 2 << 20
-    large.cancelled = True
-    ended(large)
+    assert cache.kept_bytes <= (6 << 20) // 4
+    large = [decoder.submit(long_context(3000), asked(max_length=2600, min_length=2600), Client(address, "key"))
+             for address in "bc"]
+    until(lambda: all(one.tokens for one in large), "their start")
+    assert cache.bytes + cache.kept_bytes <= 6 << 20 and cache.bytes > 5 << 20
+    for one in large:
+        one.cancelled = True
+    ended(*large)
     ended(decoder.submit(SHORT, asked(max_length=20, min_length=20), client))
     until(lambda: not decoder.decoding and not cache.kept, "the end of keeping")
     decoder.close()

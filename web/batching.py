@@ -28,6 +28,7 @@ MOST_READ = 256  # context tokens computed in one step
 LEAST_READ = 8
 SHARE = 4  # with other clients present, a client gets 1 / SHARE of the batch
 MEMORY = 2048  # MiB of keys and values
+LARGEST = 2  # a request may take 1 / LARGEST of the memory, so that others find some beside it
 KEPT = 4  # 1 / KEPT of the memory may hold what conversations have computed, until their next message
 KEPT_FOR = 600.0  # s
 LONGEST_PAUSE = 1.0  # s between two updates of a growing reply
@@ -279,10 +280,10 @@ class Decoder:
             raise InputError(f"logit_bias: there is no token {unknown[0]}; use ids from 0 to {vocabulary - 1:,}")
         reply = Reply(context, args, self.special, self.model.device, client, notify, extra)
         needed = KeyValues.bytes_for(self.cache.token_bytes, reply.longest, reply.width)
-        if needed > self.memory:
+        if needed > self.memory // LARGEST:
             raise InputError(f"a reply of up to {args.max_length:,} tokens to these messages needs {needed >> 20:,} "
-                             f"MiB of memory, and --memory allows {self.memory >> 20:,}; ask for fewer tokens, or "
-                             "fewer beams")
+                             "MiB of memory, and one reply may take half of --memory, "
+                             f"{self.memory // LARGEST >> 20:,}; ask for fewer tokens, or fewer beams")
         with self.wake:
             if self.closed or self.draining:
                 raise Stopping

@@ -25,6 +25,7 @@ BY_ROW = "_by_row"  # suffix of the attention's name
 TOGETHER = 8  # sequences on one shelf
 SHORT = 512  # columns of the longest sequences that share a shelf; each longer sequence has its own
 LEAST_KNOWN = 16  # tokens that are worth copying
+MOST_KNOWN = 1024  # tokens that are kept: copying more would delay all replies
 STEP = 256  # the columns of a longer sequence are a multiple of this
 
 
@@ -108,6 +109,8 @@ class KeyValues:
         self.llama: LlamaBody | None = None
         self.shelves: list[Shelf] = []
         self.kept: list[Kept] = []  # the last used comes last
+        self.blocks: list[Block] = []
+        self.masks: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # what `masks_of` returned for this step
         self.token_bytes = like.element_size() * sum(heads * size for heads, size in shapes.values())
 
     @classmethod
@@ -212,9 +215,9 @@ class KeyValues:
     def keep(self, owner: tuple[str, str], start: int, tokens: list[tuple[int, int]], place: Place, most: int) -> None:
         """Keep a copy of the first columns of ``place``, those of ``tokens``, while `kept` has at most ``most`` bytes.
 
-        It replaces those of the same owner that it begins with.
+        It replaces those of the same owner that it begins with. More than `MOST_KNOWN` tokens are not kept.
         """
-        if len(tokens) * self.token_bytes > most:
+        if len(tokens) > MOST_KNOWN or len(tokens) * self.token_bytes > most:
             return
         self.kept = [one for one in self.kept if one.owner != owner or one.tokens != tokens[:len(one.tokens)]]
         self.shrink(most - len(tokens) * self.token_bytes)
@@ -257,7 +260,7 @@ class KeyValues:
             return [work[0].row], self._extend(model, work[0].row)
         order = {id(shelf): number for number, shelf in enumerate(self.shelves)}
         work = sorted(work, key=lambda one: (order[id(one.row.place.shelf)], one.row.place.slot))
-        self.blocks, done, previous = [], 0, None
+        self.blocks, self.masks, done, previous = [], [], 0, None
         for row, new in work:
             slot, length = row.place.slot, row.length + new
             if previous and previous[:3] == (row.place.shelf, slot - 1, new):
@@ -305,10 +308,17 @@ class KeyValues:
         return logits
 
     def masks_of(self, mask: torch.Tensor) -> list[torch.Tensor]:
-        """Return each block's part of a mask, (sequences, 1, tokens of each, width), as numbers to add."""
-        mask = additive(mask[0, 0], torch.float32) if mask.dtype == torch.bool else mask[0, 0].float()
-        return [mask[tokens, :width].unflatten(0, (slots.stop - slots.start, -1))[:, None]
-                for tokens, _, slots, width in self.blocks]
+        """Return each block's part of a mask, (sequences, 1, tokens of each, width), as numbers to add.
+
+        Layers that share a mask share the result.
+        """
+        known = next((masks for one, masks in self.masks if one is mask), None)
+        if known is None:
+            numbers = additive(mask[0, 0], torch.float32) if mask.dtype == torch.bool else mask[0, 0].float()
+            known = [numbers[tokens, :width].unflatten(0, (slots.stop - slots.start, -1))[:, None]
+                     for tokens, _, slots, width in self.blocks]
+            self.masks.append((mask, known))
+        return known
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the keys and values of the new tokens, (1, heads, tokens, size) each; the model's layers call this.
