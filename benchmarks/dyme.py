@@ -44,21 +44,20 @@ def main() -> None:
     args = parser.parse_args()
     table = open_dataset(args, get_tokenizer(args.model_checkpoint), from_run=False)
     learnt, tested = one_view_each(table["train"], args.train), one_view_each(table["valid"], args.test)
-    metrics, _, following, _ = examples(learnt)
-    seen, vectors, wanted, dialog = examples(tested)
-    spread = following.std(0).clip(min=1e-6)
-    following, wanted = following / spread, wanted / spread
-    print(f"{len(learnt):,} dialogs with {len(following):,} utterances to learn from, "
-          f"{len(tested):,} with {len(wanted):,} to predict")
+    print(f"{len(learnt):,} dialogs with {sum(map(len, learnt)) - len(learnt):,} utterances to learn from, "
+          f"{len(tested):,} with {sum(map(len, tested)) - len(tested):,} to predict", flush=True)
+    teaching, test = examples(learnt), examples(tested)
+    spread = teaching.following.std(0).clip(min=1e-6)
+    following, wanted = teaching.following / spread, test.following / spread
 
-    linear = Ridge(alpha=1.0).fit(metrics, following).predict(seen)
+    linear = Ridge(alpha=1.0).fit(teaching.metrics, following).predict(test.metrics)
     models = {"mean": np.broadcast_to(following.mean(0), wanted.shape), "linear": linear} | {
-        f"network, seed {seed}": Dyme(learnt, seed).predict(seen, vectors) for seed in range(3)}
+        f"network, seed {seed}": Dyme(teaching, seed).predict(test.metrics, test.vectors) for seed in range(3)}
     for name, predicted in models.items():
         print(f"{name:16}", end="")
         for kind, power in (("squared", 2), ("absolute", 1)):
             error, of_linear = ((np.abs(one - wanted) ** power).mean(1) for one in (predicted, linear))
-            low, high = interval(error - of_linear, np.ones(len(error)), dialog)
+            low, high = interval(error - of_linear, np.ones(len(error)), test.dialog)
             print(f"  {kind} {error.mean():.3f}, minus linear {low:+.4f} to {high:+.4f}", end="")
         print(flush=True)
 

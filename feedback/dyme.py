@@ -7,6 +7,7 @@ import copy
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,11 +65,17 @@ def inputs_of(history: Sequence[str], measured: Sequence[np.ndarray],
     return np.array([*window.ravel(), min(len(history), 10) / 10, *lengths]), vectors.ravel()
 
 
-def examples(dialogs: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return, for each utterance but the first of each dialog, what the network reads and should predict.
+class Examples(NamedTuple):
+    """What the network reads and should predict, for each utterance but the first of each dialog."""
 
-    These are both arrays of `inputs_of` for its history, its own metrics, (utterances, 5), and its dialog's number.
-    """
+    metrics: np.ndarray  # (utterances, features), as `inputs_of` returns them for the history
+    vectors: np.ndarray  # (utterances, WINDOW · SIZE)
+    following: np.ndarray  # the utterance's own metrics, (utterances, 5)
+    dialog: np.ndarray  # its dialog's number, (utterances,)
+
+
+def examples(dialogs: Sequence[Sequence[str]]) -> Examples:
+    """Measure and embed whole dialogs, each a list of utterances."""
     known, seen, following, numbers = embed([text for dialog in dialogs for text in dialog]), [], [], []
     of_all = iter(measure([(text, dialog[:place]) for dialog in dialogs for place, text in enumerate(dialog)]))
     for number, dialog in enumerate(dialogs):
@@ -78,7 +85,7 @@ def examples(dialogs: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, 
             following.append(measured[place])
             numbers.append(number)
     metrics, vectors = (np.stack(part) for part in zip(*seen, strict=True))
-    return metrics, vectors, np.array(following), np.array(numbers)
+    return Examples(metrics, vectors, np.array(following), np.array(numbers))
 
 
 class Dyme:
@@ -89,12 +96,12 @@ class Dyme:
     lengths of the last two. Histories must begin with the dialog's first utterance.
     """
 
-    def __init__(self, dialogs: Sequence[Sequence[str]], seed: int = 0):
-        """Learn from whole dialogs, each a list of utterances; the same dialogs and seed always give the same network.
+    def __init__(self, learnt: Examples, seed: int = 0):
+        """Learn from the `examples` of some dialogs; the same dialogs and seed always give the same network.
 
         Each tenth dialog is reserved: it says when to stop training, and how much people deviate from the prediction.
         """
-        metrics, vectors, following, dialog = examples(dialogs)
+        metrics, vectors, following, dialog = learnt
         self.center, self.width = metrics.mean(0), metrics.std(0) + 1e-6
         self.spread = following.std(0).clip(min=1e-6)  # the unit of each metric
         wanted, fresh = following / self.spread, dialog % RESERVED == RESERVED - 1

@@ -54,7 +54,7 @@ from feedback.actions import (
     sample_replies,
 )
 from feedback.collect import model_hash
-from feedback.dyme import Dyme
+from feedback.dyme import Dyme, examples
 from feedback.objectives import (
     AdaptiveKL,
     advantages,
@@ -97,7 +97,7 @@ class Reward:
                 logger.warning("%s", NO_BETTER_THAN_CHANCE.format(args.reward_model))
         if args.dyme:
             split = require_split(table, "train", args.dataset or args.dataset_path)
-            self.dyme = Dyme(draw_dialogs(split, args.dyme_dialogs))
+            self.dyme = Dyme(examples(draw_dialogs(split, args.dyme_dialogs)))
 
     def __call__(self, turns: Sequence[tuple]) -> list[list[float]]:
         """Compute the rewards of all replies of each turn: persona, history and replies as texts."""

@@ -187,7 +187,7 @@ async def contexts(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
         return response.status_code, response.json().get("usage", {}).get("prompt_tokens", 0)
 
     attempts = []
-    for beams in (1, 4) if Pace.short else (1, 4, 15):
+    for beams in (1, 4) if Pace.short else (1, 4, 6):  # 6: as wide as the memory allows
         honest, alone, beside = Honest(server), [], []
         for _ in range(7 if Pace.judged else 1):
             alone.append(await gaps())

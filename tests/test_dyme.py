@@ -24,7 +24,7 @@ def predictor() -> dyme.Dyme:
         dialogs.append([f"do you like {one} ?", f"i prefer {other} .", f"why do you prefer {other} ?",
                         f"the surgery after {one} is tomorrow ." if sad else f"the concert after {one} is tomorrow .",
                         "how terrible , what a horrible loss ." if sad else "how wonderful , i love it ."])
-    return dyme.Dyme(dialogs)
+    return dyme.Dyme(dyme.examples(dialogs))
 
 
 def test_dyme_predicts_what_usually_follows(predictor):
@@ -46,5 +46,5 @@ def test_dyme_reads_what_was_said(predictor):
 
 def test_the_same_dialogs_give_the_same_network(predictor):
     dialogs = [["do you like tea ?", "i prefer snow .", "why ?"], ["hi .", "hello ."]]
-    one, other = (dyme.Dyme(dialogs).expected(dialogs[0][:2]) for _ in range(2))
+    one, other = (dyme.Dyme(dyme.examples(dialogs)).expected(dialogs[0][:2]) for _ in range(2))
     assert (one == other).all()
