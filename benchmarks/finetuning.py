@@ -115,6 +115,7 @@ def train_ours(folder: Path, data: Data, args: Namespace) -> tuple[dict[str, flo
     candidates, model = SIDES[args.side], load_model(str(folder))
     dataset = data.rows("train", candidates, DialogDataset)
     loader = get_loader(dataset, dataset.lengths()[0], args.per_step, seed=args.seed)
+    torch.manual_seed(args.seed)  # the choice head's dropout
     turns, clock = [], Clock()
     network = devices.prepare(model, "cpu", "bf16")
     optimizer = AdamW(model.parameters(), LR)

@@ -18,16 +18,10 @@ import numpy as np
 from matplotlib import pyplot
 
 from cli import InputError, command, positive_number
+from feedback.pairs import read_json_lines
 from metrics import gold_rank_by_words
 
 METRICS = {"hits@1": "share of turns", "PPL per token": "perplexity", "PPL per word": "perplexity"}
-
-
-def read_lines(path: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; run DIALOGS=… recipes/persona.sh first") from None
 
 
 def sums(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
@@ -36,7 +30,7 @@ def sums(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
     turns = [(number, turn["candidates"]) for number, dialog in enumerate(data["valid"])
              for turn in dialog["utterances"]]
     dialog, count = np.array([number for number, _ in turns]), len(data["valid"])
-    chosen, told = read_lines(folder / "hits@1.jsonl"), read_lines(folder / "ppl.jsonl")
+    chosen, told = ([one for _, one in read_json_lines(folder / f"{name}.jsonl")] for name in ("hits@1", "ppl"))
     if not len(turns) == len(chosen) == len(told):
         raise InputError(f"{folder} has predictions for {len(chosen):,} and {len(told):,} turns, but chat.json has "
                          f"{len(turns):,}; run DIALOGS=… recipes/persona.sh again")

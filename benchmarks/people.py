@@ -9,7 +9,7 @@ PERSONA-CHAT's validation split, by the reward model and by judges that have lea
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -19,7 +19,7 @@ from scipy import stats
 
 from decoding import Decoding, generate_replies, load_checkpoint, readable
 from dialogs import clean
-from feedback.judge import combination, head_scores
+from feedback.judge import combination, head_scores, reward_model_scores
 from feedback.pairs import held_out, whole_dialog
 from feedback.preferences import read_preferences
 from feedback.ranking import Judge
@@ -48,17 +48,6 @@ class Judges:
         columns = np.stack([*self.learnt.columns(rated).values()], 1)
         return {"gain under smollm2": head_scores(rated, self.model, self.tokenizer, FP16)["gain"],
                 "combination learnt from other ratings": self.learnt.learnt.predict(columns)}
-
-
-def choice_scores(score: Callable[[list[tuple]], list[list[float]]], rated: Sequence[Rated]) -> np.ndarray:
-    """Return the scores of a choice head, (replies,); ``score`` takes turns, of persona, history and replies."""
-    turns: dict[tuple, list[str]] = {}
-    for one in rated:
-        turns.setdefault(one.context, []).append(one.reply)
-    rows = score([(list(persona), list(history), replies) for (persona, history), replies in turns.items()])
-    found = {(context, reply): score for (context, replies), row in zip(turns.items(), rows, strict=True)
-             for reply, score in zip(replies, row, strict=True)}
-    return np.array([found[one.context, one.reply] for one in rated])
 
 
 # --------------------------------------------------------------------------------------------------- the reward model
@@ -95,7 +84,7 @@ def accuracies(work: Path, human: Path, reward: RewardModel, judges: Judges) -> 
                                for pair, _ in tests for reply in pair["replies"]))
     replies = [Rated(list(persona), list(history), reply, {}) for persona, history, reply in rated]
     matrix = np.array([columns(*one) for one in rated])
-    scores = {"reward model": choice_scores(reward, replies),
+    scores = {"reward model": reward_model_scores(replies, reward)["reward model"],
               "combination learnt from the same ratings": learnt.predict(matrix)} | judges(replies) | dict(
         zip(scorers, matrix.T, strict=True))
     place = {one: number for number, one in enumerate(rated)}
@@ -171,8 +160,9 @@ def policies(work: Path, human: Path, data: Path, reward: RewardModel, judges: J
             for name, checkpoint in checkpoints.items()}
     rated = [one for replies in said.values() for one in replies]
     default_bot = load_checkpoint("persona")
-    scores = {"reward model": choice_scores(reward, rated)} | judges(rated) | {
-        "choice head of the default bot": choice_scores(lambda turns: raw_scores(*default_bot, turns, FP16, 8), rated)}
+    scores = {"reward model": reward_model_scores(rated, reward)["reward model"]} | judges(rated) | {
+        "choice head of the default bot": reward_model_scores(
+            rated, lambda turns: raw_scores(*default_bot, turns, FP16, 8))["reward model"]}
     scores = {name: column.reshape(len(said), -1) for name, column in scores.items()}
     place = {name: number for number, name in enumerate(said)}
     print(f"\n| policy | {' | '.join(scores)} | words per reply | KL, nats per reply |\n|" + "---|" * (3 + len(scores)))

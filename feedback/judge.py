@@ -12,7 +12,7 @@ Read from `judge` downwards.
 
 import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from warnings import catch_warnings, simplefilter
@@ -103,7 +103,9 @@ def head_scores(rated: Sequence[Rated], model: DoubleHeadsModel, tokenizer: Toke
     return columns
 
 
-def reward_model_scores(rated: Sequence[Rated], model: RewardModel) -> dict[str, np.ndarray]:
+def reward_model_scores(rated: Sequence[Rated], model: Callable[[list[tuple]], list[list[float]]]
+                        ) -> dict[str, np.ndarray]:
+    """Score replies with a `RewardModel`, or with another function of turns: persona, history and replies."""
     turns, places = group_by_context(rated)
     column = np.zeros(len(rated))
     for group, scores in zip(places, model(turns), strict=True):

@@ -14,7 +14,7 @@ human=$(realpath "${1:?name the folder of ratings}") data=$(realpath "${2:?name 
 work=.demo/people
 mkdir -p $work
 
-# 1. how well scorers agree with people; the scores of all replies are kept
+# 1. Measure how well scorers agree with people, and keep the scores of all replies
 if [ ! -f $work/scores.jsonl ]; then
     rm -f $work/scores.unfinished
     python -m feedback.judge --fp16 bf16 --model_checkpoint persona --scores $work/scores.unfinished --data \
@@ -22,17 +22,17 @@ if [ ! -f $work/scores.jsonl ]; then
     mv $work/scores.unfinished $work/scores.jsonl
 fi
 
-# 2. pairs of replies to the same context whose ratings differ by a point or more
+# 2. Pair replies to the same context whose ratings differ by a point or more
 for name in persona_zhao dailydialog_zhao usr_personachat convai2_grade; do
     python -m feedback.ratings --data "$human/$name.jsonl" --margin 1 --pairs $work/$name.jsonl
 done
 cat $work/{persona_zhao,dailydialog_zhao,usr_personachat,convai2_grade}.jsonl > $work/pairs.jsonl
 
-# 3. a reward model
+# 3. Train a reward model
 low_rank="--model_checkpoint persona --pairs $work/pairs.jsonl --lora 16 --fp16 bf16"
 python -m feedback.reward $low_rank --reward $work/reward --n_epochs 2 --train_batch_size 32 --lr 3e-4 --save_every 50
 
-# 4. policies
+# 4. Train policies
 policy() {  # arguments: seed, algorithm and its flags
     python -m feedback.policy $low_rank --reward_model $work/reward --dataset_path "$data" --dataset_cache $work/cache \
         --seed "$1" --policy $work/"$2"_"$1" --evaluation_contexts 16 --evaluate_every 20 --save_every 20 \
@@ -43,5 +43,5 @@ for seed in 1 2 3; do
     policy $seed dpo --steps 40 --batch_size 8 --lr 2e-4
 done
 
-# 5. tables
+# 5. Print both tables
 PYTHONPATH=. python benchmarks/people.py $work "$human" "$data"

@@ -392,8 +392,8 @@ class Decoder:
     def _keep(self, reply: Reply) -> None:
         """Keep what a reply has computed for the next request of its client.
 
-        Only for a client with a key: otherwise people behind one address could measure, by how soon their replies
-        begin, what others there have said.
+        This is done only for a client with a key. Otherwise, people behind one address could find out what others there
+        have said, from how soon their own replies begin.
         """
         if reply.client.key and reply.known and reply.finish != "error":
             try:
@@ -421,7 +421,8 @@ class Decoder:
             try:
                 self.cache.shrink(self.memory - self.cache.bytes_with(reply.longest, reply.width))
                 places = self.cache.allocate(reply.longest, reply.width)
-                reply.begin(places, self.cache.recall(reply.client, reply.prompt.start, reply.sequence[:-1], places))
+                reply.begin(places, self.cache.recall(reply.client, reply.prompt.start, reply.sequence[:-1], places)
+                            if self.cache.kept else 0)
             except Exception:
                 logger.exception("No memory could be allocated for a reply")
                 self._end([reply], "error")
