@@ -7,6 +7,7 @@ programs in web/api.py; this file starts the server.
 """
 
 import asyncio
+import gc
 import logging
 import re
 import socket
@@ -15,6 +16,7 @@ import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from contextlib import suppress
 from functools import partial
+from ipaddress import ip_address, ip_network
 
 try:
     import gradio as gr
@@ -28,6 +30,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import HTTPConnection
 
 from cli import InputError, command, port_number, positive_number, whole_number
 from decoding import add_decoding_flags
@@ -63,9 +66,15 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str],
     cors = dict(allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     if not origins:
         app.add_middleware(CORSMiddleware, **cors)
+
+    def refuses(connection: HTTPConnection) -> object | None:
+        """Return the reason why a request for a reply is refused now, or None."""
+        if connection.url.path.startswith("/gradio_api/") and (reason := page._queue.refuses(connection.client)):
+            return reason
+        return bot.decoder.refuses(client_of(connection))
+
     app.state.stopping = asyncio.Event()
-    app.add_middleware(Guard, check=partial(check, page), stopping=app.state.stopping,
-                       busy=lambda connection: bot.decoder.refuses(client_of(connection)))
+    app.add_middleware(Guard, check=partial(check, page), busy=refuses, stopping=app.state.stopping)
     if origins:
         app.add_middleware(CORSMiddleware, **cors)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
@@ -154,6 +163,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--allow_origin", action="append", default=[], metavar="ORIGIN", type=_origin,
         help="allow requests from scripts of other sites: https://name[:port], or * for all; repeatable "
              "(default: none)")
+    add("--proxy", action="append", default=[], metavar="ADDRESS", type=_network,
+        help="address or network of a proxy before this server, which is believed about its visitors' addresses "
+             "(X-Forwarded-For); repeatable (default: none, so that all its visitors count as one address)")
     add("--collect", metavar="FOLDER",
         help="save visitors' preferences, with the conversations, as pairs, answers and ratings for feedback/; the "
              "page tells visitors (default: nothing is saved)")
@@ -172,17 +184,23 @@ def main() -> int:
             logger.warning(pairing)
         app = build_app(bot, open_dataset(args, bot.tokenizer), host_names(args.host, args.allow_host),
                         args.allow_origin, collector, pairing)
+        gc.collect()  # later collections, which stop all replies, need not look at model and libraries again
+        gc.freeze()
         host, port = listening.getsockname()[:2]
         print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; stop with Ctrl-C.", flush=True)
-        server = serve(bot, app, args.drain)
+        server = serve(bot, app, args.drain, args.proxy)
         server.run([listening])
         return 128 + server.signal if server.signal else 0
 
 
-def serve(bot: Bot, app: FastAPI, drain: float) -> Server:
-    """Return a server of ``app`` that, after a signal, finishes replies under way for at most ``drain`` seconds."""
-    config = uvicorn.Config(app, http=Connection, ws="none", proxy_headers=False, log_level="warning",
-                            timeout_graceful_shutdown=3, timeout_keep_alive=30)
+def serve(bot: Bot, app: FastAPI, drain: float, proxies: list[str]) -> Server:
+    """Return a server of ``app`` that, after a signal, finishes replies under way for at most ``drain`` seconds.
+
+    ``proxies``: addresses and networks that may name the addresses of their visitors.
+    """
+    config = uvicorn.Config(app, http=Connection, ws="none", proxy_headers=bool(proxies),
+                            forwarded_allow_ips=proxies, log_level="warning", timeout_graceful_shutdown=3,
+                            timeout_keep_alive=30)
     return Server(config, drain, bot.decoder.drain, lambda: not bot.decoder.decoding, bot.decoder.close,
                   app.state.stopping)
 
@@ -191,6 +209,13 @@ def _host(text: str) -> str:
     if not re.fullmatch(r"(\*\.)?[\w.-]+|[0-9a-fA-F:]+", text):
         raise ArgumentTypeError(f"{text!r} is not a host name; write it without scheme and port: chat.example.org")
     return text
+
+
+def _network(text: str) -> str:
+    try:
+        return str(ip_network(text) if "/" in text else ip_address(text))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not an address; write a number, as 10.0.0.1 or 10.0.0.0/8") from None
 
 
 def _origin(text: str) -> str:

@@ -158,6 +158,13 @@ ODD_TEXTS = ["{", "null", "[]", "NaN", "1e999", "[" * 5000, '"\\ud800"', convers
              *(conversation(**{key: value}) for key in json.loads(conversation()) for value in ODD)]
 
 
+def stranger(server: Server, number: int) -> httpx.AsyncClient:
+    """Return a client at an address of its own; Linux answers at all addresses that begin with 127."""
+    transport = httpx.AsyncHTTPTransport(local_address=f"127.1.{number // 250}.{1 + number % 250}",
+                                         limits=httpx.Limits())
+    return httpx.AsyncClient(base_url=server.address, timeout=WAIT, transport=transport)
+
+
 async def until_done(client: httpx.AsyncClient, session: str) -> list[str]:
     """Return the lines that Gradio sends to a page until its event is over."""
     lines = []

@@ -1,15 +1,18 @@
 """Send requests without a pause, whatever the answers; attack.py runs this in its own process.
 
-    python tests/attackers.py ADDRESS CLIENTS BODY [--keys each] [--seconds S]
+    python tests/attackers.py ADDRESS CLIENTS BODY [--path /v1/…] [--keys each] [--source 127.1.0.1] [--seconds S]
 
-The script prints the number of good replies. Its clients speak HTTP over bare sockets, which costs little computing.
+The script prints the number of good answers and of all. Its clients speak HTTP over bare sockets, which costs little
+computing.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import math
 import re
+import resource
 import time
 
 
@@ -24,40 +27,48 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reques
     return b" 200 " in head.partition(b"\r\n")[0]
 
 
-async def attack(host: str, port: int, clients: int, body: bytes, keys: str, seconds: float) -> int:
-    good, end = 0, time.monotonic() + seconds
+async def attack(host: str, port: int, args: argparse.Namespace) -> tuple[int, int]:
+    good, answers, end = 0, 0, time.monotonic() + args.seconds
+    requests = itertools.count()
+
+    def request(number: int) -> bytes:
+        body = args.body.replace("NUMBER", str(next(requests))).encode()
+        key = number if args.keys == "each" else args.keys
+        return (f"POST {args.path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+                f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
 
     async def client(number: int) -> None:
-        nonlocal good
-        request = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-                   f"Authorization: Bearer {number if keys == 'each' else keys}\r\nContent-Length: {len(body)}\r\n\r\n"
-                   ).encode() + body
+        nonlocal good, answers
         while time.monotonic() < end:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                reader, writer = await asyncio.open_connection(host, port, limit=1 << 24)
+                reader, writer = await asyncio.open_connection(
+                    host, port, limit=1 << 24, local_addr=(args.source, 0) if args.source else None)
                 with contextlib.closing(writer):
                     while time.monotonic() < end:
-                        whole = await ask(reader, writer, request)
-                        good += whole
+                        whole = await ask(reader, writer, request(number))
+                        good, answers = good + whole, answers + 1
 
-    tasks = [asyncio.create_task(client(number)) for number in range(clients)]
-    await asyncio.wait(tasks, timeout=None if seconds == math.inf else seconds)
+    tasks = [asyncio.create_task(client(number)) for number in range(args.clients)]
+    await asyncio.wait(tasks, timeout=None if args.seconds == math.inf else args.seconds)
     for task in tasks:  # replies still in progress do not count
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    return good
+    return good, answers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("address", help="HOST:PORT")
     parser.add_argument("clients", type=int)
-    parser.add_argument("body", help="the request's JSON")
+    parser.add_argument("body", help="the request's JSON; NUMBER in it becomes the request's number")
+    parser.add_argument("--path", default="/v1/chat/completions", help="default: %(default)s")
+    parser.add_argument("--source", help="address to send from (default: the system chooses)")
     parser.add_argument("--keys", default="crowd", help="API key, or 'each' for one per client (default: crowd)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="default: until it is stopped")
     args = parser.parse_args()
     host, _, port = args.address.partition(":")
-    print(asyncio.run(attack(host, int(port), args.clients, args.body.encode(), args.keys, args.seconds)))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    print(*asyncio.run(attack(host, int(port), args)))
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def serving(bot, table):
 
     listening = demo.listen("127.0.0.1", 0)
     app = demo.build_app(bot, table, demo.host_names("127.0.0.1", []), [])
-    server = demo.serve(bot, app, drain=1)
+    server = demo.serve(bot, app, drain=1, proxies=["127.9.9.9"])
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"

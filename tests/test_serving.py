@@ -16,12 +16,14 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, LONG, ROOT, WAIT
+from starlette.responses import PlainTextResponse
 
 import demo
 from cli import InputError
 from decoding import Decoding, decoded, generate_replies
 from inputs import Specials, build_context
 from model import DoubleHeadsModel, GPT2DoubleHeads, PostNormConfig, PostNormDoubleHeadsModel, decoder_class
+from web import guard
 from web.batching import Busy, Decoder
 from web.bot import Bot
 
@@ -376,6 +378,50 @@ def test_a_thousand_requests_at_once(address):
     assert answers(address)
 
 
+def test_expensive_requests_of_one_address_wait_for_their_turn(monkeypatch):
+    """Let each address send two page requests per 2,000 s: the third is refused, and nobody else notices."""
+    async def answer(scope, receive, send) -> None:
+        await PlainTextResponse("a page")(scope, receive, send)
+
+    monkeypatch.setattr(guard, "PER_SECOND", 0.001)
+    monkeypatch.setattr(guard, "AT_ONCE", 2)
+    app = guard.Guard(answer, check=lambda path, query, body: body, busy=lambda connection: None,
+                      stopping=asyncio.Event())
+
+    async def statuses(address: str, *paths: str) -> list[int]:
+        transport = httpx.ASGITransport(app, client=(address, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            answers = [await (client.post(path, json={}) if "join" in path else client.get(path)) for path in paths]
+            assert all(one.is_success or one.json()["error"]["code"] == "rate_limit_exceeded" for one in answers)
+            return [one.status_code for one in answers]
+
+    join = "/gradio_api/queue/join"
+    assert asyncio.run(statuses("192.0.2.1", "/", join, join, "/config", "/healthz", "/v1/models", "/theme.css")
+                       ) == [200, 200, 429, 429, 200, 200, 200]
+    assert asyncio.run(statuses("192.0.2.2", join)) == [200]
+    assert asyncio.run(statuses("2001:db8::1", "/", "/")) == [200, 200]
+    assert asyncio.run(statuses("2001:db8::2", "/")) == [429]  # of the same network
+
+    paces = guard.Paces(per_second=0.001, at_once=2)
+    waits = [paces.wait("somebody", 2500) for _ in range(6)]
+    assert waits[:2] == [0, 0] and waits[2:] == [pytest.approx(1000, abs=10), pytest.approx(2000, abs=10), None, None]
+
+
+@pytest.mark.parametrize("source, seen", [("127.9.9.9", "203.0.113.5"), ("127.0.0.1", "127.0.0.1")])
+def test_only_a_known_proxy_is_believed_about_addresses(address, bot, monkeypatch, source, seen):
+    clients, submit = [], bot.decoder.submit
+
+    def note(context, args, client, *rest):
+        clients.append(client.address)
+        return submit(context, args, client, *rest)
+
+    monkeypatch.setattr(bot.decoder, "submit", note)
+    with httpx.Client(base_url=address, transport=httpx.HTTPTransport(local_address=source)) as client:
+        client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 1},
+                    headers={"X-Forwarded-For": "203.0.113.5"}).raise_for_status()
+    assert clients == [seen]
+
+
 def test_missing_gradio_says_how_to_install_it():
     hidden = ("import runpy, sys; sys.modules['gradio'] = None; "
               f"runpy.run_path({str(ROOT / 'demo.py')!r}, run_name='__main__')")
@@ -393,3 +439,5 @@ def test_unusable_ports_and_hosts_are_refused():
         demo.listen("192.0.2.1", 0)
     with pytest.raises(SystemExit):
         demo.parse_args(["--port", "70000"])
+    with pytest.raises(SystemExit):
+        demo.parse_args(["--proxy", "proxy.example.org"])

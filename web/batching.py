@@ -413,7 +413,8 @@ class Decoder:
                         rows[owner] += reply.width
                         memory[owner] += reply.bytes(self.cache.token_bytes)
                 order = sorted(self.waiting, key=lambda reply: (rows[reply.client.address], rows[reply.client]))
-                reply = next((reply for reply in order if self._fits(reply, rows, memory)), None)
+                total = sum(reply.width for reply in self.decoding)
+                reply = next((reply for reply in order if self._fits(reply, total, rows, memory)), None)
                 if reply is None:
                     return
                 self.waiting.remove(reply)
@@ -427,23 +428,25 @@ class Decoder:
                 logger.exception("No memory could be allocated for a reply")
                 self._end([reply], "error")
 
-    def _fits(self, reply: Reply, rows: Counter, memory: Counter) -> bool:
+    def _fits(self, reply: Reply, total: int, rows: Counter, memory: Counter) -> bool:
         """Tell whether the reply fits into the batch and the memory.
 
-        ``rows`` and ``memory`` (bytes): what each client and each address has now. A full batch still admits requests
-        within an address's share, up to twice its size, and within a client's share, up to one and a half times, so
-        that no address fills the batch with clients. An address that has memory already may reach twice as much as then
-        remains free, a client as much as remains free, so that the next client finds some.
+        ``total``: rows of the batch now; ``rows`` and ``memory`` (bytes): what each client and each address has of
+        them. A full batch still admits requests within an address's share, up to twice its size, and within a client's
+        share, up to one and a half times, so that no address fills the batch with clients. An address that has memory
+        already may reach twice as much as then remains free, a client as much as remains free, so that the next client
+        finds some.
         """
         if not self.decoding:
             return True
         client, address, share = reply.client, reply.client.address, max(1, self.max_batch // SHARE)
         most = 2 * self.max_batch if rows[address] + reply.width <= share else (
             3 * self.max_batch // 2 if rows[client] + reply.width <= share else self.max_batch)
+        if total + reply.width > most:
+            return False
         left = self.memory - self.cache.bytes_with(reply.longest, reply.width)
         needed = reply.bytes(self.cache.token_bytes)
-        return sum(other.width for other in self.decoding) + reply.width <= most and left >= 0 and (
-            not memory[address] or memory[address] + needed <= 2 * left) and (
+        return left >= 0 and (not memory[address] or memory[address] + needed <= 2 * left) and (
             not memory[client] or memory[client] + needed <= left)
 
     def _rows_to_decode(self) -> dict[Reply, list[BatchRow]]:

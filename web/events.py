@@ -8,13 +8,17 @@ import asyncio
 import json
 import math
 import re
+from contextlib import suppress
+from functools import lru_cache, partial
 from urllib.parse import parse_qs
 
 import gradio as gr
 from gradio.queueing import Queue
 from gradio.server_messages import ProcessCompletedMessage
 from gradio.utils import LRUCache
+from starlette.datastructures import Address
 
+from web.batching import Client
 from web.guard import Refused
 
 PAGES = 500  # open pages whose state Gradio keeps; with another page, the oldest state is lost
@@ -26,6 +30,11 @@ NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 TEXT, NUMBER = (str, type(None)), (int, float, type(None))
 KINDS = {gr.Textbox: TEXT, gr.Button: TEXT, gr.HTML: TEXT, gr.Checkbox: (bool, type(None)), gr.Slider: NUMBER,
          gr.Number: NUMBER}
+
+
+@lru_cache(1000)
+def _address(client: Address | None) -> str:
+    return Client.at(client.host if client else "").address
 
 
 class Messages(LRUCache):
@@ -58,12 +67,17 @@ class Events(Queue):
     def under_way(self) -> int:
         return len(self.event_ids_to_events)
 
-    async def push(self, body, request, username):
-        address = request.client.host if request.client else ""
+    def refuses(self, client: Address | None) -> str | None:
+        """Return the reason why another event of the client is refused now, or None."""
         events = list(self.event_ids_to_events.values())
-        own = sum(bool(event.request.client) and event.request.client.host == address for event in events)
+        own = sum(_address(event.request.client) == _address(client) for event in events)
         if len(events) >= self.most or own >= self.share:
-            return False, "Too many people are using this page; try again in a moment.", "queue_full"
+            return "Too many people are using this page; try again in a moment."
+        return None
+
+    async def push(self, body, request, username):
+        if reason := self.refuses(request.client):  # several requests may have passed `Guard` at once
+            return False, reason, "queue_full"
         pushed = await super().push(body, request, username)
         loop = asyncio.get_running_loop()
         loop.call_later(KEPT, self._forget_unread, body.session_hash)
@@ -122,6 +136,10 @@ def make_safe_(page: gr.Blocks, most: int, share: int) -> Events:
     page.queue(api_open=False)  # no event may bypass the queue
     page._queue = Events(page, most, share)
     page.state_session_capacity = PAGES
+    with suppress(ImportError):  # Gradio asks for the backend at each event; unset, the first loads all of matplotlib
+        import matplotlib
+
+        matplotlib.use("agg")
     page.has_launched = page.is_running = True  # Gradio checks files only then, and mounting does not set these
 
     async def no_file(*_):
@@ -129,6 +147,8 @@ def make_safe_(page: gr.Blocks, most: int, share: int) -> Events:
 
     for block in page.blocks.values():
         block.async_move_resource_to_block_cache = no_file
+        # Gradio builds the configuration of all blocks anew for each visitor, which keeps all others waiting.
+        block.get_config = partial(dict, block.get_config())
         if isinstance(block, (gr.Slider, gr.Number)):
             block.preprocess = lambda value: value  # `Decoding` checks the bounds, with a better message
     return page._queue

@@ -5,8 +5,10 @@ This file knows HTTP and the routes that the page needs; it knows neither models
 
 import asyncio
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -27,7 +29,13 @@ ROUTES = {
     "POST": re.compile(r"/gradio_api/(queue/join/?|run/predict/?|call/chat/?|cancel|reset/?)|/v1(/.*)?"),
 }
 REPLY_ROUTES = re.compile(r"/gradio_api/(queue/join/?|call/chat/?)|/v1/(chat/)?completions")
-DELAY, MOST_DELAYED = 0.5, 1000  # s by which a refusal is delayed; how many at once
+# Gradio needs milliseconds for each of these, during which all others wait. An address may send so many of them per
+# second, after so many at once; later ones wait for their turn.
+PACED = re.compile(r"/|/config/?"
+                   r"|/gradio_api/(info/?|openapi\.json|startup-events|queue/join/?|run/predict/?|call/chat/?)")
+PER_SECOND, AT_ONCE, LONGEST_WAIT = 10, 20, 30  # s
+MOST_WAITING = 1000  # requests that wait for their turn, each with its body
+DELAY, LONGEST_DELAY = 0.5, 60  # s by which a refusal is delayed
 REFUSALS = 16  # per second and address
 UNTRUSTED = (b"x-forwarded-host", b"x-gradio-server")  # headers that Gradio trusts, though any client can send them
 
@@ -36,7 +44,7 @@ def error(status: int, message: str, code: str | None = None, param: str | None 
     """Return an error in OpenAI's format."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status,
-                        headers={"Retry-After": "5"} if status == 503 else None)
+                        headers={"Retry-After": "5"} if status in (429, 503) else None)
 
 
 class Refused(ValueError):
@@ -47,6 +55,26 @@ class Refused(ValueError):
         self.status = status
 
 
+class Paces:
+    """The times at which each address may send its next requests (the generic cell rate algorithm of ATM networks)."""
+
+    def __init__(self, per_second: float, at_once: int):
+        self.interval, self.at_once = 1 / per_second, at_once
+        self.free: dict[str, float] = {}  # when an address has no requests left over
+
+    def wait(self, address: str, longest: float) -> float | None:
+        """Return the seconds that a new request waits, or None, which changes nothing, if they exceed ``longest``."""
+        now = time.monotonic()
+        if len(self.free) > MOST_WAITING:
+            self.free = {one: free for one, free in self.free.items() if free > now}
+        free = max(now, self.free.get(address, now)) + self.interval
+        wait = max(0.0, free - now - self.at_once * self.interval)
+        if wait > longest:
+            return None
+        self.free[address] = free
+        return wait
+
+
 class Guard:
     """An ASGI middleware that passes on complete requests of bounded size to known routes, and refuses all others.
 
@@ -54,16 +82,18 @@ class Guard:
     body to pass on or raises `Refused`. ``busy``: gets the connection of a request for a reply and returns the reason
     why none can be given now, or None. ``stopping``: once it is set, endless answers are ended.
 
-    Refusals for being busy are delayed by `DELAY` seconds, or longer, so that no address gets more than `REFUSALS` per
-    second: clients that retry at once would otherwise keep the server busy with refusals.
+    Requests that are expensive for Gradio wait until their address has sent fewer of them (`PACED`). Refusals are
+    delayed by `DELAY` seconds, or longer, so that no address gets more than `REFUSALS` per second: clients that retry
+    at once would otherwise keep the server busy with refusals.
     """
 
     POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
     def __init__(self, app, check: Callable[[str, str, bytes | None], bytes | None],
-                 busy: Callable[[HTTPConnection], Exception | None], stopping: asyncio.Event):
+                 busy: Callable[[HTTPConnection], object | None], stopping: asyncio.Event):
         self.app, self.check, self.busy, self.stopping = app, check, busy, stopping
         self.delayed = Counter()  # number of delayed refusals, by address
+        self.paces, self.waiting = Paces(PER_SECOND, AT_ONCE), 0
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -95,14 +125,22 @@ class Guard:
             if len(body) > MAX_BODY:
                 return await error(413, f"The request has more than {MAX_BODY:,} bytes; send less.",
                                    "request_too_large")(scope, receive, send)
-            if REPLY_ROUTES.fullmatch(path) and (reason := self.busy(HTTPConnection(scope))):
-                if self.delayed.total() < MOST_DELAYED and not self.stopping.is_set():
-                    address = Client.at((scope["client"] or ("",))[0]).address
-                    self.delayed[address] += 1
-                    await asyncio.sleep(max(DELAY, self.delayed[address] / REFUSALS))
-                    self.delayed[address] -= 1
-                    self.delayed += Counter()  # removes addresses whose count is 0
-                return await error(503, str(reason), "queue_full")(scope, receive, send)
+        address = Client.at((scope["client"] or ("",))[0]).address
+        if PACED.fullmatch(path):
+            wait = self.paces.wait(address, LONGEST_WAIT) if self.waiting < MOST_WAITING else None
+            if wait is None:
+                body = None  # which may be large
+                await self.delay(address)
+                return await error(429, "Too many requests come from your address; try again in a minute.",
+                                   "rate_limit_exceeded")(scope, receive, send)
+            if wait:
+                self.waiting += 1
+                await self.sleep(wait)
+                self.waiting -= 1
+        if method == "POST" and REPLY_ROUTES.fullmatch(path) and (reason := self.busy(HTTPConnection(scope))):
+            body = None
+            await self.delay(address)
+            return await error(503, str(reason), "queue_full")(scope, receive, send)
         if path.startswith("/gradio_api/"):
             try:
                 body = self.check(path, scope["query_string"].decode("latin-1"), body)
@@ -127,6 +165,19 @@ class Guard:
             if not isinstance(problem.__cause__, HTTPException):
                 raise
             await send({"type": "http.response.body"})
+
+    async def delay(self, address: str) -> None:
+        """Delay a refusal."""
+        self.delayed[address] += 1
+        await self.sleep(min(max(DELAY, self.delayed[address] / REFUSALS), LONGEST_DELAY))
+        self.delayed[address] -= 1
+        if not self.delayed[address]:
+            del self.delayed[address]
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep until the time is over or the server stops."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), seconds)
 
     def until_stopped(self, receive):
         """Return a ``receive`` that reports a disconnected client once the server stops."""

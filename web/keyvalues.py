@@ -26,6 +26,7 @@ TOGETHER = 8  # sequences on one shelf
 SHORT = 512  # columns of the longest sequences that share a shelf; each longer sequence has its own
 LEAST_KNOWN = 16  # tokens that are worth copying
 MOST_KNOWN = 1024  # tokens that are kept: copying more would delay all replies
+MOST_KEPT = 256  # sequences that are kept: each step looks at all of them
 STEP = 256  # the columns of a longer sequence are a multiple of this
 
 
@@ -238,12 +239,13 @@ class KeyValues:
         return known
 
     def shrink(self, most: int, oldest: float = 0) -> None:
-        """Drop kept sequences last used before ``oldest``, and more until they have at most ``most`` bytes.
+        """Drop kept sequences last used before ``oldest``, then more until `MOST_KEPT` with ``most`` bytes remain.
 
         The address with the most sequences loses first, and of these the one that was not used for the longest time.
         """
-        self.kept = [one for one in self.kept if one.last_use >= oldest]
-        while self.kept_bytes > most:
+        if self.kept and self.kept[0].last_use < oldest:
+            self.kept = [one for one in self.kept if one.last_use >= oldest]
+        while len(self.kept) > MOST_KEPT or self.kept_bytes > most:
             counts = Counter(one.owner[0] for one in self.kept)
             dropped = max(self.kept, key=lambda one: counts[one.owner[0]])  # the first of several is the oldest
             self.kept = [one for one in self.kept if one is not dropped]
