@@ -43,7 +43,7 @@ from web.bot import Bot
 from web.collecting import Collector
 from web.connections import Connection, Server, allow_many_files, listen
 from web.events import check
-from web.guard import Guard, error
+from web.guard import Delays, Guard, Paced, error
 from web.page import HEAD, THEME, build_page
 
 logger = logging.getLogger("demo")
@@ -74,10 +74,12 @@ def build_app(bot: Bot, table: TokenTable, hosts: list[str], origins: list[str],
         return bot.decoder.refuses(client_of(connection))
 
     app.state.stopping = asyncio.Event()
-    app.add_middleware(Guard, check=partial(check, page), busy=refuses, stopping=app.state.stopping)
+    delays = Delays(app.state.stopping)
+    app.add_middleware(Guard, check=partial(check, page), busy=refuses, delays=delays)
     if origins:
         app.add_middleware(CORSMiddleware, **cors)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+    app.add_middleware(Paced, delays=delays)
 
     @app.exception_handler(RequestValidationError)
     def not_understood(request: Request, problem: RequestValidationError) -> JSONResponse:

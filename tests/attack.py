@@ -284,6 +284,19 @@ async def pages(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
     return [*attempts, *honest.judged()]
 
 
+async def flood(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
+    """Keep the server busy with requests that it refuses at once, from thousands of connections."""
+    honest, attempts = Honest(server), []
+    for path in ("/nothing", "/v1/completions") if Pace.short else ("/nothing", "/v1/completions", "/healthz"):
+        async with honest:
+            senders = attackers(server, 200 if Pace.short else 2000, {}, "--path", path, "--source", "127.1.0.1",
+                                "--seconds", 2 if Pace.short else 20)
+            good, answered = map(int, (await asyncio.to_thread(senders.communicate))[0].split())
+        attempts.append(Attempt(f"{path} without a pause", f"{answered:,} answered, {good} of them well",
+                                answered > good == 0))
+    return [*attempts, *honest.judged()]
+
+
 async def forgeries(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
     """Send forged values to every event of the page: other types, texts that are not JSON, lone surrogates, nothing."""
     events, few = Events(server.address), asyncio.Semaphore(8)
@@ -415,7 +428,7 @@ async def stopping(server: Server, client: httpx.AsyncClient) -> list[Attempt]:
 # -------------------------------------------------------------------------------------------------- running the attacks
 
 ATTACKS = {attack.__name__: attack for attack in (
-    files, hosts, faults, contexts, memory, pages, forgeries, crowd, hanging, overload, stopping)}
+    files, hosts, faults, contexts, memory, pages, flood, forgeries, crowd, hanging, overload, stopping)}
 
 
 async def attack(server: Server, name: str) -> list[Attempt]:

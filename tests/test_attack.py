@@ -24,7 +24,7 @@ def server(folder):
     server.end()
 
 
-@pytest.mark.parametrize("name", ["files", "hosts", "faults", "contexts", "memory", "pages", "forgeries"])
+@pytest.mark.parametrize("name", ["files", "hosts", "faults", "contexts", "memory", "pages", "flood", "forgeries"])
 def test_the_server_withstands(server, monkeypatch, name):
     monkeypatch.setattr(attack.Pace, "short", True)
     succeeded = [attempt for attempt in asyncio.run(attack.attack(server, name)) if not attempt.withstood]

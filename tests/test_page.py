@@ -485,6 +485,7 @@ def test_mistakes_are_told_and_cost_nothing(visit, address):
     say(page, "hello")
     page.get_by_label("Compare two replies").check()
     page.get_by_label("number input for Temperature").fill("0")
+    expect(page.get_by_label("range slider for Temperature")).to_have_value("0")  # only then, Gradio will send it
     box(page).fill("which ?")
     box(page).press("Enter")
     expect(page.get_by_text("both replies are the same")).to_be_visible()

@@ -378,15 +378,15 @@ def test_a_thousand_requests_at_once(address):
     assert answers(address)
 
 
-def test_expensive_requests_of_one_address_wait_for_their_turn(monkeypatch):
-    """Let each address send two page requests per 2,000 s: the third is refused, and nobody else notices."""
-    async def answer(scope, receive, send) -> None:
-        await PlainTextResponse("a page")(scope, receive, send)
+def test_many_requests_of_one_address_wait_for_their_turn(monkeypatch):
+    """Let an address send two expensive requests and three others per 2,000 s; further ones are refused."""
 
-    monkeypatch.setattr(guard, "PER_SECOND", 0.001)
-    monkeypatch.setattr(guard, "AT_ONCE", 2)
-    app = guard.Guard(answer, check=lambda path, query, body: body, busy=lambda connection: None,
-                      stopping=asyncio.Event())
+    async def answer(scope, receive, send) -> None:
+        await PlainTextResponse("an answer")(scope, receive, send)
+
+    monkeypatch.setattr(guard, "EXPENSIVE_PACE", (0.001, 2))
+    monkeypatch.setattr(guard, "PACE", (0.001, 3))
+    app = guard.Paced(answer, guard.Delays(asyncio.Event()))
 
     async def statuses(address: str, *paths: str) -> list[int]:
         transport = httpx.ASGITransport(app, client=(address, 1))
@@ -395,16 +395,18 @@ def test_expensive_requests_of_one_address_wait_for_their_turn(monkeypatch):
             assert all(one.is_success or one.json()["error"]["code"] == "rate_limit_exceeded" for one in answers)
             return [one.status_code for one in answers]
 
-    join = "/gradio_api/queue/join"
-    assert asyncio.run(statuses("192.0.2.1", "/", join, join, "/config", "/healthz", "/v1/models", "/theme.css")
-                       ) == [200, 200, 429, 429, 200, 200, 200]
-    assert asyncio.run(statuses("192.0.2.2", join)) == [200]
-    assert asyncio.run(statuses("2001:db8::1", "/", "/")) == [200, 200]
-    assert asyncio.run(statuses("2001:db8::2", "/")) == [429]  # of the same network
+    async def send_all() -> list[list[int]]:
+        join = "/gradio_api/queue/join"
+        return [await statuses("192.0.2.1", "/", join, join, "/config", "/healthz", "/v1/models", "/no", "/no"),
+                await statuses("192.0.2.2", join), await statuses("2001:db8::1", "/", "/"),
+                await statuses("2001:db8::2", "/")]  # of the same network
 
-    paces = guard.Paces(per_second=0.001, at_once=2)
-    waits = [paces.wait("somebody", 2500) for _ in range(6)]
-    assert waits[:2] == [0, 0] and waits[2:] == [pytest.approx(1000, abs=10), pytest.approx(2000, abs=10), None, None]
+    assert asyncio.run(send_all()) == [[200, 200, 429, 429, 200, 200, 200, 429], [200], [200, 200], [429]]
+
+    monkeypatch.setattr(guard, "LONGEST_WAIT", 2500)
+    turns = guard.Turns(0.001, 2)
+    assert [turns.wait("somebody") for _ in range(6)] == [
+        0, 0, *(pytest.approx(wait, abs=10) for wait in (1000, 2000, 3000, 3000))]
 
 
 @pytest.mark.parametrize("source, seen", [("127.9.9.9", "203.0.113.5"), ("127.0.0.1", "127.0.0.1")])

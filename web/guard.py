@@ -1,4 +1,4 @@
-"""Check all requests before the application sees them: route, size, time and client.
+"""Check all requests before the application sees them: number, route, size, time and client.
 
 This file knows HTTP and the routes that the page needs; it knows neither models nor the page.
 """
@@ -29,12 +29,12 @@ ROUTES = {
     "POST": re.compile(r"/gradio_api/(queue/join/?|run/predict/?|call/chat/?|cancel|reset/?)|/v1(/.*)?"),
 }
 REPLY_ROUTES = re.compile(r"/gradio_api/(queue/join/?|call/chat/?)|/v1/(chat/)?completions")
-# Gradio needs milliseconds for each of these, during which all others wait. An address may send so many of them per
-# second, after so many at once; later ones wait for their turn.
-PACED = re.compile(r"/|/config/?"
-                   r"|/gradio_api/(info/?|openapi\.json|startup-events|queue/join/?|run/predict/?|call/chat/?)")
-PER_SECOND, AT_ONCE, LONGEST_WAIT = 10, 20, 30  # s
-MOST_WAITING = 1000  # requests that wait for their turn, each with its body
+# Gradio needs milliseconds for each of these, during which all others wait.
+EXPENSIVE = re.compile(r"/|/config/?"
+                       r"|/gradio_api/(info/?|openapi\.json|startup-events|queue/join/?|run/predict/?|call/chat/?)")
+EXPENSIVE_PACE, PACE = (10, 20), (200, 500)  # requests of an address per second, and before that at once
+LONGEST_WAIT = 30  # s for which a request may wait for its turn
+MANY = 1000  # addresses
 DELAY, LONGEST_DELAY = 0.5, 60  # s by which a refusal is delayed
 REFUSALS = 16  # per second and address
 UNTRUSTED = (b"x-forwarded-host", b"x-gradio-server")  # headers that Gradio trusts, though any client can send them
@@ -55,24 +55,71 @@ class Refused(ValueError):
         self.status = status
 
 
-class Paces:
+class Turns:
     """The times at which each address may send its next requests (the generic cell rate algorithm of ATM networks)."""
 
     def __init__(self, per_second: float, at_once: int):
         self.interval, self.at_once = 1 / per_second, at_once
-        self.free: dict[str, float] = {}  # when an address has no requests left over
+        self.free: dict[str, float] = {}  # when an address may send ``at_once`` requests again
 
-    def wait(self, address: str, longest: float) -> float | None:
-        """Return the seconds that a new request waits, or None, which changes nothing, if they exceed ``longest``."""
+    def wait(self, address: str) -> float:
+        """Return the seconds for which a new request must wait; if they exceed `LONGEST_WAIT`, it does not count."""
         now = time.monotonic()
-        if len(self.free) > MOST_WAITING:
+        if len(self.free) > MANY:
             self.free = {one: free for one, free in self.free.items() if free > now}
         free = max(now, self.free.get(address, now)) + self.interval
         wait = max(0.0, free - now - self.at_once * self.interval)
-        if wait > longest:
-            return None
-        self.free[address] = free
+        if wait <= LONGEST_WAIT:
+            self.free[address] = free
         return wait
+
+
+class Delays:
+    """Delay refusals, because clients that retry at once would otherwise keep the server busy with refusals.
+
+    No address gets more than about `REFUSALS` per second. ``stopping``: ends all delays.
+    """
+
+    def __init__(self, stopping: asyncio.Event):
+        self.stopping, self.delayed = stopping, Counter()  # number of delayed refusals, by address
+
+    async def delay(self, address: str) -> None:
+        self.delayed[address] += 1
+        await self.sleep(min(max(DELAY, self.delayed[address] / REFUSALS), LONGEST_DELAY))
+        self.delayed[address] -= 1
+        if not self.delayed[address]:
+            del self.delayed[address]
+
+    async def sleep(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), seconds)
+
+
+def address_of(scope) -> str:
+    return Client.at((scope["client"] or ("",))[0]).address
+
+
+class Paced:
+    """An ASGI middleware that lets an address with many requests wait, so that it does not keep the server busy.
+
+    Requests wait before their bodies are read.
+    """
+
+    def __init__(self, app, delays: Delays):
+        self.app, self.delays = app, delays
+        self.expensive, self.every = Turns(*EXPENSIVE_PACE), Turns(*PACE)
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http":
+            address = address_of(scope)
+            wait = (self.expensive if EXPENSIVE.fullmatch(scope["path"]) else self.every).wait(address)
+            if wait > LONGEST_WAIT:
+                await self.delays.delay(address)
+                return await error(429, "Too many requests come from your address; try again in a minute.",
+                                   "rate_limit_exceeded")(scope, receive, send)
+            if wait:
+                await self.delays.sleep(wait)
+        await self.app(scope, receive, send)
 
 
 class Guard:
@@ -80,20 +127,14 @@ class Guard:
 
     ``check``: gets path, query and body of a request to Gradio (None as the body of a GET request), and returns the
     body to pass on or raises `Refused`. ``busy``: gets the connection of a request for a reply and returns the reason
-    why none can be given now, or None. ``stopping``: once it is set, endless answers are ended.
-
-    Requests that are expensive for Gradio wait until their address has sent fewer of them (`PACED`). Refusals are
-    delayed by `DELAY` seconds, or longer, so that no address gets more than `REFUSALS` per second: clients that retry
-    at once would otherwise keep the server busy with refusals.
+    why none can be given now, or None; the refusal is delayed. ``delays.stopping``: once set, endless answers end.
     """
 
     POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
     def __init__(self, app, check: Callable[[str, str, bytes | None], bytes | None],
-                 busy: Callable[[HTTPConnection], object | None], stopping: asyncio.Event):
-        self.app, self.check, self.busy, self.stopping = app, check, busy, stopping
-        self.delayed = Counter()  # number of delayed refusals, by address
-        self.paces, self.waiting = Paces(PER_SECOND, AT_ONCE), 0
+                 busy: Callable[[HTTPConnection], object | None], delays: Delays):
+        self.app, self.check, self.busy, self.delays, self.stopping = app, check, busy, delays, delays.stopping
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -125,21 +166,9 @@ class Guard:
             if len(body) > MAX_BODY:
                 return await error(413, f"The request has more than {MAX_BODY:,} bytes; send less.",
                                    "request_too_large")(scope, receive, send)
-        address = Client.at((scope["client"] or ("",))[0]).address
-        if PACED.fullmatch(path):
-            wait = self.paces.wait(address, LONGEST_WAIT) if self.waiting < MOST_WAITING else None
-            if wait is None:
-                body = None  # which may be large
-                await self.delay(address)
-                return await error(429, "Too many requests come from your address; try again in a minute.",
-                                   "rate_limit_exceeded")(scope, receive, send)
-            if wait:
-                self.waiting += 1
-                await self.sleep(wait)
-                self.waiting -= 1
         if method == "POST" and REPLY_ROUTES.fullmatch(path) and (reason := self.busy(HTTPConnection(scope))):
-            body = None
-            await self.delay(address)
+            body = None  # it may be large
+            await self.delays.delay(address_of(scope))
             return await error(503, str(reason), "queue_full")(scope, receive, send)
         if path.startswith("/gradio_api/"):
             try:
@@ -165,19 +194,6 @@ class Guard:
             if not isinstance(problem.__cause__, HTTPException):
                 raise
             await send({"type": "http.response.body"})
-
-    async def delay(self, address: str) -> None:
-        """Delay a refusal."""
-        self.delayed[address] += 1
-        await self.sleep(min(max(DELAY, self.delayed[address] / REFUSALS), LONGEST_DELAY))
-        self.delayed[address] -= 1
-        if not self.delayed[address]:
-            del self.delayed[address]
-
-    async def sleep(self, seconds: float) -> None:
-        """Sleep until the time is over or the server stops."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.stopping.wait(), seconds)
 
     def until_stopped(self, receive):
         """Return a ``receive`` that reports a disconnected client once the server stops."""
