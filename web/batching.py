@@ -31,6 +31,7 @@ MEMORY = 2048  # MiB of keys and values
 LARGEST = 2  # a request may take 1 / LARGEST of the memory, so that others find some beside it
 KEPT = 4  # 1 / KEPT of the memory may hold what conversations have computed, until their next message
 KEPT_FOR = 600.0  # s
+LONGER = 1.5  # times as long as other steps: what a step that also computes contexts may take
 LONGEST_PAUSE = 1.0  # s between two updates of a growing reply
 logger = logging.getLogger("batching")
 
@@ -203,7 +204,7 @@ class Reply:
 
 
 class Pace:
-    """The number of context tokens per step, such that a step takes at most twice as long as one that only decodes."""
+    """The number of context tokens per step, such that a step takes little longer than one that only decodes."""
 
     def __init__(self):
         self.tokens, self.usual = 32.0, None  # usual: seconds of a step that only decodes
@@ -215,7 +216,7 @@ class Pace:
         if not read:
             self.usual = seconds if self.usual is None else 0.7 * self.usual + 0.3 * seconds
         elif self.usual is not None:
-            if seconds > 2 * self.usual:
+            if seconds > LONGER * self.usual:
                 self.tokens = max(LEAST_READ, min(self.tokens, read) / 2)
             elif read >= self.tokens - 1:
                 self.tokens = min(MOST_READ, 1.2 * self.tokens)

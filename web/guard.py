@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -28,11 +29,12 @@ ROUTES = {
                       r"|call/chat/[\w-]+)|/healthz|/v1(/.*)?"),
     "POST": re.compile(r"/gradio_api/(queue/join/?|run/predict/?|call/chat/?|cancel|reset/?)|/v1(/.*)?"),
 }
+PROGRAMS = re.compile(r"/v1/(chat/)?completions")
 REPLY_ROUTES = re.compile(r"/gradio_api/(queue/join/?|call/chat/?)|/v1/(chat/)?completions")
 # Gradio needs milliseconds for each of these, during which all others wait.
 EXPENSIVE = re.compile(r"/|/config/?"
                        r"|/gradio_api/(info/?|openapi\.json|startup-events|queue/join/?|run/predict/?|call/chat/?)")
-EXPENSIVE_PACE, PACE = (10, 20), (200, 500)  # requests of an address per second, and before that at once
+EXPENSIVE_PACE, PACE = (10, 20), (100, 200)  # requests of an address per second, and before that at once
 LONGEST_WAIT = 30  # s for which a request may wait for its turn
 MANY = 1000  # addresses
 DELAY, LONGEST_DELAY = 0.5, 60  # s by which a refusal is delayed
@@ -62,14 +64,14 @@ class Turns:
         self.interval, self.at_once = 1 / per_second, at_once
         self.free: dict[str, float] = {}  # when an address may send ``at_once`` requests again
 
-    def wait(self, address: str) -> float:
-        """Return the seconds for which a new request must wait; if they exceed `LONGEST_WAIT`, it does not count."""
+    def wait(self, address: str, counts: bool = True) -> float:
+        """Return the seconds for which a new request must wait, and count it, unless they exceed `LONGEST_WAIT`."""
         now = time.monotonic()
         if len(self.free) > MANY:
             self.free = {one: free for one, free in self.free.items() if free > now}
         free = max(now, self.free.get(address, now)) + self.interval
         wait = max(0.0, free - now - self.at_once * self.interval)
-        if wait <= LONGEST_WAIT:
+        if counts and wait <= LONGEST_WAIT:
             self.free[address] = free
         return wait
 
@@ -102,7 +104,8 @@ def address_of(scope) -> str:
 class Paced:
     """An ASGI middleware that lets an address with many requests wait, so that it does not keep the server busy.
 
-    Requests wait before their bodies are read.
+    Requests wait before their bodies are read. Programs' requests for replies count only if they are refused: the
+    decoder divides its work among those that are not.
     """
 
     def __init__(self, app, delays: Delays):
@@ -112,14 +115,23 @@ class Paced:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "http":
             address = address_of(scope)
-            wait = (self.expensive if EXPENSIVE.fullmatch(scope["path"]) else self.every).wait(address)
+            by_program = PROGRAMS.fullmatch(scope["path"])
+            turns = self.expensive if EXPENSIVE.fullmatch(scope["path"]) else self.every
+            wait = turns.wait(address, counts=not by_program)
             if wait > LONGEST_WAIT:
                 await self.delays.delay(address)
                 return await error(429, "Too many requests come from your address; try again in a minute.",
                                    "rate_limit_exceeded")(scope, receive, send)
             if wait:
                 await self.delays.sleep(wait)
+            if by_program:
+                return await self.app(scope, receive, partial(self._send, send, address))
         await self.app(scope, receive, send)
+
+    async def _send(self, send, address: str, event) -> None:
+        if event["type"] == "http.response.start" and event["status"] >= 400:
+            self.every.wait(address)
+        await send(event)
 
 
 class Guard:
