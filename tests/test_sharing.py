@@ -9,7 +9,8 @@ from test_serving import LONG, SPECIAL, VOCABULARY, asked, small_model, until
 from cli import InputError
 from decoding import generate_replies
 from inputs import build_context
-from web.batching import Busy, Client, Decoder, Stopping
+from web.batching import Busy, Decoder, Stopping
+from web.clients import Client
 from web.keyvalues import BatchRow, KeyValues, Work, let_attend_by_row_
 
 SHORT = build_context([], [[3, 4]], SPECIAL)

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from starlette.requests import HTTPConnection
 
 from cli import InputError
-from web.batching import Busy, Client, Reply, ReplyOptions
+from web.batching import Busy, Reply, ReplyOptions
 from web.bot import Bot
+from web.clients import Client
 from web.guard import error
 from web.page import split_sentences
 

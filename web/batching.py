@@ -13,7 +13,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
-from ipaddress import IPv6Address, ip_address, ip_network
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from cli import InputError
 from decoding import BeamSearch, Decoding, allowed_scores, choose_tokens
 from inputs import Segment, Specials, begin_reply
 from model import DoubleHeadsModel
+from web.clients import NOBODY, Client
 from web.keyvalues import BatchRow, KeyValues, Place, Work, let_attend_by_row_
 
 MOST_READ = 256  # context tokens computed in one step
@@ -48,24 +48,6 @@ class Stopping(Busy):
 
     def __str__(self) -> str:
         return "The server is stopping; try again when it is back."
-
-
-class Client(NamedTuple):
-    """A client: an address and a key. All clients at an address share the limits of that address."""
-
-    address: str = ""
-    key: str = ""
-
-    @classmethod
-    def at(cls, address: str | None, key: str = "") -> "Client":
-        """Return the client of a connection. IPv6 addresses become their /64 network, which belongs to one machine."""
-        with suppress(ValueError):
-            if isinstance(place := ip_address(address or ""), IPv6Address) and not place.ipv4_mapped:
-                address = str(ip_network((place, 64), strict=False))
-        return cls(address or "", key[:200])
-
-
-NOBODY = Client()
 
 
 class ReplyOptions(NamedTuple):

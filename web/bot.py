@@ -17,7 +17,8 @@ from inputs import Segment, build_context
 from packing import prepare_to_decode_
 from pretrained import resolve_checkpoint
 from templates import OwnTemplate, tokens_for_chat
-from web.batching import NO_OPTIONS, NOBODY, Busy, Client, Decoder, Reply, ReplyOptions, Stopped, Stopping
+from web.batching import NO_OPTIONS, Busy, Decoder, Reply, ReplyOptions, Stopped, Stopping
+from web.clients import NOBODY, Client
 
 MAX_TEXT = 2_000  # characters of a message, and of a personality
 WIDEST = 16  # most beams of a search

@@ -8,17 +8,19 @@ import errno
 import resource
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cli import InputError
+from web.clients import Client
 
 HEAD_TIME = 20  # s within which the whole head of a request must arrive
 HEAD_SIZE = 64 * 1024  # bytes of a head at most
 READ_TIME = 30  # s within which a client must read what it is sent
-MOST_WAITING = 512  # connections without a complete request head; beyond, the oldest is closed
+MOST_WAITING = 512  # connections without a complete request head; beyond, one is closed
 SPARE = 100  # files that the process may need besides its connections
 
 
@@ -30,10 +32,12 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
         self.in_head, self.head, self.timer, self.stuck = True, 0, None, None
+        self.address = Client.at(self.client[0] if self.client else "").address
         self._wait()
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE
         if len(self.waiting) > MOST_WAITING or len(self.connections) > most:
-            next(iter(self.waiting)).transport.abort()
+            crowd = Counter(one.address for one in self.waiting)  # the oldest of the address with the most
+            max(self.waiting, key=lambda one: crowd[one.address]).transport.abort()
 
     def _wait(self) -> None:
         if self.timer is None:

@@ -18,7 +18,7 @@ from gradio.server_messages import ProcessCompletedMessage
 from gradio.utils import LRUCache
 from starlette.datastructures import Address
 
-from web.batching import Client
+from web.clients import Client
 from web.guard import Refused
 
 PAGES = 500  # open pages whose state Gradio keeps; with another page, the oldest state is lost

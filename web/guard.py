@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
-from web.batching import Client
+from web.clients import Client
 
 MAX_BODY = 256 * 1024  # bytes: room for a very long conversation
 DRAINED = 64 * MAX_BODY  # bytes of a longer body that are read and dropped before the request is refused

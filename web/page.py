@@ -20,8 +20,9 @@ import gradio as gr
 
 from cli import InputError
 from tables import TokenTable
-from web.batching import Busy, Client, Reply
+from web.batching import Busy, Reply
 from web.bot import MAX_TEXT, WIDEST, Bot
+from web.clients import Client
 from web.collecting import Collector, Compared, GivenReplies
 from web.events import make_safe_
 from web.insight import InspectedReply, inspection_html, note_attention_

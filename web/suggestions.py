@@ -8,8 +8,9 @@ from contextlib import aclosing
 
 from cli import InputError
 from tables import TokenTable
-from web.batching import Busy, Client
+from web.batching import Busy
 from web.bot import Bot
+from web.clients import Client
 from web.insight import LONGEST, read
 from words import text_key, words
 
