@@ -32,7 +32,7 @@ from utils import get_dataset
 
 SETS = ("persona_zhao", "dailydialog_zhao", "usr_personachat", "convai2_grade")  # the reward model learns from these
 OTHERS = ("dailydialog_grade", "convai2_wild")  # a judge learns from these
-POLICIES = {algorithm: [f"{algorithm}_{seed}" for seed in (1, 2, 3)] for algorithm in ("rloo", "dpo")}
+POLICIES = {algorithm: [f"{algorithm}_{seed}" for seed in (1, 2, 3)] for algorithm in ("rloo", "dpo", "dpo_own")}
 FP16 = "bf16"
 CONTEXTS, SEED = 192, 42
 

@@ -3,8 +3,8 @@
     python -m feedback.annotate --pairs pairs.jsonl --answers answers.jsonl --annotator anna [--questions] [--web]
 
 Each answer is on the disk before the next question appears; after an interruption, the command continues with the open
-questions. Several people can share a file of answers, and their agreement is shown at the end. ``--simulate`` answers
-all questions by a rule.
+questions. Several people can share a file of answers, and their agreement is shown at the end. ``--reward_model``
+answers all questions by a reward model, ``--simulate`` by a rule.
 """
 
 import logging
@@ -20,8 +20,9 @@ from pathlib import Path
 from threading import Lock
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-from cli import InputError, command, port_number, printable, share, whole_number
+from cli import InputError, coefficient, command, port_number, printable, share, whole_number
 from feedback.answers import QUESTIONS, agreement, read_answers
 from feedback.pairs import append_json_lines, read_pairs
 from feedback.utterance_metrics import rule_score
@@ -213,12 +214,47 @@ def simulate(session: Session, annotator: str, how: str, noise: float) -> None:
     append_json_lines(session.path, list(answers()))
 
 
+def answer_by_reward(session: Session, annotator: str, folder: str, margin: float) -> None:
+    """Answer all open questions by a reward model; replies whose rewards differ by less than ``margin`` are a tie.
+
+    All replies to a context are scored together.
+    """
+    import torch  # loaded here, because people's answers do not need it
+
+    from feedback.reward import RewardModel
+
+    model = RewardModel(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    replies: dict[tuple, dict[str, None]] = {}  # different replies by context
+    names = [name for name in session.order if (annotator, name) not in session.answered]
+
+    def context(name: str) -> tuple:
+        return tuple(session.pairs[name]["persona"]), tuple(session.pairs[name]["history"])
+
+    for name in names:
+        replies.setdefault(context(name), {}).update(
+            dict.fromkeys(reply["text"] for reply in session.pairs[name]["replies"]))
+    contexts = list(replies)
+    rewards: dict[tuple, dict[str, float]] = {}
+    for start in tqdm(range(0, len(contexts), 32), desc="Scoring", unit="batches of 32 contexts"):
+        some = contexts[start:start + 32]
+        for one, row in zip(some, model([(*one, list(replies[one])) for one in some]), strict=True):
+            rewards[one] = dict(zip(replies[one], row, strict=True))
+
+    def choice(name: str) -> int | str:
+        first, second = (rewards[context(name)][reply["text"]] for reply in session.pairs[name]["replies"])
+        return "tie" if first == second or abs(second - first) < margin else int(second > first)
+
+    append_json_lines(session.path, [{"pair": name, "annotator": annotator, "choice": choice(name)} for name in names])
+
+
 # --------------------------------------------------------------------------------------------- the command line
 
 
 def annotate(args: Namespace) -> None:
     session = Session(read_pairs(args.pairs), Path(args.answers), args.seed, args.questions)
-    if args.simulate:
+    if args.reward_model:
+        answer_by_reward(session, args.annotator or "reward model", args.reward_model, args.margin)
+    elif args.simulate:
         simulate(session, args.annotator or args.simulate, args.simulate, args.noise)
     elif args.web:
         in_browser(session, args.port)
@@ -241,6 +277,9 @@ def main() -> None:
     add("--questions", action="store_true", help=f"also ask which reply is better in {', '.join(QUESTIONS)}")
     add("--web", action="store_true", help="ask in the browser; each visitor enters a name")
     add("--port", type=port_number, default=8000, help="port of the page; 0: any free port (default: %(default)s)")
+    add("--reward_model", metavar="DIR", help="answer all questions by a reward model from feedback.reward")
+    add("--margin", type=coefficient, default=0.0, metavar="DEVIATIONS",
+        help="replies whose rewards differ by less are a tie; rewards have standard deviation 1 (default: %(default)s)")
     add("--simulate", choices=SIMULATED, metavar="METHOD",
         help="answer all questions automatically: rule (longer replies and questions win) or coin (at random)")
     add("--noise", type=share, default=0.1, help="share of the rule's answers that are reversed (default: %(default)s)")

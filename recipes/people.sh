@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Learn from people's ratings of replies. The default bot becomes a reward model that knows which of two replies people
-# rate higher; RLOO follows this reward, and DPO the pairs themselves, with three seeds each. benchmarks/people.py
-# compares their replies with the default bot's, also by judges that have learnt nothing from these ratings.
+# rate higher. RLOO follows this reward; DPO learns from the pairs themselves, and from pairs of the default bot's own
+# replies of which the reward model prefers one. Each trains with three seeds. benchmarks/people.py compares their
+# replies with the default bot's, also by judges that have learnt nothing from these ratings.
 #
 #   recipes/people.sh FOLDER_OF_RATINGS PERSONA_CHAT.json
 #
@@ -32,16 +33,23 @@ cat $work/{persona_zhao,dailydialog_zhao,usr_personachat,convai2_grade}.jsonl > 
 low_rank="--model_checkpoint persona --pairs $work/pairs.jsonl --lora 16 --fp16 bf16"
 python -m feedback.reward $low_rank --reward $work/reward --n_epochs 2 --train_batch_size 32 --lr 3e-4 --save_every 50
 
-# 4. Train policies
-policy() {  # arguments: seed, algorithm and its flags
+# 4. Let the reward model choose among replies of the default bot
+python -m feedback.collect --model_checkpoint persona --dataset_path "$data" --dataset_cache $work/cache --split train \
+    --contexts 384 --replies 4 --fp16 bf16 --pairs $work/own.jsonl
+python -m feedback.annotate --pairs $work/own.jsonl --answers $work/own_answers.jsonl --reward_model $work/reward \
+    --margin 1
+
+# 5. Train policies
+policy() {  # arguments: name, seed, further flags
     python -m feedback.policy $low_rank --reward_model $work/reward --dataset_path "$data" --dataset_cache $work/cache \
-        --seed "$1" --policy $work/"$2"_"$1" --evaluation_contexts 16 --evaluate_every 20 --save_every 20 \
-        --algorithm "${@:2}"
+        --policy $work/"$1"_"$2" --seed "$2" --evaluation_contexts 16 --evaluate_every 20 --save_every 20 "${@:3}"
 }
 for seed in 1 2 3; do
-    policy $seed rloo --steps 20 --batch_size 16 --lr 3e-4 --kl_coef 0.1 --kl_target 0
-    policy $seed dpo --steps 40 --batch_size 8 --lr 2e-4
+    policy rloo $seed --algorithm rloo --steps 20 --batch_size 16 --lr 3e-4 --kl_coef 0.1 --kl_target 0
+    policy dpo $seed --algorithm dpo --steps 40 --batch_size 8 --lr 2e-4
+    policy dpo_own $seed --algorithm dpo --steps 60 --batch_size 8 --lr 2e-4 --pairs $work/own.jsonl \
+        --answers $work/own_answers.jsonl
 done
 
-# 5. Print both tables
+# 6. Print both tables
 PYTHONPATH=. python benchmarks/people.py $work "$human" "$data"

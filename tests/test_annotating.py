@@ -25,6 +25,7 @@ from feedback import annotate, browser
 from feedback import answers as answers_of
 from feedback.collect import collect_pairs, model_hash
 from feedback.pairs import held_out, read_pairs
+from feedback.reward import RewardModel
 from feedback.utterance_metrics import rule_score
 from inputs import Specials
 from interact import fitted_context, generate_replies
@@ -420,6 +421,26 @@ def test_the_page_says_what_it_cannot_save_and_tries_again(served, browse, tmp_p
     page.locator("#progress", has_text="1 of").wait_for()
     record, = recorded(tmp_path)
     assert record["choice"] == record["shown"][1]
+
+
+def test_a_reward_model_answers_by_its_rewards(pairs, judged, tmp_path):
+    """Score each reply alone: the reward model's answers name the better one, and the margin makes ties."""
+    model = RewardModel(str(judged / "reward"))
+
+    def answers(margin: float) -> dict[str, object]:
+        path = tmp_path / f"{margin}.jsonl"
+        session = annotate.Session(pairs, path, seed=0, questions=False)
+        annotate.answer_by_reward(session, "reward", str(judged / "reward"), margin)
+        return {record["pair"]: record["choice"] for record in map(json.loads, path.read_text().splitlines())}
+
+    gaps = {}
+    for name, pair in pairs.items():
+        alone = [(pair["persona"], pair["history"], [reply["text"]]) for reply in pair["replies"]]
+        (first,), (second,) = model(alone)
+        gaps[name] = second - first
+    assert answers(0.0) == {name: int(gap > 0) for name, gap in gaps.items()}
+    margin = sorted(map(abs, gaps.values()))[len(gaps) // 2] + 1e-4
+    assert answers(margin) == {name: "tie" if abs(gap) < margin else int(gap > 0) for name, gap in gaps.items()}
 
 
 def test_simulated_annotators(pairs, tmp_path):
