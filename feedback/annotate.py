@@ -214,7 +214,7 @@ def simulate(session: Session, annotator: str, how: str, noise: float) -> None:
     append_json_lines(session.path, list(answers()))
 
 
-def answer_by_reward(session: Session, annotator: str, folder: str, margin: float) -> None:
+def answer_by_reward(session: Session, annotator: str, folder: str, margin: float, fp16: str = "") -> None:
     """Answer all open questions by a reward model; replies whose rewards differ by less than ``margin`` are a tie.
 
     All replies to a context are scored together.
@@ -223,7 +223,7 @@ def answer_by_reward(session: Session, annotator: str, folder: str, margin: floa
 
     from feedback.reward import RewardModel
 
-    model = RewardModel(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    model = RewardModel(folder, "cuda" if torch.cuda.is_available() else "cpu", fp16)
     replies: dict[tuple, dict[str, None]] = {}  # different replies by context
     names = [name for name in session.order if (annotator, name) not in session.answered]
 
@@ -253,7 +253,7 @@ def answer_by_reward(session: Session, annotator: str, folder: str, margin: floa
 def annotate(args: Namespace) -> None:
     session = Session(read_pairs(args.pairs), Path(args.answers), args.seed, args.questions)
     if args.reward_model:
-        answer_by_reward(session, args.annotator or "reward model", args.reward_model, args.margin)
+        answer_by_reward(session, args.annotator or "reward model", args.reward_model, args.margin, args.fp16)
     elif args.simulate:
         simulate(session, args.annotator or args.simulate, args.simulate, args.noise)
     elif args.web:
@@ -280,6 +280,7 @@ def main() -> None:
     add("--reward_model", metavar="DIR", help="answer all questions by a reward model from feedback.reward")
     add("--margin", type=coefficient, default=0.0, metavar="DEVIATIONS",
         help="replies whose rewards differ by less are a tie; rewards have standard deviation 1 (default: %(default)s)")
+    add("--fp16", default="", choices=["", "bf16"], help="the reward model's half precision (default: none)")
     add("--simulate", choices=SIMULATED, metavar="METHOD",
         help="answer all questions automatically: rule (longer replies and questions win) or coin (at random)")
     add("--noise", type=share, default=0.1, help="share of the rule's answers that are reversed (default: %(default)s)")

@@ -37,7 +37,7 @@ python -m feedback.reward $low_rank --reward $work/reward --n_epochs 2 --train_b
 python -m feedback.collect --model_checkpoint persona --dataset_path "$data" --dataset_cache $work/cache --split train \
     --contexts 384 --replies 4 --fp16 bf16 --pairs $work/own.jsonl
 python -m feedback.annotate --pairs $work/own.jsonl --answers $work/own_answers.jsonl --reward_model $work/reward \
-    --margin 1
+    --margin 1 --fp16 bf16
 
 # 5. Train policies
 policy() {  # arguments: name, seed, further flags
