@@ -86,18 +86,23 @@ class Delays:
         self.stopping, self.delayed = stopping, Counter()  # number of delayed refusals, by address
 
     async def delay(self, address: str) -> None:
+        """Return when the next refusal for the address may be sent."""
         self.delayed[address] += 1
-        await self.sleep(min(max(DELAY, self.delayed[address] / REFUSALS), LONGEST_DELAY))
-        self.delayed[address] -= 1
-        if not self.delayed[address]:
-            del self.delayed[address]
+        try:
+            await self.sleep(min(max(DELAY, self.delayed[address] / REFUSALS), LONGEST_DELAY))
+        finally:
+            self.delayed[address] -= 1
+            if not self.delayed[address]:
+                del self.delayed[address]
 
     async def sleep(self, seconds: float) -> None:
+        """Sleep until the time is over or the server stops."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopping.wait(), seconds)
 
 
 def address_of(scope) -> str:
+    """Return the address of a request's client; IPv6 addresses of one network are one."""
     return Client.at((scope["client"] or ("",))[0]).address
 
 
