@@ -34,7 +34,7 @@ REPLY_ROUTES = re.compile(r"/gradio_api/(queue/join/?|call/chat/?)|/v1/(chat/)?c
 # Gradio needs milliseconds for each of these, during which all others wait.
 EXPENSIVE = re.compile(r"/|/config/?"
                        r"|/gradio_api/(info/?|openapi\.json|startup-events|queue/join/?|run/predict/?|call/chat/?)")
-EXPENSIVE_PACE, PACE = (10, 20), (100, 200)  # requests of an address per second, and before that at once
+EXPENSIVE_PACE, PACE = (8, 16), (100, 200)  # requests of an address per second, and before that at once
 LONGEST_WAIT = 30  # s for which a request may wait for its turn
 MANY = 1000  # addresses
 DELAY, LONGEST_DELAY = 0.5, 60  # s by which a refusal is delayed
