@@ -30,7 +30,7 @@ ROUTES = {
     "POST": re.compile(r"/gradio_api/(queue/join/?|run/predict/?|call/chat/?|cancel|reset/?)|/v1(/.*)?"),
 }
 PROGRAMS = re.compile(r"/v1/(chat/)?completions")
-REPLY_ROUTES = re.compile(r"/gradio_api/(queue/join/?|call/chat/?)|/v1/(chat/)?completions")
+REPLY_ROUTES = re.compile(rf"/gradio_api/(queue/join/?|call/chat/?)|{PROGRAMS.pattern}")
 # Gradio needs milliseconds for each of these, during which all others wait.
 EXPENSIVE = re.compile(r"/|/config/?"
                        r"|/gradio_api/(info/?|openapi\.json|startup-events|queue/join/?|run/predict/?|call/chat/?)")
@@ -86,7 +86,7 @@ class Delays:
         self.stopping, self.delayed = stopping, Counter()  # number of delayed refusals, by address
 
     async def delay(self, address: str) -> None:
-        """Return when the next refusal for the address may be sent."""
+        """Wait until the address may get its next refusal."""
         self.delayed[address] += 1
         try:
             await self.sleep(min(max(DELAY, self.delayed[address] / REFUSALS), LONGEST_DELAY))
