@@ -143,7 +143,7 @@ def evaluate(args: Namespace) -> dict[str, float]:
     if questions:
         encoder()  # fails before the work if it is not installed
     model, tokenizer = load_checkpoint(args.model_checkpoint, args.device, args.max_len,
-                                       max_history=args.max_history)
+                                       None if args.fp16 else "", args.max_history)
     model.config.no_persona = model.no_persona or args.no_persona
     require_training(args, tokenizer)
     table = open_dataset(args, tokenizer)
@@ -174,8 +174,8 @@ def evaluate(args: Namespace) -> dict[str, float]:
                                        args.fp16, args.legacy_gpt2_words)
         records["ppl"] = collect(likelihoods, "ppl")
         figures |= perplexities(records["ppl"])
-    if "f1" in kinds or "consistency" in kinds:
-        prepare_to_decode_(model, args.device, args.fp16)  # faster: decoding reads all weights for each token
+    if args.fp16 and ("f1" in kinds or "consistency" in kinds):
+        prepare_to_decode_(model, args.device, args.fp16)  # each token reads all weights; above, autocast reads float32
     if "f1" in kinds:
         runs = []
         for seed in range(args.seed, args.seed + args.seeds):
@@ -260,7 +260,7 @@ class TransformerAgent(Agent):
             self.args = parser.parse_args([])
             for name, default in vars(self.args).items():
                 setattr(self.args, name, opt.get(name, default))
-            half = self.args.fp16 if self.args.eval_type == "f1" else ""
+            half = self.args.fp16 if self.args.eval_type == "f1" or not self.args.fp16 else None  # None: autocast
             self.model, self.tokenizer = load_checkpoint(self.args.model_checkpoint, self.args.device,
                                                          self.args.max_len, half, self.args.max_history)
             torch.manual_seed(self.args.seed)

@@ -10,6 +10,7 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from torch.nn import functional as F
 from transformers import TextStreamer
 
 from cli import InputError, Number, printable
+from drafts import read_drafts
 from inputs import Segment, Specials, begin_reply, build_context, fit_context
 from model import HALF, DoubleHeadsModel
 from packing import prepare_to_decode_
+from pretrained import resolve_checkpoint
 from sequences import sequences_for
 from templates import OwnTemplate
 from tokenization import OpenAIGPTTokenizer, Tokenizer, get_tokenizer
@@ -500,14 +503,14 @@ def fitted_context(model: DoubleHeadsModel, persona, history, special: Specials,
 # ------------------------------------------------------------------------------------------- models for use, texts
 
 
-def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0, fp16: str = "",
+def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0, fp16: str | None = None,
                     max_history: int | None = None) -> tuple[DoubleHeadsModel, Tokenizer]:
     """Load a model, in evaluation mode, on its device, and its tokenizer.
 
     ``max_len``: the number of positions that a row may use (default 0: as in training). ``max_history``: the number of
-    exchanges that the model sees (default None: as in training). ``fp16``: the precision of the weights, only for
-    decoding: each token reads all weights, so half the bytes take half the time. Raises `InputError` as
-    `weights.load_model` does.
+    exchanges that the model sees (default None: as in training). ``fp16``: prepare the model for decoding only, in
+    this precision ("": float32), see `packing.prepare_to_decode_`; by default, it can also be trained and saved. Raises
+    `InputError` as `weights.load_model` and `drafts.read_drafts` do.
     """
     tokenizer = get_tokenizer(model_checkpoint)
     with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks get the same random values each time
@@ -517,11 +520,12 @@ def load_checkpoint(model_checkpoint: str, device: str = "cpu", max_len: int = 0
     if tokenizer.own_names:
         logger.info("%s has never been trained with the control tokens of this project, so replies use its own chat "
                     "template, with the personality as the system message", model_checkpoint)
+    model.drafts = read_drafts(Path(resolve_checkpoint(model_checkpoint)), len(tokenizer))
     if max_len:
         model.config.max_len = max_len
     if max_history is not None:
         model.config.max_history = max_history
-    return prepare_to_decode_(model, device, fp16), tokenizer
+    return model.to(device) if fp16 is None else prepare_to_decode_(model, device, fp16), tokenizer
 
 
 def readable(tokenizer: Tokenizer, reply: list[int]) -> str:

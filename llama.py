@@ -4,7 +4,8 @@ With one token per reply, calling modules and small operations takes longer than
 values and computes the attention: `sequences.Sequences` or `web.keyvalues.KeyValues`.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -96,28 +97,31 @@ class LlamaBody:
             states = layer(states, cosines, sines, cache, mask[layer.kind] if isinstance(mask, dict) else mask)
         return self.model.base_model.norm(states)
 
-    def extend(self, token: int, kind: int, position: int, cache: dict[int, tuple[torch.Tensor, torch.Tensor]],
-               column: int) -> torch.Tensor:
-        """Do the same for one token of a single sequence, which sees all tokens before it.
+    def extend(self, tokens: Sequence[int], kind: int, position: int,
+               cache: dict[int, tuple[torch.Tensor, torch.Tensor]], column: int) -> torch.Tensor:
+        """Do the same for the next few tokens of a single sequence; each sees all tokens before it.
 
         Only if `can_extend`. ``cache``: by layer, keys (1, heads, size, columns) and values (1, heads, columns, size);
-        ``column``: the place of the token. For one token small operations take a third of the time, so there are few.
+        ``column``: the place of the first token. Here small operations take most of the time, so there are few.
         """
-        device = self.model.device
-        states = self.model.embed(torch.tensor([[token]], device=device), torch.tensor([[kind]], device=device))
-        cosines, sines = (table[0] * self.scales for table in self._rotations(
-            states.float(), torch.tensor([[position]], device=device)))
+        device, new, end = self.model.device, len(tokens), column + len(tokens)
+        states = self.model.embed(torch.tensor([tokens], device=device), torch.full((1, new), kind, device=device))
+        cosines, sines = (table * self.scales for table in self._rotations(
+            states.float(), torch.arange(position, position + new, device=device)[None]))
+        later = torch.full((new, new), -math.inf, device=device).triu(1) if new > 1 else None
         for layer in self.layers:
             all_keys, all_values = (tensor[0] for tensor in cache[layer.number])
-            every = layer.project(_norm(states, layer.norms[0]))[0].float()
-            both = every[:len(self.scales)]
-            both = torch.addcmul(both * cosines, both.roll(layer.size // 2, -1), sines)
-            all_keys[..., column] = both[layer.heads:]
-            all_values[:, column] = every[len(self.scales):]
-            query = both[:layer.heads].view(layer.key_heads, -1, layer.size).to(all_keys.dtype)
-            weights = torch.bmm(query, all_keys[..., :column + 1]).softmax(-1)
-            attended = torch.bmm(weights, all_values[:, :column + 1])
-            states = layer.add_attention(states, attended.view(1, 1, -1).to(states.dtype))
+            every = layer.project(_norm(states, layer.norms[0])).float()
+            both = every[:, :len(self.scales)]
+            both = torch.addcmul(both * cosines, both.roll(layer.size // 2, -1), sines).transpose(0, 1)
+            all_keys[..., column:end] = both[layer.heads:].transpose(1, 2)
+            all_values[:, column:end] = every[:, len(self.scales):].transpose(0, 1)
+            query = both[:layer.heads].reshape(layer.key_heads, -1, layer.size).to(all_keys.dtype)
+            scores = torch.bmm(query, all_keys[..., :end])  # (key heads, query heads per key head · tokens, columns)
+            if later is not None:
+                scores.view(-1, new, end)[..., column:] += later
+            attended = torch.bmm(scores.softmax(-1), all_values[:, :end]).view(layer.heads, new, layer.size)
+            states = layer.add_attention(states, attended.transpose(0, 1).reshape(1, new, -1).to(states.dtype))
             states = layer.add_mlp(states, _norm(states, layer.norms[1]))
         return self.model.base_model.norm(states)
 
@@ -129,7 +133,9 @@ class LlamaBody:
 
 
 def _norm(states: torch.Tensor, norm: tuple[torch.Size, torch.Tensor | None, float]) -> torch.Tensor:
-    """Compute the RMS norm of one token; F.rms_norm takes twice the time."""
+    """Compute the RMS norm; for one token, F.rms_norm takes twice the time."""
+    if states.shape[1] > 1:
+        return F.rms_norm(states, *norm)
     (size,), weight, epsilon = norm
     length = torch.linalg.vector_norm(states, dtype=torch.float32).item()
     normal = states * (length * length / size + epsilon) ** -0.5

@@ -68,6 +68,7 @@ class DoubleHeadsModel(_Network):
     architecture: str  # the class with which plain transformers opens a run folder
     renamed: dict[str, str] = {}  # parts of weight names: in the checkpoint → in this class
     extra_modules: tuple[str, ...] = ()  # modules that the plain architecture lacks; they are saved in another file
+    drafts: dict[tuple[int, ...], int] = {}  # for decoding, see drafts.py; `decoding.load_checkpoint` reads them
 
     @property
     def history_start(self) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from drafts import Ahead
 from inputs import Segment
 from layers import extend_attention_, grouped_attention, usual_attention
 from llama import llama_body
@@ -59,7 +60,7 @@ class Sequences:
         self.of_replies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.parts: list[Part] = []  # the contexts of the current pass; empty in a `step`
         self.llama = llama_body(model)
-        self.alone = bool(self.llama and self.llama.can_extend and copies * len(contexts) == 1)
+        self.ahead = Ahead(model.drafts, contexts[0].ids, self.width + longest) if copies * len(contexts) == 1 else None
         # Of a single context, and of its reply if that is single too: what is computed, as ids with types.
         self.tokens = list(zip(contexts[0].ids, contexts[0].types, strict=True)) if len(contexts) == 1 else []
         self.earlier, self.known = earlier, 0
@@ -106,11 +107,13 @@ class Sequences:
 
     def step(self, tokens: Sequence[int], kind: int) -> torch.Tensor:
         """Add one token of type ``kind`` to each row and return the logits of the next tokens, (rows, vocabulary)."""
+        if self.ahead:
+            self.ahead.ids.append(tokens[0])
+            logits = self.ahead.step(lambda ids: self._extend(ids, kind))
+            self.steps += 1
+            self.tokens.append((tokens[0], kind))
+            return logits
         device = self.model.device
-        if self.llama and self.alone:
-            column = self.width + self.steps
-            states = self.llama.extend(tokens[0], kind, self.starts[0] + column, self.of_contexts, column)
-            return self._logits(states, tokens, kind)
         lengths = torch.tensor(self.lengths, device=device).repeat_interleave(self.copies)[:, None]
         starts = torch.tensor(self.starts, device=device).repeat_interleave(self.copies)[:, None]
         columns = torch.arange(self.width + self.steps + 1, device=device)[None]
@@ -120,13 +123,20 @@ class Sequences:
         states = self._states(torch.tensor([tokens], device=device),
                               torch.full((1, len(tokens)), kind, device=device), (places + starts).T,
                               self._mask((of_reply | (columns < lengths))[:, None, None], places, keys))
-        return self._logits(states, tokens, kind)
-
-    def _logits(self, states: torch.Tensor, tokens: Sequence[int], kind: int) -> torch.Tensor:
-        """Count a step, and return its logits, from its states (1, rows, hidden)."""
         self.steps += 1
-        if self.tokens and self.copies == 1:
-            self.tokens.append((tokens[0], kind))
+        return self.model.vocabulary_logits(states[0])
+
+    def _extend(self, ids: list[int], kind: int) -> torch.Tensor:
+        """Compute the next tokens of the only row and return the logits after each, (tokens, vocabulary)."""
+        device, column = self.model.device, self.width + self.steps
+        if self.llama and self.llama.can_extend:
+            states = self.llama.extend(ids, kind, self.starts[0] + column, self.of_contexts, column)
+        else:
+            places = torch.arange(column, column + len(ids), device=device)[None]
+            columns = torch.arange(column + len(ids), device=device)[None]
+            states = self._states(torch.tensor([ids], device=device), torch.full((1, len(ids)), kind, device=device),
+                                  places + self.starts[0],
+                                  self._mask(columns[:, None, None] <= places[:, None, :, None], places, columns))
         return self.model.vocabulary_logits(states[0])
 
     def _states(self, ids: torch.Tensor, types: torch.Tensor, positions: torch.Tensor,
@@ -174,7 +184,7 @@ class Sequences:
         if layer not in states:  # keys are stored transposed, as their product with queries reads them
             rows, width = (rows * self.copies, self.longest) if new else (
                 rows, width + self.longest if self.copies == 1 else width)
-            kind = torch.float32 if self.alone else keys.dtype
+            kind = torch.float32 if self.ahead and self.llama and self.llama.can_extend else keys.dtype
             states[layer] = (keys.new_zeros(rows, keys.shape[1], keys.shape[3], width, dtype=kind),
                              values.new_zeros(rows, values.shape[1], width, values.shape[3], dtype=kind))
             if self.known and self.earlier:
@@ -187,7 +197,11 @@ class Sequences:
             if part.shared:
                 all_keys[part.slot, :, :, :part.shared] = all_keys[part.source, :, :, :part.shared]
                 all_values[part.slot, :, :part.shared] = all_values[part.source, :, :part.shared]
-        if not self.parts:
+        if not self.parts and self.ahead:
+            column = self.width + self.steps
+            all_keys[0, :, :, column:column + keys.shape[2]] = keys[0].transpose(1, 2)
+            all_values[0, :, column:column + keys.shape[2]] = values[0]
+        elif not self.parts:
             column = self.steps if new else self.width + self.steps
             all_keys[..., column] = keys[0].transpose(0, 1)
             all_values[:, :, column] = values[0].transpose(0, 1)
@@ -211,6 +225,9 @@ class Sequences:
                              values[part.slot, None, :, :part.length].to(query.dtype),
                              mask[..., part.tokens, :part.length]) for part in self.parts]
             return torch.cat(out, 1)
+        if self.ahead:
+            end = self.width + self.steps + query.shape[2]
+            return grouped_attention(query, keys[..., :end], values[:, :, :end], mask, scaling, softcap).transpose(1, 2)
         query = query[0].transpose(0, 1)  # (rows, query heads, size)
         if self.copies == 1:
             end = self.width + self.steps + 1

@@ -19,6 +19,7 @@ import torch
 
 from cli import InputError
 from decoding import BeamSearch, Decoding, allowed_scores, choose_tokens
+from drafts import Ahead, NGrams
 from inputs import Segment, Specials, begin_reply
 from model import DoubleHeadsModel
 from web.clients import NOBODY, Client
@@ -134,10 +135,14 @@ class Reply:
         ids, types = self.prompt.ids + self.tokens, self.prompt.types + [self.special.speaker1] * len(self.tokens)
         return list(zip(ids, types, strict=True))
 
-    def begin(self, places: list[Place], known: int = 0) -> None:
-        """Enter the batch with ``places``, in which the first ``known`` tokens of the context are computed already."""
+    def begin(self, places: list[Place], ngrams: NGrams, known: int = 0) -> None:
+        """Enter the batch with ``places``, in which the first ``known`` tokens of the context are computed already.
+
+        ``ngrams``: what tokens are guessed from, see `drafts.Ahead`.
+        """
         self.places = places
-        self.rows = [BatchRow(places[0], self.prompt.start, known, self.prompt.ids[known:], self.prompt.types[known:])]
+        self.rows = [BatchRow(places[0], self.prompt.start, known, self.prompt.ids[known:], self.prompt.types[known:],
+                              None if self.beams else Ahead(ngrams, self.prompt.ids, self.longest))]
 
     def end(self, finish: str) -> None:
         if self.rows and not self.finish:
@@ -156,7 +161,9 @@ class Reply:
                 self.logprobs.append((logprobs[token].item(), list(zip(best.indices.tolist(), best.values.tolist(),
                                                                        strict=True))))
             self.tokens.append(token)
-            self.rows[0].ids, self.rows[0].types = [token], [self.special.speaker1]
+            row = self.rows[0]
+            row.ids, row.types = [token], [self.special.speaker1]
+            row.ahead.ids.append(token)
         if token in self.special or len(self.tokens) == self.args.max_length:
             self.last_step = before.float().clone(), after.clone()  # before `finish`: another thread reads both
             self.end("stop" if token in self.special else "length")
@@ -354,7 +361,7 @@ class Decoder:
     @torch.inference_mode()
     def _step(self) -> None:
         """Remove finished replies, admit waiting ones, compute parts of contexts, and add a token to each reply."""
-        start = time.monotonic()
+        start, passes = time.monotonic(), self.cache.passes
         self._end([reply for reply in self.decoding if reply.cancelled and not reply.finish], "cancelled")
         for reply in self.decoding:
             if reply.finish:
@@ -370,7 +377,8 @@ class Decoder:
         if work:
             self._choose(self._compute(work, [*decoding, *(reply for reply, _ in reading)]))
         self.stepped = time.monotonic()
-        self.pace.took(self.stepped - start, sum(tokens for _, tokens in reading), len(decoding))
+        if self.cache.passes > passes:  # otherwise the only token was guessed before, which takes no time
+            self.pace.took(self.stepped - start, sum(tokens for _, tokens in reading), len(decoding))
 
     def _keep(self, reply: Reply) -> None:
         """Keep what a reply has computed for the next request of its client.
@@ -405,8 +413,8 @@ class Decoder:
             try:
                 self.cache.shrink(self.memory - self.cache.bytes_with(reply.longest, reply.width))
                 places = self.cache.allocate(reply.longest, reply.width)
-                reply.begin(places, self.cache.recall(reply.client, reply.prompt.start, reply.sequence[:-1], places)
-                            if self.cache.kept else 0)
+                known = self.cache.recall(reply.client, reply.prompt.start, reply.sequence[:-1], places)
+                reply.begin(places, self.model.drafts, known)
             except Exception:
                 logger.exception("No memory could be allocated for a reply")
                 self._end([reply], "error")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cli import InputError
+from drafts import Ahead
 from layers import additive, extend_attention_, grouped_attention, usual_attention
 from llama import LlamaBody, llama_body
 from model import DoubleHeadsModel
@@ -40,11 +41,13 @@ class Place:
 class BatchRow:
     """One sequence of the batch, from the first token of its context on."""
 
-    def __init__(self, place: Place, start: int, length: int, ids: list[int], types: list[int]):
+    def __init__(self, place: Place, start: int, length: int, ids: list[int], types: list[int],
+                 ahead: Ahead | None = None):
         self.place = place
         self.start = start  # position of the first token
         self.length = length  # number of tokens computed
         self.ids, self.types = ids, types  # tokens not computed yet: a context, later single tokens
+        self.ahead = ahead  # the whole sequence with its guesses
 
 
 class Kept(NamedTuple):
@@ -112,6 +115,7 @@ class KeyValues:
         self.kept: list[Kept] = []  # the last used comes last
         self.blocks: list[Block] = []
         self.masks: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # what `masks_of` returned for this step
+        self.passes = 0  # forward passes so far
         self.token_bytes = like.element_size() * sum(heads * size for heads, size in shapes.values())
 
     @classmethod
@@ -256,12 +260,46 @@ class KeyValues:
         """Compute the next tokens of each row.
 
         Returns the rows whose tokens are all computed, in any order, and the logits after their last tokens, (rows,
-        vocabulary). An error changes nothing except the columns that were to be written.
+        vocabulary). An error changes nothing except the columns that were to be written. A single token of a single row
+        is computed together with guesses, or was one of them.
         """
-        if self.llama and self.llama.can_extend and len(work) == 1 and work[0].tokens == len(work[0].row.ids) == 1:
-            return [work[0].row], self._extend(model, work[0].row)
+        work = self._in_order(work)
+        if len(work) == 1 and work[0].tokens == len(work[0].row.ids) == 1 and (ahead := work[0].row.ahead):
+            ready, logits = [0], ahead.step(lambda ids: self._extend(model, work[0].row, ids))
+        else:
+            self.passes += 1
+            states = self._states(model, work)
+            last = torch.tensor([new for _, new in work], device=model.device).cumsum(0) - 1
+            ready = [number for number, (row, new) in enumerate(work) if new == len(row.ids)]
+            logits = model.vocabulary_logits(states[0, last[ready]])
+            for row, _ in work:
+                if row.ahead:
+                    row.ahead.computed = []  # in columns that have been overwritten
+        for row, new in work:
+            row.length += new
+            row.ids, row.types = row.ids[new:], row.types[new:]
+        return [work[number].row for number in ready], logits
+
+    def _extend(self, model: DoubleHeadsModel, row: BatchRow, ids: list[int]) -> torch.Tensor:
+        """Compute the next tokens of the only row and return the logits after each, (tokens, vocabulary)."""
+        states, slot = row.place.shelf.states, row.place.slot
+        self.passes += 1
+        if self.llama and self.llama.can_extend:  # in fewer operations
+            cache = {layer: (states[layer, 0][slot:slot + 1], states[layer, 1][slot:slot + 1])
+                     for layer, which in states if not which}
+            hidden = self.llama.extend(ids, row.types[0], row.start + row.length, cache, row.length)
+        else:
+            guessed = BatchRow(row.place, row.start, row.length, ids, row.types * len(ids))
+            hidden = self._states(model, [Work(guessed, len(ids))])
+        return model.vocabulary_logits(hidden[0])
+
+    def _in_order(self, work: list[Work]) -> list[Work]:
+        """Sort rows by their places, so that neighbours share a block."""
         order = {id(shelf): number for number, shelf in enumerate(self.shelves)}
-        work = sorted(work, key=lambda one: (order[id(one.row.place.shelf)], one.row.place.slot))
+        return sorted(work, key=lambda one: (order[id(one.row.place.shelf)], one.row.place.slot))
+
+    def _states(self, model: DoubleHeadsModel, work: list[Work]) -> torch.Tensor:
+        """Compute the last hidden states of the next tokens of rows in order, (1, tokens, hidden)."""
         self.blocks, self.masks, done, previous = [], [], 0, None
         for row, new in work:
             slot, length = row.place.slot, row.length + new
@@ -287,27 +325,9 @@ class KeyValues:
         if self.llama:
             by_kind = {kind: self.masks_of(mask) for kind, mask in masks.items()} if isinstance(
                 masks, dict) else self.masks_of(masks)
-            states = self.llama(ids, types, positions, self, by_kind)
-        else:
-            states = model.encode(ids, token_type_ids=types, position_ids=positions, attention_mask=masks,
-                                  past_key_values=self, use_cache=True).last_hidden_state
-        last = flat([new] for _, new in work).cumsum(0) - 1
-        ready = [number for number, (row, new) in enumerate(work) if new == len(row.ids)]
-        logits = model.vocabulary_logits(states[0, last[ready]])
-        for row, new in work:
-            row.length += new
-            row.ids, row.types = row.ids[new:], row.types[new:]
-        return [work[number].row for number in ready], logits
-
-    def _extend(self, model: DoubleHeadsModel, row: BatchRow) -> torch.Tensor:
-        """Compute the only token of the only row, in fewer operations, and return the logits, (1, vocabulary)."""
-        states, slot = row.place.shelf.states, row.place.slot
-        cache = {layer: (states[layer, 0][slot:slot + 1], states[layer, 1][slot:slot + 1]) for layer, which in states
-                 if not which}
-        hidden = self.llama.extend(row.ids[0], row.types[0], row.start + row.length, cache, row.length)
-        logits = model.vocabulary_logits(hidden[0])
-        row.length, row.ids, row.types = row.length + 1, [], []
-        return logits
+            return self.llama(ids, types, positions, self, by_kind)
+        return model.encode(ids, token_type_ids=types, position_ids=positions, attention_mask=masks,
+                            past_key_values=self, use_cache=True).last_hidden_state
 
     def masks_of(self, mask: torch.Tensor) -> list[torch.Tensor]:
         """Return each block's part of a mask, (sequences, 1, tokens of each, width), as numbers to add.
