@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from layers import Linear
 from model import DoubleHeadsModel
 from packing import LLAMA_LAYERS, PackedLinear, Part
 
@@ -146,7 +147,7 @@ def llama_body(model: DoubleHeadsModel) -> LlamaBody | None:
     """Return the body of a model of Llama's kind; None for other layers, or for linear layers that are not plain."""
     layers, config = getattr(model.base_model, "layers", []), model.config
     plain = all(type(layer).__name__ in LLAMA_LAYERS and
-                all(type(layer.get_submodule(name)) in (nn.Linear, PackedLinear, Part) for name in LINEAR)
+                all(type(layer.get_submodule(name)) in (nn.Linear, Linear, PackedLinear, Part) for name in LINEAR)
                 for layer in layers)
     if not layers or not plain:
         return None

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from layers import Linear, Transposed
 from model import DoubleHeadsModel, half_dtype
 
 LLAMA_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")  # llama.py computes these
@@ -82,9 +83,9 @@ def prepare_to_decode_(model: DoubleHeadsModel, device: str, fp16: str = "") -> 
             done += linear.out_features
     for parent in list(model.base_model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in (nn.Linear, Conv1D):
+            if type(child) in (nn.Linear, Conv1D, Linear, Transposed):
                 setattr(parent, name, packed([child]))
-    if type(head := model.get_output_embeddings()) is nn.Linear:
+    if type(head := model.get_output_embeddings()) in (nn.Linear, Linear):
         model.set_output_embeddings(packed([head]))
     return model
 

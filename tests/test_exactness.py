@@ -8,8 +8,11 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, TINY_TOKENS, templates
+from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
+import layers
 import utils
 from cli import InputError
 from inputs import Specials, TurnDataset, build_input_from_segments, collate, get_loader, pack_turn
@@ -252,3 +255,30 @@ def test_defaults_are_those_of_2019(monkeypatch):
                      lm_coef=1.0, mc_coef=1.0, max_norm=1.0, n_epochs=3, personality_permutations=1,
                      eval_before_start=False, fp16="", local_rank=-1)
     assert {name: getattr(args, name) for name in published} == published
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (2, 1, 4, 12), (1, 12)])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_linear_layers_with_onednn_have_torchs_values_and_gradients(kind, shape, bias, monkeypatch):
+    monkeypatch.setattr(layers, "ONEDNN", torch.backends.mkldnn.is_available())
+    torch.manual_seed(1)
+    plain = nn.Linear(12, 9, bias=bias) if kind == "linear" else Conv1D(9, 12)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.normal_()
+    ours = copy.deepcopy(plain)
+    layers.quicken_(ours)
+    assert type(ours) is not type(plain)
+    inputs = [torch.randn(shape, requires_grad=True) for _ in range(2)]
+    inputs[1].data.copy_(inputs[0].data)
+    outputs = [layer(states) for layer, states in zip((plain, ours), inputs, strict=True)]
+    torch.testing.assert_close(outputs[1], outputs[0])
+    weights = torch.randn_like(outputs[0])
+    for out in outputs:
+        (out * weights).sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    for mine, own in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, own.grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(inputs[0]), plain(inputs[0])) and ours(inputs[0]).dtype == torch.bfloat16
