@@ -31,12 +31,6 @@ from weights import linear_layers
 # elsewhere, for example while the first process downloads something or writes a checkpoint.
 LOST_AFTER, PATIENCE = timedelta(seconds=50), timedelta(hours=2)
 
-# On CPUs, oneDNN keeps compiled code for each shape of bfloat16 matrices, in two caches of 1,024 pieces each, which
-# batches of ever new lengths fill with hundreds of megabytes. A batch needs some twenty pieces. oneDNN reads the bounds
-# when it multiplies the first matrices.
-for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(cache, "64")
-
 logger = logging.getLogger(__name__)
 
 

@@ -4,6 +4,7 @@ These functions deal with tensors only. Tests compare each of them with the libr
 """
 
 import math
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
+
+# On CPUs, oneDNN keeps compiled code for each shape of matrices, in two caches of 1,024 pieces each, which batches and
+# contexts of ever new lengths fill with hundreds of megabytes. A pass needs some twenty pieces. oneDNN reads the bounds
+# when it multiplies the first matrices.
+for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(cache, "64")
 
 BLOCK = 128  # queries that are multiplied with keys at once
 
