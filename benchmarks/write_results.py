@@ -17,7 +17,8 @@ the same. It then times them alternately and takes medians; for training it take
 typical lengths of an epoch.
 
 In the rows "default bot against …" the other side is llama.cpp's server, or transformers' `generate()`, with the
-weights of the default bot. The conversations are greedy; both servers keep what they computed in earlier turns.
+weights of the default bot. The conversations are greedy; both servers keep what they computed in earlier turns. Ours
+guesses tokens of a reply on its own (`drafts.py`), theirs does not by default.
 
 In the rows "fine-tuning SmolLM2-135M" the other side is TRL's `SFTTrainer`, with the same weights, turns and precision.
 After so few steps the perplexities differ because train.py has the optimizer of 2019, whose first steps are shorter;

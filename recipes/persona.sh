@@ -48,6 +48,7 @@ fi
 train talk --model_checkpoint "$(cat $work/chat)" --dataset_path $work/mixed.json --lr 3e-4
 
 python weights.py --adapter "$(cat $work/talk)" "$folder"
+python recipes/drafts.py "$folder" "$data"  # from which the chat guesses tokens
 python convai_evaluation.py --eval_type all --no_sample --fp16 bf16 --batch_size 8 --model_checkpoint "$folder" \
     --dataset_path "$data"
 for control in "" --no_persona; do  # needs requirements/feedback.txt
