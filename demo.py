@@ -38,7 +38,7 @@ from pretrained import published_or_persona
 from tables import TokenTable
 from utils import add_common_flags, open_dataset, other_data
 from web.api import PARAMETERS, client_of, openai_routes
-from web.batching import MEMORY, Busy
+from web.batching import MEMORY, Busy, apart
 from web.bot import Bot
 from web.collecting import Collector
 from web.connections import Connection, Server, allow_many_files, listen
@@ -180,12 +180,10 @@ def main() -> int:
     allow_many_files()
     with listen(args.host, args.port) as listening:  # before the slow loading of the model, to fail early
         args.model_checkpoint = published_or_persona(args.model_checkpoint)
-        bot = Bot(args)
-        collector = Collector(args.collect, bot) if args.collect else None
+        bot, collector, table = asyncio.run(apart(load, args))
         if pairing := other_data(args):
             logger.warning(pairing)
-        app = build_app(bot, open_dataset(args, bot.tokenizer), host_names(args.host, args.allow_host),
-                        args.allow_origin, collector, pairing)
+        app = build_app(bot, table, host_names(args.host, args.allow_host), args.allow_origin, collector, pairing)
         gc.collect()  # later collections, which stop all replies, need not look at model and libraries again
         gc.freeze()
         host, port = listening.getsockname()[:2]
@@ -193,6 +191,12 @@ def main() -> int:
         server = serve(bot, app, args.drain, args.proxy)
         server.run([listening])
         return 128 + server.signal if server.signal else 0
+
+
+def load(args: Namespace) -> tuple[Bot, Collector | None, TokenTable]:
+    """Load the model, and the data that suggestions and personas come from."""
+    bot = Bot(args)
+    return bot, Collector(args.collect, bot) if args.collect else None, open_dataset(args, bot.tokenizer)
 
 
 def serve(bot: Bot, app: FastAPI, drain: float, proxies: list[str]) -> Server:

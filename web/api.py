@@ -241,7 +241,8 @@ def openai_routes(app: FastAPI, bot: Bot) -> None:
         if num_logprobs is not None and parameters.options(bot).num_beams > 1:
             raise InputError("logprobs: not supported with num_beams, which scores whole replies")
         replies = parameters.replies(bot, client_of(request),
-                                     ReplyOptions(stops=tuple(parameters.stop or ()), num_logprobs=num_logprobs))
+                                     ReplyOptions(stops=tuple(parameters.stop or ()), num_logprobs=num_logprobs,
+                                                  whole=not parameters.stream))
         grown, count = merge(replies), len(replies)
         frame = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
                  "model": bot.name, "system_fingerprint": bot.version,

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -37,6 +38,21 @@ LONGEST_PAUSE = 1.0  # s between two updates of a growing reply
 logger = logging.getLogger("batching")
 
 
+async def apart(work: Callable, *args):
+    """Run ``work(*args)`` in a thread that ends afterwards, and return its result.
+
+    libgomp, which divides torch's work among processors, lets its threads sleep between two pieces of work as soon as
+    all teams together have more threads than the machine has processors; on two processors, decoding then takes 1.7
+    times as long. Each thread that has used torch keeps its team until it ends. So only the decoding thread, which
+    needs one all the time, lives on.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
+    finally:
+        pool.shutdown(wait=False)
+
+
 class Busy(Exception):
     """The queue of waiting requests is full."""
 
@@ -57,6 +73,7 @@ class ReplyOptions(NamedTuple):
     beginning: tuple[int, ...] = ()  # tokens that the reply begins with
     stops: tuple[str, ...] = ()  # texts before which the reply ends
     num_logprobs: int | None = None  # keep each token's log-probability and those of this many likeliest tokens
+    whole: bool = False  # only the whole reply is wanted: do not wake the event loop for each token
 
 
 NO_OPTIONS = ReplyOptions()
@@ -298,6 +315,8 @@ class Decoder:
         reply: Reply | None = None
 
         def notify() -> None:  # the decoding thread may call this before `submit` has returned
+            if extra.whole and not extra.stops and reply and not reply.finish:
+                return
             with suppress(RuntimeError):  # the event loop is closed
                 if reply is None or reply.finish:
                     loop.call_soon_threadsafe(ended.set)

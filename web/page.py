@@ -20,7 +20,7 @@ import gradio as gr
 
 from cli import InputError
 from tables import TokenTable
-from web.batching import Busy, Reply
+from web.batching import Busy, Reply, apart
 from web.bot import MAX_TEXT, WIDEST, Bot
 from web.clients import Client
 from web.collecting import Collector, Compared, GivenReplies
@@ -335,7 +335,7 @@ def build_page(bot: Bot, table: TokenTable, collector: Collector | None = None, 
             splits = [split for split in table.values() if split.num_turns]
             others = [list(split.token_ids("candidates", random.randrange(split.num_turns))[-1])
                       for split in random.choices(splits, k=OTHERS)] if splits else []
-            return await asyncio.to_thread(inspection_html, bot, page_state.last_reply, others)
+            return await apart(inspection_html, bot, page_state.last_reply, others)
 
         def mixed_persona(question_now) -> str:
             """Draw as many sentences as the current personality has, each from another random personality."""

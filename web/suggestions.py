@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 from cli import InputError
 from tables import TokenTable
-from web.batching import Busy
+from web.batching import Busy, apart
 from web.bot import Bot
 from web.clients import Client
 from web.insight import LONGEST, read
@@ -57,7 +57,7 @@ class Suggestions:
         pool = {text_key(text): text for text in [*questions, *filter(None, decoded)] if text_key(text) not in known}
         if turn_over.is_set() or not pool:
             return []
-        return await asyncio.to_thread(self._best, own, said, list(pool.values()))
+        return await apart(self._best, own, said, list(pool.values()))
 
     def _seeds(self, options) -> list[int]:
         """Return one seed per suggestion to decode, 0 for no seed. Without sampling, one suggestion is enough."""
