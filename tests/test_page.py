@@ -475,6 +475,7 @@ def test_mistakes_are_told_and_cost_nothing(visit, address):
     menu(page, "Export")
     expect(page.get_by_text("nothing to export yet")).to_be_visible()
     page.get_by_role("button", name="Decoding options").click()
+    page.wait_for_timeout(1500)  # Gradio shows the options when they are opened, and then writes their values again
     page.get_by_label("Seed").fill("99999999999999999999")
     box(page).fill("hello")
     box(page).press("Enter")
