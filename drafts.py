@@ -2,7 +2,8 @@
 
 On its own, a token takes almost as long as four, because every pass reads all weights. So a pass over the last token
 also computes a few guesses. If decoding then chooses a guessed token, its logits are there already; if not, they are
-dropped. Replies are the same as without guesses (Leviathan et al. 2023, with guesses that are certain).
+dropped (Leviathan et al. 2023, with guesses that are certain). In float32 the replies are the same as without guesses;
+in half precision a pass over more tokens rounds differently, which can decide a near tie.
 
 A guess is what followed the last tokens earlier: in other replies of the model, which `recipes/drafts.py` counts, or in
 this conversation (Yang et al. 2023). This file knows token ids only.
@@ -47,7 +48,7 @@ def write_drafts(ngrams: NGrams, folder: Path) -> Path:
 
 
 def read_drafts(folder: Path, vocabulary: int) -> NGrams:
-    """Read the n-grams in the folder of a model with ``vocabulary`` tokens; {} if it has none.
+    """Read the n-grams in the folder of a model with ``vocabulary`` tokens; return {} if it has none.
 
     Raises `InputError` for a file that is damaged or belongs to another vocabulary.
     """
@@ -64,7 +65,7 @@ def read_drafts(folder: Path, vocabulary: int) -> NGrams:
             raise ValueError("its tokens are not those of this model")
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it, or make it again with recipes/drafts.py. "
-                         "Replies are the same without it, but slower") from None
+                         "The model works without it, but slower") from None
     return {tuple(token for token in before if token >= 0): after for *before, after in rows.tolist()}
 
 

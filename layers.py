@@ -1,4 +1,4 @@
-"""Compute attention over packed rows, dropout and low-rank layers faster than the libraries do.
+"""Compute attention over packed rows, dropout, linear and low-rank layers faster than the libraries do.
 
 These functions deal with tensors only. Tests compare each of them with the library's own result.
 """
@@ -245,7 +245,7 @@ def _with_onednn(layer: nn.Module, states: torch.Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """torch's linear layer with quicker products in float32 on AMD's processors."""
+    """Compute torch's linear layer with quicker products in float32 on AMD's processors."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if not _with_onednn(self, states):
@@ -254,7 +254,7 @@ class Linear(nn.Linear):
 
 
 class Transposed(Conv1D):
-    """The same for the linear layers of GPT-1 and GPT-2, whose weights are (in, out)."""
+    """Do the same for the linear layers of GPT-1 and GPT-2, whose weights are (in, out)."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if not _with_onednn(self, states):

@@ -3,11 +3,12 @@
     python recipes/drafts.py CHECKPOINT DATA [TURNS]
 
 CHECKPOINT: a folder; drafts.safetensors is written into it. DATA: a data file. TURNS: the number of random training
-turns to answer (default: 4,096). With a guess for most tokens, a chat is faster; its replies stay the same.
+turns to answer (default: 4,096). Guesses make a chat faster; in float32 its replies stay the same.
 """
 
 import random
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cli import InputError, command
+from cli import InputError, command, positive_number
 from decoding import Decoding, fitted_context, generate_replies, load_checkpoint
 from drafts import count_ngrams, write_drafts
 from inputs import Specials, TurnDataset
@@ -27,7 +28,10 @@ BATCH = 32  # turns
 def main() -> None:
     if not 3 <= len(sys.argv) <= 4 or not Path(sys.argv[1]).is_dir():
         raise InputError("name the folder of a model, a data file and perhaps a number of turns")
-    folder, number = Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else 4096
+    try:
+        folder, number = Path(sys.argv[1]), positive_number(sys.argv[3] if len(sys.argv) > 3 else "4096")
+    except ArgumentTypeError as error:
+        raise InputError(f"TURNS: {error}") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_checkpoint(str(folder), device, fp16="bf16")
     split = get_dataset(tokenizer, sys.argv[2], "dataset_cache")["train"]

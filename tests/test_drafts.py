@@ -46,7 +46,7 @@ def replies(world, way: Decoding, **how) -> list[list[int]]:
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Count what `Ahead` lets compute: the number of passes by their number of tokens."""
+    """Count the passes that `Ahead` starts, by their number of tokens."""
     counted, step = Counter(), Ahead.step
 
     def counting(self, compute):
@@ -189,6 +189,8 @@ def test_the_recipe_counts_a_models_replies(tmp_path, small_corpus):
     model, tokenizer = load_checkpoint(str(folder), fp16="")
     special = Specials.of(tokenizer)
     assert (special.speaker1,) in model.drafts and all(after < len(tokenizer) for after in model.drafts.values())
-    wrong = subprocess.run([sys.executable, ROOT / "recipes" / "drafts.py", "none", small_corpus], cwd=tmp_path,
-                           capture_output=True, text=True)
-    assert wrong.returncode and "name the folder of a model" in wrong.stderr
+    for mistyped, complaint in ((["none", small_corpus], "name the folder of a model"),
+                                ([folder, small_corpus, "many"], "drafts.py: error: TURNS:")):
+        wrong = subprocess.run([sys.executable, ROOT / "recipes" / "drafts.py", *mistyped], cwd=tmp_path,
+                               capture_output=True, text=True)
+        assert wrong.returncode and complaint in wrong.stderr and "Traceback" not in wrong.stderr

@@ -432,7 +432,8 @@ class Decoder:
             try:
                 self.cache.shrink(self.memory - self.cache.bytes_with(reply.longest, reply.width))
                 places = self.cache.allocate(reply.longest, reply.width)
-                known = self.cache.recall(reply.client, reply.prompt.start, reply.sequence[:-1], places)
+                known = self.cache.recall(reply.client, reply.prompt.start, reply.sequence[:-1],
+                                          places) if self.cache.kept else 0
                 reply.begin(places, self.model.drafts, known)
             except Exception:
                 logger.exception("No memory could be allocated for a reply")
