@@ -1,5 +1,7 @@
 """Test that one client's faults, long requests, memory and number of requests do not harm other clients."""
 
+import math
+import random
 import statistics
 
 import pytest
@@ -9,7 +11,7 @@ from test_serving import LONG, SPECIAL, VOCABULARY, asked, small_model, until
 from cli import InputError
 from decoding import generate_replies
 from inputs import build_context
-from web.batching import Busy, Decoder, Stopping
+from web.batching import CROWDED, LEAST_READ, LONGER, MOST_READ, NO_OPTIONS, Busy, Decoder, Pace, Reply, Stopping
 from web.clients import Client
 from web.keyvalues import BatchRow, KeyValues, Work, let_attend_by_row_
 
@@ -83,6 +85,36 @@ def test_contexts_may_be_read_in_pieces(family):
     torch.testing.assert_close(logits[ready.index(rows[0])], whole, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_any_rows_may_be_computed_together(family):
+    """Compute random rows of two shelves, single tokens and pieces of contexts; compare each with a pass of its own.
+
+    One row in between is NaN throughout.
+    """
+    model, draw = small_model(family, 3), random.Random(5)
+    let_attend_by_row_(model)
+    cache = KeyValues.of(model)
+    contexts = [long_context(draw.randint(20, 60)) for _ in range(12)]
+    rows = [BatchRow(place, context.start, 0, list(context.ids), list(context.types))
+            for place, context in zip(cache.allocate(120, 12), contexts, strict=True)]
+    for states in rows[4].place.shelf.states.values():
+        states[rows[4].place.slot] = math.nan
+    del rows[4], contexts[4]
+    gaps, last = 0, {}
+    with torch.inference_mode():
+        while left := [row for row in rows if row.ids]:
+            chosen = draw.sample(left, draw.randint(1, len(left)))
+            work = [Work(row, draw.choice([1, 1, 1, min(7, len(row.ids))])) for row in chosen]
+            ready, logits = cache.compute(model, work)
+            last |= dict(zip(map(id, ready), logits, strict=True))
+            gaps += any(block.own is not None for block in cache.blocks)
+        for row, context in zip(rows, contexts, strict=True):
+            whole = model(input_ids=torch.tensor([context.ids]), token_type_ids=torch.tensor([context.types]),
+                          position_ids=context.start + torch.arange(len(context.ids))[None], logits_to_keep=1)
+            torch.testing.assert_close(last[id(row)], whole.logits[0, -1], rtol=2e-4, atol=2e-4)
+    assert gaps > 10
+
+
 def test_long_contexts_are_read_between_steps():
     """Read 6,000 tokens: a neighbour's reply continues meanwhile, and a short new request does not wait for the end."""
     decoder = Decoder(small_model("gpt2", 1), SPECIAL)
@@ -101,21 +133,50 @@ def test_long_contexts_are_read_between_steps():
 
 
 def test_the_piece_adapts_to_step_times():
-    """Report step times: much more than the usual time halves the piece, and shorter steps let it grow."""
-    from web.batching import LEAST_READ, MOST_READ, Pace
-
+    """Report step times: longer steps than allowed halve the piece, and shorter steps let it grow."""
     pace = Pace()
     pace.took(0.1, 0, 3)
     pace.took(0.5, 32, 3)
-    assert pace.tokens == 16
+    assert pace.most(LONGER) == 16
+    assert pace.most(CROWDED) == 64
+    pace.took(0.29, 64, 3, CROWDED)
+    assert pace.most(LONGER) == 19
+    pace.took(0.31, 76, 3, CROWDED)
+    assert pace.most(LONGER) == 9
     for _ in range(20):
-        pace.took(0.5, int(pace.tokens), 3)
-    assert pace.tokens == LEAST_READ
+        pace.took(0.5, pace.most(LONGER), 3)
+    assert pace.most(LONGER) == LEAST_READ
     for _ in range(40):
-        pace.took(0.12, int(pace.tokens), 3)
-    assert pace.tokens == MOST_READ
+        pace.took(0.12, pace.most(LONGER), 3)
+    assert pace.most(LONGER) == MOST_READ
     pace.took(9.0, 256, 0)  # a step may take long if no reply waits for a token
-    assert pace.tokens == MOST_READ
+    assert pace.most(LONGER) == MOST_READ
+
+
+def test_a_crowd_is_many_clients_with_short_contexts():
+    """Count who waits per client with a reply: several keys at one address, or several addresses; no long contexts."""
+    decoder = Decoder(small_model("gpt2", 1), SPECIAL)
+    decoder.close()
+
+    def reply(client: Client, context: int, known: bool = False) -> Reply:
+        one = Reply(long_context(context), asked(), SPECIAL, torch.device("cpu"), client, lambda: None, NO_OPTIONS)
+        one.begin(decoder.cache.allocate(one.longest, 1), {}, len(one.prompt.ids) - 1 if known else 0)
+        return one
+
+    talking = [reply(Client("a", key), 50, known=True) for key in "xy"]
+    short, long = ([reply(Client("a", str(number)), size) for number in range(6)] for size in (60, 3000))
+    elsewhere = reply(Client("b"), 60)
+    for readers, longer in ((short[:2], LONGER), (short, 2.5), (short * 2, 2.5), (long, LONGER),
+                            ([*short, elsewhere], 2), ([*long, elsewhere], LONGER), (long + short, 2.5)):
+        decoder.decoding = talking + readers
+        assert decoder._allowed(readers) == longer
+    decoder.decoding = talking[:1] + short
+    assert decoder._allowed(short) == CROWDED
+    decoder.steps, decoder.pace.usual = 1, 0.1
+    for readers, pieces in ((long, [8, 24]), (short, [24, 72]), (long + short, [8, 73, 15]),
+                            (long + short[:1], [8, 24])):
+        decoder.decoding = talking + readers
+        assert [tokens for _, tokens in decoder._contexts_to_read()] == pieces
 
 
 def test_memory_grows_and_shrinks_with_the_replies():

@@ -34,6 +34,7 @@ LARGEST = 2  # a request may take 1 / LARGEST of the memory, so that others find
 KEPT = 4  # 1 / KEPT of the memory may hold what conversations have computed, until their next message
 KEPT_FOR = 600.0  # s
 LONGER = 1.5  # times as long as other steps: what a step that also computes contexts may take
+CROWDED = 3.0  # the same while many clients wait with short contexts
 LONGEST_PAUSE = 1.0  # s between two updates of a growing reply
 logger = logging.getLogger("batching")
 
@@ -213,18 +214,23 @@ class Pace:
     """The number of context tokens per step, such that a step takes little longer than one that only decodes."""
 
     def __init__(self):
-        self.tokens, self.usual = 32.0, None  # usual: seconds of a step that only decodes
+        self.tokens = 32.0  # of a step that takes at most `LONGER` times as long
+        self.usual: float | None = None  # seconds of a step that only decodes
 
-    def took(self, seconds: float, read: int, decoded: int) -> None:
+    def most(self, longer: float) -> int:
+        """Return the number for a step that may take ``longer`` times as long."""
+        return min(MOST_READ, int(self.tokens * (longer - 1) / (LONGER - 1)))
+
+    def took(self, seconds: float, read: int, decoded: int, longer: float = LONGER) -> None:
         """Adapt to the seconds of a step that computed ``read`` context tokens and continued ``decoded`` replies."""
         if not decoded:
             return
         if not read:
             self.usual = seconds if self.usual is None else 0.7 * self.usual + 0.3 * seconds
         elif self.usual is not None:
-            if seconds > LONGER * self.usual:
-                self.tokens = max(LEAST_READ, min(self.tokens, read) / 2)
-            elif read >= self.tokens - 1:
+            if seconds > longer * self.usual:
+                self.tokens = max(LEAST_READ, self.tokens * min(1, read / self.most(longer)) / 2)
+            elif read >= self.most(longer):
                 self.tokens = min(MOST_READ, 1.2 * self.tokens)
 
 
@@ -251,7 +257,7 @@ class Decoder:
         self.decoding: list[Reply] = []
         let_attend_by_row_(model)
         self.cache = KeyValues.of(model)
-        self.pace, self.steps, self.stepped = Pace(), 0, time.monotonic()
+        self.pace, self.longer, self.steps, self.stepped = Pace(), LONGER, 0, time.monotonic()
         self.wake, self.closed, self.draining = threading.Condition(), False, False
         self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self.thread.start()
@@ -397,7 +403,8 @@ class Decoder:
             self._choose(self._compute(work, [*decoding, *(reply for reply, _ in reading)]))
         self.stepped = time.monotonic()
         if self.cache.passes > passes:  # otherwise the only token was guessed before, which takes no time
-            self.pace.took(self.stepped - start, sum(tokens for _, tokens in reading), len(decoding))
+            self.pace.took(self.stepped - start, sum(tokens for _, tokens in reading), len(decoding),
+                           self.longer)
 
     def _keep(self, reply: Reply) -> None:
         """Keep what a reply has computed for the next request of its client.
@@ -486,23 +493,42 @@ class Decoder:
         """Choose the replies whose contexts this step computes further, and the number of tokens of each.
 
         A quarter of the tokens goes to the oldest request, the rest to clients with few contexts, the shortest first.
+        Short contexts may have more tokens if many clients wait with one, because their replies are then decoded
+        together.
         """
         readers = [reply for reply in self.decoding if reply.reading]
         alone = all(reply.reading for reply in self.decoding)
         if not readers or not alone and self.steps % 8 == 0:  # `Pace` must also time steps that only decode
             return []
-        budget = MOST_READ if alone else int(self.pace.tokens)
+        self.longer = self._allowed(readers)
+        usual, crowded = (MOST_READ, MOST_READ) if alone else map(self.pace.most, (LONGER, self.longer))
         crowd = Counter(reply.client.address for reply in readers)
         order = sorted(readers[1:], key=lambda reply: (crowd[reply.client.address], len(reply.rows[0].ids)))
-        first = min(len(readers[0].rows[0].ids), max(1, budget // 4) if order else budget)
-        reading, budget = [(readers[0], first)], budget - first
-        for reply in order:
-            if budget <= 0:
-                break
-            tokens = min(budget, len(reply.rows[0].ids))
-            reading.append((reply, tokens))
-            budget -= tokens
+        reading, done = [], 0
+        for reply in (readers[0], *order):
+            left = len(reply.rows[0].ids)
+            most = crowded if left <= MOST_READ else usual
+            if reply is readers[0] and order:
+                most = max(1, most // 4)
+            if (tokens := min(most - done, left)) > 0:
+                reading.append((reply, tokens))
+                done += tokens
         return reading
+
+    def _allowed(self, readers: list[Reply]) -> float:
+        """Return the factor by which contexts may lengthen a step.
+
+        It grows with the number of clients that wait with a short context, per client whose reply is being decoded. As
+        soon as there are several addresses, they count as the clients, so that none becomes a crowd on its own.
+        """
+        several = len({reply.client.address for reply in self.decoding}) > 1
+
+        def clients(replies: Iterable[Reply]) -> int:
+            return len({reply.client.address if several else reply.client for reply in replies})
+
+        waiting = clients(reply for reply in readers if len(reply.rows[0].ids) <= MOST_READ)
+        crowd = waiting / max(1, clients(reply for reply in self.decoding if not reply.reading))
+        return min(CROWDED, max(LONGER, 1 + crowd / 2))
 
     def _compute(self, work: list[Work], replies: list[Reply]) -> list[tuple[Reply, torch.Tensor]]:
         """Compute ``work``, which belongs to ``replies``; return the replies whose rows are all computed, with logits.
