@@ -435,6 +435,23 @@ def test_missing_gradio_says_how_to_install_it():
     assert "pip install -r requirements/web.txt" in done.stderr
 
 
+def test_connections_do_not_hold_small_packets_back():
+    """Accept a connection: without TCP_NODELAY, Nagle's algorithm would add 40 ms to nearly every answer."""
+    async def accepted() -> int:
+        option = asyncio.get_running_loop().create_future()
+        with demo.listen("localhost", 0) as listening:
+            server = await asyncio.start_server(lambda _, writer: option.set_result(writer.get_extra_info(
+                "socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)), sock=listening)
+            _, writer = await asyncio.open_connection(*listening.getsockname()[:2])
+            async with server:
+                try:
+                    return await option
+                finally:
+                    writer.close()
+
+    assert asyncio.run(accepted())
+
+
 def test_unusable_ports_and_hosts_are_refused():
     with demo.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]

@@ -131,8 +131,9 @@ def allow_many_files() -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens at the address. Raises `InputError` if that is impossible."""
     try:
-        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family)
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # With the protocol named, asyncio sends small packets at once; otherwise they wait 40 ms for Nagle's algorithm.
+        listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(place)
         listening.listen(1024)
