@@ -3,7 +3,8 @@
 # make tutorial      install Jupyter and run docs/tutorial.py to make docs/tutorial.ipynb and docs/tutorial.html: some
 #                    minutes (in Korean: make tutorial TUTORIALS=docs/tutorial.ko.md)
 # make install       only install, into .venv
-# make test          run the whole test suite
+# make test          run the test suite, without the test of the next line
+# make test-long     train the tiny model of the demo on a copy of the repository: some minutes
 # make test-fast     run the fast tests, which take less than two minutes together
 # make lint          check style and types
 # make faults        kill a training run 40 times, resume it each time and compare the weights: some minutes; can be
@@ -23,7 +24,7 @@ TUTORIALS ?= docs/tutorial.py
 TEST_PROCESSES := 2  # each computes on one thread, see tests/conftest.py
 BIN := $(VENV)/bin
 
-.PHONY: attack bench clean demo docker-check faults fuzz install lint parlai test test-fast tutorial web
+.PHONY: attack bench clean demo docker-check faults fuzz install lint parlai test test-fast test-long tutorial web
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./recipes/demo.sh
@@ -35,10 +36,13 @@ tutorial: $(VENV)/tutorial-installed
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/make_tutorial.py $(TUTORIALS)
 
 test: $(VENV)/test-installed
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --durations 15
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --durations 15 -m "not long"
+
+test-long: $(VENV)/test-installed
+	$(BIN)/python -m pytest -q -m long
 
 test-fast: $(VENV)/test-installed
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal -m "not slow and not long"
 
 fuzz: $(VENV)/fuzz-installed
 	$(BIN)/python tests/fuzz.py $(FUZZ_FLAGS)

@@ -275,14 +275,16 @@ def main() -> None:
     add("--answers", default="answers.jsonl", metavar="FILE", help="file to add the answers to (default: %(default)s)")
     add("--annotator", default="", metavar="NAME", help="name of the person who answers")
     add("--questions", action="store_true", help=f"also ask which reply is better in {', '.join(QUESTIONS)}")
-    add("--web", action="store_true", help="ask in the browser; each visitor enters a name")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--web", action="store_true", help="ask in the browser; each visitor enters a name")
     add("--port", type=port_number, default=8000, help="port of the page; 0: any free port (default: %(default)s)")
-    add("--reward_model", metavar="DIR", help="answer all questions by a reward model from feedback.reward")
+    how.add_argument("--reward_model", metavar="DIR",
+                     help="answer all questions by a reward model from feedback.reward")
     add("--margin", type=coefficient, default=0.0, metavar="DEVIATIONS",
         help="replies whose rewards differ by less are a tie; rewards have standard deviation 1 (default: %(default)s)")
     add("--fp16", default="", choices=["", "bf16"], help="the reward model's half precision (default: none)")
-    add("--simulate", choices=SIMULATED, metavar="METHOD",
-        help="answer all questions automatically: rule (longer replies and questions win) or coin (at random)")
+    how.add_argument("--simulate", choices=SIMULATED, metavar="METHOD",
+                     help="answer all questions automatically: rule (longer replies and questions win), coin (at random)")
     add("--noise", type=share, default=0.1, help="share of the rule's answers that are reversed (default: %(default)s)")
     add("--seed", type=whole_number, default=0, help="seed of order, sides and simulation (default: %(default)s)")
     annotate(parser.parse_args())

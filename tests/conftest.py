@@ -37,17 +37,16 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary
 
 # These test files train, start servers or browsers, or compare with whole libraries; together they take minutes.
 SLOW = {f"test_{name}.py" for name in (
-    "attack", "checkpoints", "commands", "decoders", "demo", "distributed", "export", "gguf", "hostile", "judge",
+    "attack", "checkpoints", "commands", "decoders", "distributed", "export", "gguf", "hostile", "judge",
     "lora", "page", "parlai", "persona", "policy", "published", "ranking", "reward", "selfplay", "serving", "sharing",
     "terminal", "tutorial")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests, and run the demo first: it takes minutes, and at the end one process would wait for it."""
+    """Mark the slow tests."""
     for item in items:
         if item.path.name in SLOW:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.name != "test_demo.py")
 
 
 def shared(path: str) -> Path:

@@ -213,6 +213,14 @@ def in_terminal(pairs_path: Path, answers: Path, typed: str, *more) -> subproces
                           timeout=300)
 
 
+@pytest.mark.parametrize("both", [("--web", "--simulate", "coin"), ("--simulate", "rule", "--reward_model", "reward"),
+                                  ("--reward_model", "reward", "--web")])
+def test_only_one_way_of_answering_is_accepted(world, tmp_path, both):
+    done = in_terminal(world / "pairs.jsonl", tmp_path / "answers.jsonl", "", *both)
+    assert done.returncode == 2 and b"not allowed with argument" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
 def test_answering_through_a_pipe_continues(world, pairs, tmp_path):
     path = tmp_path / "answers.jsonl"
     done = in_terminal(world / "pairs.jsonl", path, "a\nz\nb\na\nt\n", "--questions")

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.long
 def test_the_demo_trains_a_tiny_model_without_the_base(tmp_path):
     copy, hidden = tmp_path / "repository", tmp_path / "hidden"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", ".demo", "runs", "dataset_cache*"))
