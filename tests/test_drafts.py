@@ -181,6 +181,7 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
         read_drafts(tmp_path, 6)
 
 
+@pytest.mark.slow
 def test_the_recipe_counts_a_models_replies(tmp_path, small_corpus):
     folder = write_checkpoint(tmp_path / "bot", FAMILIES["llama"], byte_level())
     done = subprocess.run([sys.executable, ROOT / "recipes" / "drafts.py", folder, small_corpus, "8"], cwd=tmp_path,

@@ -112,6 +112,7 @@ def test_totals_add_up_over_turns(pair, table):
         torch.testing.assert_close(out.mc_logits[0], together.mc_logits[index], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
 def test_the_compiled_network_computes_the_same(pair, table):
     """Compare losses, scores and a gradient with --compile on two batches of different shape."""
