@@ -54,7 +54,7 @@ async def converse(client: httpx.AsyncClient, number: int, persona: list[str], l
         messages.append({"role": "user", "content": line})
         start = time.perf_counter()
         reply = await client.post("/v1/chat/completions", json={
-            "messages": messages, "max_tokens": LENGTH, "seed": number + 1})
+            "messages": messages, "max_tokens": LENGTH, "seed": number + 1, "top_k": 5})
         waits.append(time.perf_counter() - start)
         reply.raise_for_status()
         assert reply.json()["usage"]["completion_tokens"] == LENGTH

@@ -43,9 +43,10 @@ same speed whatever its size.
 
 Most of it goes into matrix products, which run near the highest speed that this machine reaches for them: see the
 rows "where a training step goes" above. bfloat16 can be faster than float32 at most by the factor by which the
-machine multiplies faster in it. Machines of the same name differ in this factor. The rows of training, of the
-training step and of the web server were measured on a machine whose large products run at 0.94 TFLOP/s in bfloat16
-and 0.22 in float32. All other rows come from a machine that reached 0.43 in bfloat16. Neither has AMX.
+machine multiplies faster in it. Machines of the same name differ in this factor. The rows of training and of the
+training step were measured on a machine whose large products run at 0.94 TFLOP/s in bfloat16 and 0.22 in float32,
+before float32 used oneDNN; those of the web server on one of 0.87 and 0.21. Rows that name no peak come from a machine
+that reached 0.43 in bfloat16. None has AMX.
 """
 
 NO_GPU = "Nothing has been measured on a GPU yet. `benchmarks/gpu.sh` measures everything there in eight minutes."

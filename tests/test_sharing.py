@@ -172,6 +172,11 @@ def test_a_crowd_is_many_clients_with_short_contexts():
         assert decoder._allowed(readers) == longer
     decoder.decoding = talking[:1] + short
     assert decoder._allowed(short) == CROWDED
+    own = [reply(Client("a", "x"), 60)]  # a further request of a client that is alone
+    decoder.decoding = talking[:1] + own
+    assert decoder._allowed(own) == CROWDED
+    decoder.decoding = talking + own
+    assert decoder._allowed(own) == LONGER
     decoder.steps, decoder.pace.usual = 1, 0.1
     for readers, pieces in ((long, [8, 24]), (short, [24, 72]), (long + short, [8, 73, 15]),
                             (long + short[:1], [8, 24])):

@@ -519,8 +519,11 @@ class Decoder:
         """Return the factor by which contexts may lengthen a step.
 
         It grows with the number of clients that wait with a short context, per client whose reply is being decoded. As
-        soon as there are several addresses, they count as the clients, so that none becomes a crowd on its own.
+        soon as there are several addresses, they count as the clients, so that none becomes a crowd on its own. A
+        client that is alone delays only itself.
         """
+        if len({reply.client for reply in self.decoding}) == 1:
+            return CROWDED
         several = len({reply.client.address for reply in self.decoding}) > 1
 
         def clients(replies: Iterable[Reply]) -> int:
