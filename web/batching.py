@@ -500,7 +500,8 @@ class Decoder:
         alone = all(reply.reading for reply in self.decoding)
         if not readers or not alone and self.steps % 8 == 0:  # `Pace` must also time steps that only decode
             return []
-        self.longer = self._allowed(readers)
+        short = any(len(reply.rows[0].ids) <= MOST_READ for reply in readers)
+        self.longer = self._allowed(readers) if short else LONGER
         usual, crowded = (MOST_READ, MOST_READ) if alone else map(self.pace.most, (LONGER, self.longer))
         crowd = Counter(reply.client.address for reply in readers)
         order = sorted(readers[1:], key=lambda reply: (crowd[reply.client.address], len(reply.rows[0].ids)))
