@@ -284,7 +284,7 @@ def main() -> None:
         help="replies whose rewards differ by less are a tie; rewards have standard deviation 1 (default: %(default)s)")
     add("--fp16", default="", choices=["", "bf16"], help="the reward model's half precision (default: none)")
     how.add_argument("--simulate", choices=SIMULATED, metavar="METHOD",
-                     help="answer all questions automatically: rule (longer replies, questions) or coin (at random)")
+                     help="answer automatically: rule (longer replies and questions win) or coin (at random)")
     add("--noise", type=share, default=0.1, help="share of the rule's answers that are reversed (default: %(default)s)")
     add("--seed", type=whole_number, default=0, help="seed of order, sides and simulation (default: %(default)s)")
     annotate(parser.parse_args())

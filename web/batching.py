@@ -34,7 +34,7 @@ LARGEST = 2  # a request may take 1 / LARGEST of the memory, so that others find
 KEPT = 4  # 1 / KEPT of the memory may hold what conversations have computed, until their next message
 KEPT_FOR = 600.0  # s
 LONGER = 1.5  # times as long as other steps: what a step that also computes contexts may take
-CROWDED = 3.0  # the same while many clients wait with short contexts
+CROWDED = 3.0  # the same for the short contexts of many clients, or of one that is alone
 LONGEST_PAUSE = 1.0  # s between two updates of a growing reply
 logger = logging.getLogger("batching")
 
@@ -403,8 +403,7 @@ class Decoder:
             self._choose(self._compute(work, [*decoding, *(reply for reply, _ in reading)]))
         self.stepped = time.monotonic()
         if self.cache.passes > passes:  # otherwise the only token was guessed before, which takes no time
-            self.pace.took(self.stepped - start, sum(tokens for _, tokens in reading), len(decoding),
-                           self.longer)
+            self.pace.took(self.stepped - start, sum(tokens for _, tokens in reading), len(decoding), self.longer)
 
     def _keep(self, reply: Reply) -> None:
         """Keep what a reply has computed for the next request of its client.
@@ -500,8 +499,7 @@ class Decoder:
         alone = all(reply.reading for reply in self.decoding)
         if not readers or not alone and self.steps % 8 == 0:  # `Pace` must also time steps that only decode
             return []
-        short = any(len(reply.rows[0].ids) <= MOST_READ for reply in readers)
-        self.longer = self._allowed(readers) if short else LONGER
+        self.longer = self._allowed(readers)
         usual, crowded = (MOST_READ, MOST_READ) if alone else map(self.pace.most, (LONGER, self.longer))
         crowd = Counter(reply.client.address for reply in readers)
         order = sorted(readers[1:], key=lambda reply: (crowd[reply.client.address], len(reply.rows[0].ids)))
@@ -523,6 +521,9 @@ class Decoder:
         soon as there are several addresses, they count as the clients, so that none becomes a crowd on its own. A
         client that is alone delays only itself.
         """
+        short = [reply for reply in readers if len(reply.rows[0].ids) <= MOST_READ]
+        if not short:
+            return LONGER
         if len({reply.client for reply in self.decoding}) == 1:
             return CROWDED
         several = len({reply.client.address for reply in self.decoding}) > 1
@@ -530,8 +531,7 @@ class Decoder:
         def clients(replies: Iterable[Reply]) -> int:
             return len({reply.client.address if several else reply.client for reply in replies})
 
-        waiting = clients(reply for reply in readers if len(reply.rows[0].ids) <= MOST_READ)
-        crowd = waiting / max(1, clients(reply for reply in self.decoding if not reply.reading))
+        crowd = clients(short) / max(1, clients(reply for reply in self.decoding if not reply.reading))
         return min(CROWDED, max(LONGER, 1 + crowd / 2))
 
     def _compute(self, work: list[Work], replies: list[Reply]) -> list[tuple[Reply, torch.Tensor]]:

@@ -85,7 +85,7 @@ class Block(NamedTuple):
         return spread.index_copy_(0, self.own, of_sequences)
 
     def by_token(self, states: torch.Tensor) -> torch.Tensor:
-        """Do the reverse."""
+        """Return what belongs to the new tokens, (tokens, …), of states by slot, (slots, tokens of each, …)."""
         return (states if self.own is None else states[self.own]).flatten(0, 1)
 
 
