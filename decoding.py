@@ -210,21 +210,26 @@ def allowed_scores(logits: torch.Tensor, options: Sequence[Decoding], said: Sequ
     """
     scores = logits.to(torch.float32, copy=True)
     sampled: dict[tuple, list[int]] = {}
+    changes: dict[tuple[int, int], float] = {}  # row and token → what is added
+    forbidden: list[tuple[int, int]] = []
     for row, (decoding, tokens) in enumerate(zip(options, said, strict=True)):
         own = len(tokens) if new is None else new[row]
-        changes = dict(decoding.logit_bias)
+        changes |= {(row, token): bias for token, bias in decoding.logit_bias}
         if decoding.frequency_penalty or decoding.presence_penalty:
             for token, times in Counter(tokens[len(tokens) - own:]).items():
                 penalty = times * decoding.frequency_penalty + decoding.presence_penalty
-                changes[token] = changes.get(token, 0.0) - penalty
-        if changes:
-            scores[row, list(changes)] += torch.tensor([*changes.values()], device=scores.device)
+                changes[row, token] = changes.get((row, token), 0.0) - penalty
         if own < min(decoding.min_length, decoding.max_length):
-            scores[row, list(special)] = -math.inf
-        if banned := repeating(tokens, decoding.no_repeat_ngram_size):
-            scores[row, banned] = -math.inf
+            forbidden += [(row, token) for token in special]
+        forbidden += [(row, token) for token in repeating(tokens, decoding.no_repeat_ngram_size)]
         if not decoding.no_sample and decoding.num_beams == 1:
             sampled.setdefault((decoding.temperature, decoding.top_k, decoding.top_p), []).append(row)
+    if changes:  # one operation for all rows, because each takes a GPU some time to start
+        rows, tokens = zip(*changes, strict=True)
+        scores[rows, tokens] += torch.tensor([*changes.values()], device=scores.device)
+    if forbidden:
+        rows, tokens = zip(*forbidden, strict=True)
+        scores[rows, tokens] = -math.inf
     for (temperature, top_k, top_p), rows in sampled.items():
         scores[rows] = top_filtering(scores[rows] / temperature, top_k, top_p)
     return scores
@@ -237,6 +242,8 @@ def choose_tokens(scores: torch.Tensor, options: Sequence[Decoding],
     ``generators``: a random generator per row (default: torch's global one). The result has None for a row without a
     choice, because its logits are not numbers or all tokens are forbidden.
     """
+    if scores.device.type != "cpu":
+        return choose_at_once(scores, options, generators)
     usable, likeliest = scores.amax(-1).isfinite().tolist(), scores.argmax(-1).tolist()
     tokens: list[int | None] = []
     for row, decoding in enumerate(options):
@@ -250,6 +257,24 @@ def choose_tokens(scores: torch.Tensor, options: Sequence[Decoding],
             drawn = torch.multinomial(scores[row, allowed].softmax(-1), 1, generator=generator)
             tokens.append(int(allowed[drawn]))
     return tokens
+
+
+def choose_at_once(scores: torch.Tensor, options: Sequence[Decoding],
+                   generators: Sequence[torch.Generator | None] | None = None) -> list[int | None]:
+    """Do the same as `choose_tokens` for all rows at once: the CPU waits for a GPU each time it reads from it.
+
+    A drawn token is the one with the largest sum of its score and a number from the Gumbel distribution (Gumbel 1954),
+    which is the negative logarithm of an exponentially distributed number. The random numbers are others than those of
+    `choose_tokens`.
+    """
+    if generators:
+        noise = torch.stack([torch.empty_like(row).exponential_(generator=generator)
+                             for row, generator in zip(scores, generators, strict=True)])
+    else:
+        noise = torch.empty_like(scores).exponential_()
+    drawn = torch.tensor([not decoding.no_sample for decoding in options], device=scores.device)
+    tokens = (scores - noise.log_() * drawn[:, None]).argmax(-1)
+    return [None if token < 0 else token for token in tokens.where(scores.amax(-1).isfinite(), -1).tolist()]
 
 
 # ------------------------------------------------------------------------------------------------ whole replies
@@ -324,7 +349,8 @@ def _sampled(model: DoubleHeadsModel, prompts: list[Segment], special: Specials,
             going.remove(rows[row])
         staying = [context for context in range(len(rows) // samples)
                    if going.intersection(rows[context * samples:(context + 1) * samples])]
-        if 0 < len(staying) < len(rows) // samples:
+        if 0 < len(staying) < len(rows) // samples and \
+                len(staying) <= sequences.worth_leaving * len(rows) // samples:
             staying = _close_ranks(staying)
             sequences.keep(staying)
             rows = [rows[context * samples + sample] for context in staying for sample in range(samples)]

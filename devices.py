@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from cli import InputError, process_number
+from graphs import Recorded
 from model import HALF, DoubleHeadsModel, DoubleHeadsOutput, autocast, half_dtype
 from weights import linear_layers
 
@@ -38,10 +39,15 @@ logger = logging.getLogger(__name__)
 
 
 def add_flags(add: Callable) -> None:
-    """Add the flags of precision and processes; ``add``: the ``add_argument`` of a parser or of a group of flags."""
+    """Add the flags of precision, memory and processes.
+
+    ``add``: the ``add_argument`` of a parser or of a group of flags.
+    """
     add("--fp16", default="", choices=["", "O0", *HALF],
         help="half precision: bf16, or apex's O1 (autocast), O2 (with master weights) or O3 (pure; default: none)")
     add("--shard", action="store_true", help="keep only a part of each weight in each process (FSDP2)")
+    add("--gradient_checkpointing", action="store_true", help="save memory by computing hidden states twice")
+    add("--compile", action="store_true", help="compile the network during the first batches")
     add("--local_rank", "--local-rank", type=process_number, default=-1,
         help="number of this process, set by a launcher of 2019")
 
@@ -189,9 +195,8 @@ def prepare(model: DoubleHeadsModel, device: str, fp16: str = "", shard: bool = 
     if shard and world > 1:
         mesh = DeviceMesh.from_group(_Groups.gradients, torch.device(device).type)
         masters = MixedPrecisionPolicy(half, torch.float32) if fp16 == "O2" else MixedPrecisionPolicy()
-        blocks = next(part for part in model.base_model.modules() if isinstance(part, nn.ModuleList))
         fully_shard(model.multiple_choice_head, mesh=mesh)
-        for part in (*blocks, model):
+        for part in (*blocks(model), model):
             fully_shard(part, mesh=mesh, mp_policy=masters)
     elif shard:
         logger.warning("--shard: there is only one process, which keeps all weights")
@@ -202,6 +207,21 @@ def prepare(model: DoubleHeadsModel, device: str, fp16: str = "", shard: bool = 
     if not is_first():
         manual_seed(seed + idist.get_rank())
     return network
+
+
+def blocks(model: DoubleHeadsModel) -> nn.ModuleList:
+    """Return the blocks of a decoder: each has an attention layer and a feed-forward layer."""
+    return next(part for part in model.base_model.modules() if isinstance(part, nn.ModuleList))
+
+
+def compile_(model: DoubleHeadsModel) -> None:
+    """Compile the blocks of a decoder, in place; this happens during the first batch.
+
+    All blocks have the same code, so torch compiles it once. Compiling the whole network at once would take as long per
+    block. Rows differ in length, so sizes are variables in the compiled code.
+    """
+    for block in blocks(model):
+        block.compile(dynamic=True)
 
 
 def loss_scaler(device: str, fp16: str) -> torch.amp.GradScaler:
@@ -267,6 +287,23 @@ def exchanging(network: nn.Module, now: bool) -> AbstractContextManager:
     saves.
     """
     return nullcontext() if now or not isinstance(network, DistributedDataParallel) else network.no_sync()
+
+
+def recorded(network: nn.Module, device: str) -> Callable:
+    """Return a decorator for ``gradients(batch, group)``, which adds to the gradients of the network's weights.
+
+    It makes CUDA graphs of the function (`Recorded`) if there is a single process, with a GPU, and all weights are
+    float32, because then the gradients keep their place (`AdamW.zero_grad`); otherwise it does nothing. Checkpointed
+    activations cannot be recorded, since they read the state of the random numbers.
+    """
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in network.modules())
+    if not device.startswith("cuda") or idist.get_world_size() > 1 or checkpointed or any(
+            weight.dtype != torch.float32 for weight in weights):
+        return lambda gradients: gradients
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    return Recorded
 
 
 def mean_over_turns(value: Callable[[DoubleHeadsOutput], torch.Tensor]) -> Metric:

@@ -16,6 +16,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cli import require_memory
@@ -232,6 +233,9 @@ def pack_dialog(persona, history, turns, special: Specials, max_positions: int, 
     return row
 
 
+GOLD_MULTIPLE = 256  # gold tokens of a batch on a GPU; 64 turns have about 800
+
+
 def find_gold_places(labels: torch.Tensor) -> torch.Tensor:
     """Return the indices of the tokens that predict gold tokens, (gold tokens,), into the flattened ``labels``.
 
@@ -244,7 +248,8 @@ def find_gold_places(labels: torch.Tensor) -> torch.Tensor:
 def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> dict[str, torch.Tensor]:
     """Pad rows to the longest one and stack them to a batch of int64 tensors.
 
-    ``multiple``: the number of positions becomes a multiple of it; GPUs compute fastest with multiples of 8.
+    ``multiple``: the number of positions becomes a multiple of it, because GPUs compute fastest with multiples of 8.
+    ``gold_places`` is then filled up with 0, a place that predicts no gold token, so that few shapes occur.
     ``input_ids``, ``token_type_ids``, ``position_ids``, ``segment_ids`` (-1: padding), ``labels`` and ``visible`` are
     (rows, positions). ``mc_token_ids`` (-1: no candidate) is (turns, candidates); ``mc_labels``, the index of the gold
     candidate, and ``mc_rows``, the row of a turn, are (turns,). ``gold_places``: see `find_gold_places`. The batch has
@@ -265,8 +270,9 @@ def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> dict[str, torch
              "visible": 1}
     batch = {field: padded([getattr(row, field) for row in rows], fill, multiple) for field, fill in fills.items()}
     turns = [candidates for row in rows for candidates in row.mc_token_ids]
+    places = find_gold_places(batch["labels"])
     return batch | {
-        "gold_places": find_gold_places(batch["labels"]),
+        "gold_places": F.pad(places, (0, -len(places) % (GOLD_MULTIPLE if multiple > 1 else 1))),
         "mc_token_ids": padded(turns, NO_CANDIDATE),
         "mc_labels": torch.tensor([len(candidates) - 1 for candidates in turns]),
         "mc_rows": torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.mc_token_ids) for row in rows])),

@@ -244,10 +244,22 @@ def _with_onednn(layer: nn.Module, states: torch.Tensor) -> bool:
         and states.dtype == layer.weight.dtype == torch.float32
 
 
+def aligned_product(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute ``F.linear`` of (…, in) and (out, in) with rows of zeros that make ``out`` a multiple of 8.
+
+    Otherwise GPUs need two to three times as long. GPT's vocabulary of 40,483 tokens is odd.
+    """
+    if torch.is_autocast_enabled(states.device.type):
+        weight = weight.to(torch.get_autocast_dtype(states.device.type))  # before the copy
+    return F.linear(states, F.pad(weight, (0, 0, 0, -len(weight) % 8)))[..., :len(weight)]
+
+
 class Linear(nn.Linear):
-    """Compute torch's linear layer with quicker products in float32 on AMD's processors."""
+    """Compute torch's linear layer with quicker products: in float32 on AMD's processors, of odd sizes on GPUs."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if states.is_cuda and self.bias is None and len(self.weight) % 8:
+            return aligned_product(states, self.weight)
         if not _with_onednn(self, states):
             return super().forward(states)
         return _Linear.apply(states.flatten(0, -2), self.weight, self.bias).unflatten(0, states.shape[:-1])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from drafts import Ahead
+from graphs import Recorded
 from inputs import Segment
 from layers import extend_attention_, grouped_attention, usual_attention
 from llama import llama_body
@@ -43,7 +44,11 @@ class Sequences:
     ``logits`` (contexts, vocabulary) are the predictions after each context. All contexts are computed as one row of
     tokens without padding; tokens that several contexts begin with are computed once. The reply ``copy`` of a context
     has the row number context · copies + copy; all copies share the keys and values of their context.
+
+    Contexts whose replies have ended should leave (`keep`) when at most the share ``worth_leaving`` of them remains.
     """
+
+    worth_leaving = 1.0
 
     def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int,
                  earlier: "Sequences | None" = None):
@@ -276,8 +281,95 @@ def decoding_attention(attention: str, module: nn.Module, query: torch.Tensor, k
     return sequences.attend(key.layer, query, attention_mask, of_context, scale, softcap).to(query.dtype), None
 
 
+class StaticSequences:
+    """The same as `Sequences` for GPUs: rows padded to one width, whose steps are recorded as a CUDA graph.
+
+    A GPU computes padding faster than the CPU starts work for each context. Keys and values stay at one place in
+    memory: those of the context in the first ``width`` columns, then those of the reply.
+    """
+
+    worth_leaving = 0.5  # see `Sequences`; fewer rows have another shape, which must be recorded again
+
+    def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int):
+        self.model, self.copies, self.steps = model, copies, 0
+        self.width, device = max(len(context.ids) for context in contexts), model.device
+        self.columns = torch.arange(-(-(self.width + longest) // 8) * 8, device=device)[None]
+        self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer → keys, values
+        self.column: torch.Tensor | None = None  # where a step stores its keys and values; None: a pass of contexts
+
+        def padded(rows: list[list[int]]) -> torch.Tensor:
+            return torch.tensor([row + [row[-1]] * (self.width - len(row)) for row in rows], device=device)
+
+        self.lengths = torch.tensor([[len(context.ids)] for context in contexts], device=device)
+        self.starts = torch.tensor([[context.start] for context in contexts], device=device)
+        places = torch.arange(self.width, device=device)[None]
+        seen = (places <= places.T) & (places < self.lengths[:, :, None])  # (contexts, queries, keys)
+        positions = self.starts + places.minimum(self.lengths - 1)
+        states = self._encode(padded([context.ids for context in contexts]),
+                              padded([context.types for context in contexts]), positions, seen, places)
+        self.logits = model.vocabulary_logits(states[torch.arange(len(contexts), device=device),
+                                                     self.lengths[:, 0] - 1])
+        self._select(torch.arange(len(contexts), device=device).repeat_interleave(copies))
+
+    def _encode(self, ids: torch.Tensor, types: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor,
+                keys: torch.Tensor) -> torch.Tensor:
+        mask = self.model.layer_masks(seen[:, None], positions, self.starts + keys)
+        return self.model.encode(ids, token_type_ids=types, position_ids=positions, attention_mask=mask,
+                                 past_key_values=self, use_cache=True).last_hidden_state
+
+    def step(self, tokens: Sequence[int], kind: int) -> torch.Tensor:
+        device = self.model.device
+        batch = {"ids": torch.tensor(tokens, device=device)[:, None],
+                 "column": torch.full((1,), self.width + self.steps, device=device)}
+        self.steps += 1
+        return self.compute(batch, kind)
+
+    def _step(self, batch: dict[str, torch.Tensor], kind: int) -> torch.Tensor:
+        ids, self.column = batch["ids"], batch["column"]
+        of_reply = self.columns >= self.width
+        keys = torch.where(of_reply, self.columns - self.width + self.lengths, self.columns)
+        seen = torch.where(of_reply, self.columns <= self.column, self.columns < self.lengths)
+        positions = self.starts + self.lengths + self.column - self.width
+        states = self._encode(ids, torch.full_like(ids, kind), positions, seen[:, None], keys)
+        return self.model.vocabulary_logits(states[:, -1])
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__) -> tuple:
+        """Store the keys and values of a pass, (rows, heads, tokens, size) each; the model's layers call this."""
+        if self.column is None:
+            self.states[layer] = tuple(F.pad(states, (0, 0, 0, self.columns.shape[1] - self.width))
+                                       for states in (keys, values))
+            return keys, values
+        for states, new in zip(self.states[layer], (keys, values), strict=True):
+            states.index_copy_(2, self.column, new)
+        return self.states[layer]
+
+    def get_seq_length(self, *_) -> int:
+        return 0
+
+    def _select(self, rows: torch.Tensor) -> None:
+        """Keep these rows, which moves all that a recorded step knows."""
+        self.starts, self.lengths = self.starts[rows], self.lengths[rows]
+        for layer, pair in self.states.items():
+            self.states[layer] = tuple(states[rows] for states in pair)
+        self.compute: Callable = Recorded(self._step) if self.model.device.type == "cuda" else self._step
+
+    def keep(self, contexts: list[int]) -> None:
+        self._select(torch.tensor([context * self.copies + copy for context in contexts
+                                   for copy in range(self.copies)], device=self.model.device))
+
+    def follow(self, parents: list[int]) -> None:
+        if parents == list(range(len(parents))):
+            return
+        rows, end = torch.tensor(parents, device=self.model.device), self.width + self.steps
+        for pair in self.states.values():
+            for states in pair:
+                states[:, :, self.width:end] = states[rows, :, self.width:end]
+
+
 class PaddedSequences:
     """The same as `Sequences` for other model families, with the cache of transformers and padding on the left."""
+
+    worth_leaving = 1.0
 
     def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int):
         self.model, self.copies, self.steps, self.cache = model, copies, 0, DynamicCache()
@@ -314,8 +406,13 @@ class PaddedSequences:
 
 
 def sequences_for(model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int,
-                  earlier: object = None) -> Sequences | PaddedSequences:
-    """Return `Sequences`, or `PaddedSequences` for model families with attention that cannot be replaced."""
-    if extend_attention_(model, IN_STEP, decoding_attention):
-        return Sequences(model, contexts, copies, longest, earlier if isinstance(earlier, Sequences) else None)
-    return PaddedSequences(model, contexts, copies, longest)
+                  earlier: object = None) -> Sequences | StaticSequences | PaddedSequences:
+    """Return `Sequences`, on GPUs `StaticSequences`.
+
+    Model families with attention that cannot be replaced get `PaddedSequences`.
+    """
+    if not extend_attention_(model, IN_STEP, decoding_attention):
+        return PaddedSequences(model, contexts, copies, longest)
+    if model.device.type != "cpu":
+        return StaticSequences(model, contexts, copies, longest)
+    return Sequences(model, contexts, copies, longest, earlier if isinstance(earlier, Sequences) else None)

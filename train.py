@@ -54,7 +54,7 @@ def training(args: Namespace) -> Path | None:
         model.activation_checkpointing_enable()
     train_loader, valid_loader = get_dataflow(args, tokenizer, model, table)
     if args.compile:
-        model.base_model.compile(dynamic=True)  # batches differ in length
+        devices.compile_(model)
     network = devices.prepare(model, args.device, args.fp16, args.shard, args.seed)
 
     optimizer = AdamW(model.parameters(), args.lr)
@@ -138,6 +138,12 @@ def create_trainer(network: nn.Module, optimizer: torch.optim.Optimizer, scaler:
     """Return an engine with one batch per iteration and ``--gradient_accumulation_steps`` iterations per step."""
     every = args.gradient_accumulation_steps
 
+    @devices.recorded(network, args.device)
+    def add_gradients(batch: dict[str, torch.Tensor], group: int) -> torch.Tensor:
+        (lm_loss, mc_loss), logged = devices.scale_losses(network(**batch))
+        scaler.scale((args.lm_coef * lm_loss + args.mc_coef * mc_loss) / group).backward()
+        return logged
+
     def update(engine: Engine, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         network.train()
         state = engine.state
@@ -146,9 +152,7 @@ def create_trainer(network: nn.Module, optimizer: torch.optim.Optimizer, scaler:
         last_of_step = state.iteration % every == 0 or state.iteration == total
         batch = convert_tensor(batch, device=args.device, non_blocking=True)
         with devices.exchanging(network, now=last_of_step):
-            (lm_loss, mc_loss), (lm_of_all, mc_of_all) = devices.scale_losses(network(**batch))
-            loss = args.lm_coef * lm_loss + args.mc_coef * mc_loss
-            scaler.scale(loss / group).backward()
+            lm_loss, mc_loss = add_gradients(batch, group)
         if last_of_step:
             scaler.unscale_(optimizer)
             state.gradient_norm = clip_grad_norm_(network.parameters(), args.max_norm)
@@ -156,7 +160,7 @@ def create_trainer(network: nn.Module, optimizer: torch.optim.Optimizer, scaler:
             scaler.update()
             optimizer.zero_grad()
             state.step += 1
-        return {"loss": args.lm_coef * lm_of_all + args.mc_coef * mc_of_all, "lm_loss": lm_of_all, "mc_loss": mc_of_all}
+        return {"loss": args.lm_coef * lm_loss + args.mc_coef * mc_loss, "lm_loss": lm_loss, "mc_loss": mc_loss}
 
     trainer = Engine(devices.within_memory(update, args))
     trainer.state.step, trainer.state.gradient_norm = 0, 0.0
@@ -224,8 +228,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     devices.add_flags(add)
     add("--lora", type=whole_number, default=0, metavar="RANK",
         help="train and save only low-rank updates of the model's weights; 0: off (default: %(default)s)")
-    add("--gradient_checkpointing", action="store_true", help="save memory by computing hidden states twice")
-    add("--compile", action="store_true", help="compile the network (its gain on GPUs is not measured)")
     add("--num_workers", type=worker_count, help="processes that build batches (default: 2 for a GPU, none for CPUs)")
     parser.set_defaults(processes=None, max_history=2)
     args = parse_resumable(parser, argv)

@@ -42,17 +42,19 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace, compiled: bool = False) -> dict[str, float]:
+def measure(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace, compiled: bool = False,
+            fp16: str = "bf16") -> dict[str, float]:
     """Time steps of train.py's trainer over consecutive batches, including building and moving them.
 
     Of ``args``, ``device``, ``turns`` per batch, ``workers``, ``warm_up`` and ``repeats`` (batches), and ``seed`` are
-    used. Return figures, on GPUs with the number of times that the CPU waits for the GPU in a step.
+    used. Return figures, on GPUs with the number of times that the CPU waits for the GPU in a step. The projected time
+    includes what the warm-up took longer than as many later batches: compiling, and recording CUDA graphs.
     """
     if compiled:
-        model.base_model.compile(dynamic=True)
-    network = devices.prepare(model, args.device, "bf16")
+        devices.compile_(model)
+    network = devices.prepare(model, args.device, fp16)
     optimizer, on_gpu = AdamW(model.parameters(), 6.25e-5), args.device != "cpu"
-    trainer = create_trainer(network, optimizer, devices.loss_scaler(args.device, "bf16"), Namespace(
+    trainer = create_trainer(network, optimizer, devices.loss_scaler(args.device, fp16), Namespace(
         device=args.device, gradient_accumulation_steps=1, lm_coef=1.0, mc_coef=1.0, max_norm=1.0))
     loader = get_loader(dataset, dataset.lengths()[0], args.turns, seed=args.seed, num_workers=args.workers,
                         pin_memory=on_gpu)
@@ -72,6 +74,7 @@ def measure(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace, comp
         found["work"] += 6 * (body * batch["input_ids"].numel() + vocabulary * gold)
         found["turns"] += len(batch["mc_rows"])
 
+    begun = time.perf_counter()
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
         trainer.run(loader, max_epochs=1, epoch_length=args.warm_up + args.repeats)
@@ -79,11 +82,13 @@ def measure(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace, comp
         torch.cuda.set_sync_debug_mode("default")
     synchronize(args.device)
     seconds = time.perf_counter() - found["start"]
+    to_start = max(0.0, found["start"] - begun - seconds * args.warm_up / args.repeats)
     top = peak(args.device)
     figures = {"ours": found["turns"] / seconds, "share of the bfloat16 peak": found["work"] / seconds / top,
                "peak, TFLOP/s": top / 1e12,
-               "hours for 3 epochs of 2 permutations": TURNS * seconds / found["turns"] / 3600}
+               "hours for 3 epochs of 2 permutations": (to_start + TURNS * seconds / found["turns"]) / 3600}
     if on_gpu:
+        figures["seconds to start"] = to_start
         figures["waits for the GPU per step"] = sum("synchron" in str(one.message) for one in waits) / args.repeats
         figures["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
     return figures

@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 import pytest
 import torch
 import transformers
+from scipy import stats
 
 from cli import InputError
 from decoding import (
@@ -14,6 +15,7 @@ from decoding import (
     Decoding,
     add_decoding_flags,
     allowed_scores,
+    choose_at_once,
     choose_tokens,
     generate_replies,
     repeating,
@@ -230,7 +232,11 @@ def test_options_override_flags():
 # -------------------------------------------------------------------------------------------- the choice of a token
 
 
-def test_rows_choose_tokens_independently():
+CHOICES = [choose_tokens, choose_at_once]  # on CPUs and on GPUs
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+def test_rows_choose_tokens_independently(choose):
     """Choose tokens with options, bans and seeds of every kind side by side, and for each row alone."""
     torch.manual_seed(0)
     ways = [Decoding(no_sample=True), Decoding(temperature=0.5), Decoding(top_k=2), Decoding(top_p=0.0),
@@ -243,7 +249,7 @@ def test_rows_choose_tokens_independently():
         def chosen(rows: list[int], logits=logits, seed=seed) -> list[int | None]:
             scores = allowed_scores(logits[rows], [ways[row] for row in rows], [said[row] for row in rows], SPECIAL)
             generators = [torch.Generator().manual_seed(seed) for _ in rows]
-            return choose_tokens(scores, [ways[row] for row in rows], generators)
+            return choose(scores, [ways[row] for row in rows], generators)
 
         together = chosen(list(range(len(ways))))
         assert together == [chosen([row])[0] for row in range(len(ways))]
@@ -251,25 +257,43 @@ def test_rows_choose_tokens_independently():
         assert together[4] not in SPECIAL and together[5] not in (5, 6) and together[6] != 6
 
 
+@pytest.mark.parametrize("choose", CHOICES)
+@pytest.mark.parametrize("seeded", [True, False])
+def test_tokens_are_drawn_by_their_probabilities(choose, seeded):
+    """Draw 3,000 tokens and compare their frequencies with the probabilities by a chi-squared test."""
+    torch.manual_seed(0)
+    way, count = Decoding(top_k=0, top_p=0.0, temperature=1.0), 3000
+    scores = torch.tensor([[1.0, 0.0, -math.inf, 2.0, -1.0]])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)] if seeded else None
+    tokens = choose(scores.expand(count, -1), [way] * count, generators)
+    frequencies = torch.bincount(torch.tensor(tokens), minlength=5)
+    expected = count * scores[0].double().softmax(-1)
+    assert frequencies[2] == 0
+    possible = [0, 1, 3, 4]
+    assert stats.chisquare(frequencies[possible], expected[possible]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("choose", CHOICES)
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("way", [Decoding(no_sample=True), Decoding(), Decoding(top_k=3, top_p=0.0)])
-def test_a_row_of_nan_does_not_disturb_others(broken, way):
+def test_a_row_of_nan_does_not_disturb_others(choose, broken, way):
     logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
-    alone = choose_tokens(allowed_scores(logits[[0, 2]], [way] * 2, [[]] * 2, SPECIAL), [way] * 2,
+    alone = choose(allowed_scores(logits[[0, 2]], [way] * 2, [[]] * 2, SPECIAL), [way] * 2,
                           [torch.Generator().manual_seed(7) for _ in range(2)])
     for place in (slice(None), 6) if broken != -math.inf else (slice(None),):
         logits[1] = 0.0
         logits[1, place] = broken
-        tokens = choose_tokens(allowed_scores(logits, [way] * 3, [[]] * 3, SPECIAL), [way] * 3,
+        tokens = choose(allowed_scores(logits, [way] * 3, [[]] * 3, SPECIAL), [way] * 3,
                                [torch.Generator().manual_seed(7) for _ in range(3)])
         assert tokens == [alone[0], None, alone[1]]
 
 
+@pytest.mark.parametrize("choose", CHOICES)
 @pytest.mark.parametrize("temperature", [0.0001, 5])
-def test_extreme_temperatures_work(temperature):
+def test_extreme_temperatures_work(choose, temperature):
     logits = torch.tensor([[1e4, -1e4, 3.0, 2.0, 0.0, 9e3]])
     way = Decoding(temperature=temperature, top_p=0.0, min_length=0)
-    assert choose_tokens(allowed_scores(logits, [way], [[]], SPECIAL), [way]) == [0]
+    assert choose(allowed_scores(logits, [way], [[]], SPECIAL), [way]) == [0]
 
 
 @pytest.mark.parametrize("size", range(5))

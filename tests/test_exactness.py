@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+import devices
 import layers
 import utils
 from cli import InputError
@@ -112,15 +113,40 @@ def test_totals_add_up_over_turns(pair, table):
         torch.testing.assert_close(out.mc_logits[0], together.mc_logits[index], atol=1e-5, rtol=0)
 
 
+def test_filled_up_batches_give_the_same_losses(pair, table):
+    """Compare batches as GPUs get them, with positions and gold places filled up, with batches without filling."""
+    model, _ = pair
+    dataset = TurnDataset(table["valid"], get_tokenizer(str(TINY)), 256, num_candidates=3)
+    for turns in ([0, 3, 57], [4]):
+        results = []
+        for multiple in (1, 8):
+            batch = collate([dataset[turn] for turn in turns], dataset.special.pad, multiple)
+            model.zero_grad()
+            out = model(**batch)
+            (out.lm_loss + out.mc_loss).backward()
+            results.append((out.lm_loss, out.nll, out.tokens, out.mc_logits, model.transformer.wte.weight.grad.clone()))
+        assert batch["input_ids"].shape[1] % 8 == 0 and len(batch["gold_places"]) % 256 == 0
+        torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("out", [16, 21])
+def test_an_aligned_product_is_the_plain_one(out):
+    torch.manual_seed(0)
+    states, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(out, 8, requires_grad=True)
+    results = []
+    for product in (layers.aligned_product, F.linear):
+        logits = product(states, weight)
+        results.append((logits, *torch.autograd.grad(logits.sin().sum(), (states, weight))))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
 def test_the_compiled_network_computes_the_same(pair, table):
     """Compare losses, scores and a gradient with --compile on two batches of different shape."""
     model, _ = pair
-    if not model.renamed:
-        pytest.skip("compiling takes a minute, so one family is enough")
     compiled = copy.deepcopy(model)
-    compiled.transformer.compile(dynamic=True)
+    devices.compile_(compiled)
     dataset = TurnDataset(table["valid"], get_tokenizer(str(TINY)), 256, num_candidates=3)
     for turns in ([0, 3, 57], [100, 221]):
         batch = collate([dataset[turn] for turn in turns], dataset.special.pad)

@@ -1,6 +1,7 @@
-"""Test that a training step needs no number from the GPU: on a GPU if there is one, and on CPUs by watching torch."""
+"""Test that a training step reads nothing from the GPU, on CPUs by watching torch; and on a GPU, that it is right."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import devices
 import train
-from inputs import DialogDataset, TurnDataset, collate
+from decoding import Decoding, generate_replies
+from graphs import Recorded
+from inputs import DialogDataset, TurnDataset, build_context, collate
 from schedule import AdamW
 from tokenization import get_tokenizer
 from utils import get_dataset
@@ -75,3 +78,95 @@ def test_a_training_step_reads_nothing(rows, tmp_path):
     trainer.run(batches, max_epochs=1)
     assert trainer.state.step == 3 and not torch.equal(before, model.lm_head.weight)
     assert torch.stack(outputs).isfinite().all()
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Return the tiny model, without dropout and with weights far from zero, and a data set for it."""
+    tokenizer, model = get_tokenizer(str(TINY)), load_model(str(TINY))
+    add_special_tokens_(model, tokenizer)
+    torch.manual_seed(3)
+    for weight in model.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    split = get_dataset(tokenizer, str(SAMPLE), str(tmp_path_factory.mktemp("cache") / "c"))["valid"]
+    return model.eval(), TurnDataset.for_model(model, split, tokenizer, num_candidates=4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("fp16, tolerance", [("", 1e-4), ("bf16", 0.05)])
+def test_losses_and_gradients_equal_those_of_the_cpu(tiny, compiled, fp16, tolerance):
+    model, dataset = tiny
+    batch = collate([dataset[row] for row in range(7)], dataset.special.pad, multiple=8)
+    results = []
+    for device in ("cpu", "cuda"):
+        own = copy.deepcopy(model)
+        if compiled and device == "cuda":
+            devices.compile_(own)
+        network = devices.prepare(own, device, fp16 if device == "cuda" else "")
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        out = network(**{name: tensor.to(device) for name, tensor in batch.items()})
+        (out.lm_loss + out.mc_loss).backward()
+        results.append([out.lm_loss, out.mc_logits, *(weight.grad for weight in own.parameters())])
+    least = 0.01 * torch.stack([exact.norm() for exact in results[0]]).max()  # some gradients are nothing but rounding
+    for ours, exact in zip(results[1], results[0], strict=True):
+        assert (ours.cpu() - exact).norm() < tolerance * max(exact.norm(), least)
+
+
+@needs_gpu
+@pytest.mark.parametrize("fp16, group", [("", 1), ("", 2), ("bf16", 1), ("O2", 2)])
+def test_recorded_steps_train_like_others(tiny, fp16, group, monkeypatch):
+    """Train on batches of three shapes, each four times, with CUDA graphs and without; compare losses and weights."""
+    model, dataset = tiny
+    args = train.parse_args(["--device", "cuda", "--fp16", fp16, "--lr", "1e-3"])
+    args.gradient_accumulation_steps, recorded, results = group, [], []
+    batches = 4 * [collate([dataset[row] for row in rows], dataset.special.pad, multiple=8)
+                   for rows in ((0, 1), (40, 70, 99), (5, 12))]
+    record = Recorded._record
+    monkeypatch.setattr(Recorded, "_record", lambda self, *batch: recorded.append(1) or record(self, *batch))
+    for decorator in (devices.recorded, lambda network, device: lambda function: function):
+        monkeypatch.setattr(devices, "recorded", decorator)
+        own, losses = copy.deepcopy(model), []
+        for layer in own.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        own.config.attn_pdrop = 0.0
+        for block in own.transformer.h:
+            block.attn.attn_dropout.p = 0.0
+        network = devices.prepare(own, "cuda", fp16)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        trainer = train.create_trainer(network, AdamW(own.parameters(), 1e-3), devices.loss_scaler("cuda", fp16), args)
+        trainer.add_event_handler(train.Events.ITERATION_COMPLETED,
+                                  lambda engine, losses=losses: losses.append(engine.state.output["loss"].clone()))
+        trainer.run(batches, max_epochs=1)
+        results.append((torch.stack(losses).cpu(), own.transformer.h[0].mlp.c_fc.weight.detach().cpu()))
+    assert len(recorded) == 3
+    for ours, usual in zip(*results, strict=True):
+        torch.testing.assert_close(ours, usual, rtol=0.02 if fp16 else 1e-4, atol=0.02 if fp16 else 1e-4)
+
+
+@needs_gpu
+def test_replayed_steps_draw_new_dropout(tiny):
+    model, dataset = tiny
+    args = train.parse_args(["--device", "cuda", "--lr", "0"])
+    args.gradient_accumulation_steps, losses = 1, []
+    own = copy.deepcopy(model)
+    trainer = train.create_trainer(devices.prepare(own, "cuda"), AdamW(own.parameters(), 0.0),
+                                   devices.loss_scaler("cuda", ""), args)
+    trainer.add_event_handler(train.Events.ITERATION_COMPLETED,
+                              lambda engine: losses.append(float(engine.state.output["loss"])))
+    trainer.run(6 * [collate([dataset[0], dataset[1]], dataset.special.pad, multiple=8)], max_epochs=1)
+    assert len(set(losses)) == 6
+
+
+@needs_gpu
+@pytest.mark.parametrize("how", [Decoding(no_sample=True), Decoding(num_beams=3), Decoding(top_k=1)])
+def test_replies_equal_those_of_the_cpu(tiny, how):
+    model, dataset = tiny
+    contexts = [build_context(*dataset.context(turn), dataset.special) for turn in range(8)]
+    replies = [generate_replies(copy.deepcopy(model).to(device), contexts, dataset.special, how)
+               for device in ("cpu", "cuda")]
+    assert replies[0] == replies[1] and any(replies[0])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_serving import SPECIAL, VOCABULARY, asked, sentence, small_model
 
-from decoding import Memory, generate_replies
+from decoding import Decoding, Memory, generate_replies
 from inputs import begin_reply, build_context
 from packing import PackedLinear, can_pack, prepare_to_decode_
-from sequences import sequences_for
+from sequences import StaticSequences, sequences_for
 
 FAMILIES = ["llama", "qwen2", "mistral", "gpt2", "openai-gpt", "gemma2"]
 
@@ -88,3 +88,22 @@ def test_a_conversation_computes_only_what_is_new(family, beams):
             saved += 1
         history.append(replies[0])
     assert saved == 5
+
+
+ENDING = {"llama": 1, "qwen2": 2, "mistral": 1, "gpt2": 6, "openai-gpt": 4, "gemma2": 10}  # some replies end early
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("samples", [1, 2])
+def test_sequences_for_gpus_give_the_same_replies(family, samples, monkeypatch):
+    """Decode with the sequences of GPUs, here without recording, and with those of CPUs."""
+    model, prompts, lengths = small_model(family, 4), contexts(random.Random(7), 8), set()
+    for how in ({"no_sample": True}, {"num_beams": 3}, {"num_beams": 2, "no_repeat_ngram_size": 1}):
+        way = Decoding(max_length=9, logit_bias=((SPECIAL.eos, ENDING[family]),), **how)
+        with monkeypatch.context() as patch:
+            expected = generate_replies(model, prompts, SPECIAL, way, samples=samples)
+            patch.setattr("decoding.sequences_for", lambda model, contexts, copies, longest, earlier: StaticSequences(
+                model, contexts, copies, longest))
+            assert generate_replies(model, prompts, SPECIAL, way, samples=samples) == expected
+        lengths.update(map(len, expected))
+    assert len(lengths) > 1
