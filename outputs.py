@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from consistency import Question
-from decoding import Decoding, fitted_context, generate_replies, readable
+from decoding import Decoding, Memory, fitted_context, generate_replies, readable
 from inputs import IGNORED, LengthBatches, Row, TurnDataset, collate, get_loader, max_reply
 from metrics import split_words
 from model import DoubleHeadsModel, autocast
@@ -181,12 +181,12 @@ def replies(model: DoubleHeadsModel, dataset: TurnDataset, tokenizer: Tokenizer,
             batch_size: int) -> Iterator[tuple[int, dict]]:
     """Yield each turn's number and the generated ``reply``. A ``decoding.seed`` of 0 is a seed like any other here."""
     torch.manual_seed(decoding.seed)
-    special = tokens_for_chat(tokenizer)
+    special, memory = tokens_for_chat(tokenizer), Memory()
     for start in range(0, len(dataset), batch_size):  # neighbours are turns of one dialog and share their beginning
         turns = range(start, min(start + batch_size, len(dataset)))
         contexts = [fitted_context(model, *dataset.context(turn), special, decoding.max_length)
                     for turn in turns]
-        batch = generate_replies(model, contexts, special, decoding)
+        batch = generate_replies(model, contexts, special, decoding, memory=memory)
         for turn, reply in zip(turns, batch, strict=True):
             yield turn, {"reply": readable(tokenizer, reply)}
 

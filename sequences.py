@@ -45,7 +45,7 @@ class Sequences:
     tokens without padding; tokens that several contexts begin with are computed once. The reply ``copy`` of a context
     has the row number context · copies + copy; all copies share the keys and values of their context.
 
-    Contexts whose replies have ended should leave (`keep`) when at most the share ``worth_leaving`` of them remains.
+    Contexts whose replies have ended may leave (`keep`) when at most the share ``worth_leaving`` of them remains.
     """
 
     worth_leaving = 1.0
@@ -281,87 +281,110 @@ def decoding_attention(attention: str, module: nn.Module, query: torch.Tensor, k
     return sequences.attend(key.layer, query, attention_mask, of_context, scale, softcap).to(query.dtype), None
 
 
-class StaticSequences:
-    """The same as `Sequences` for GPUs: rows padded to one width, whose steps are recorded as a CUDA graph.
+class Room:
+    """Memory for the keys and values of ``rows`` sequences on a GPU, and the step that extends each by a token.
 
-    A GPU computes padding faster than the CPU starts work for each context. Keys and values stay at one place in
-    memory: those of the context in the first ``width`` columns, then those of the reply.
+    The context of a sequence lies in the first ``width`` columns, its reply behind them. The step is recorded as a CUDA
+    graph, which knows these places, so a room is used again for later sequences of the same shape.
     """
 
-    worth_leaving = 0.5  # see `Sequences`; fewer rows have another shape, which must be recorded again
-
-    def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int):
-        self.model, self.copies, self.steps = model, copies, 0
-        self.width, device = max(len(context.ids) for context in contexts), model.device
-        self.columns = torch.arange(-(-(self.width + longest) // 8) * 8, device=device)[None]
+    def __init__(self, model: DoubleHeadsModel, rows: int, width: int, columns: int):
+        self.model, self.shape = model, (rows, width, columns)
+        self.columns = torch.arange(columns, device=model.device)[None]
         self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer → keys, values
         self.column: torch.Tensor | None = None  # where a step stores its keys and values; None: a pass of contexts
+        self.copies = 1  # the number of sequences that get each context of a pass
+        self.step: Callable = Recorded(self._step) if model.device.type == "cuda" else self._step
 
-        def padded(rows: list[list[int]]) -> torch.Tensor:
-            return torch.tensor([row + [row[-1]] * (self.width - len(row)) for row in rows], device=device)
+    def encode(self, ids: torch.Tensor, types: torch.Tensor, starts: torch.Tensor, places: torch.Tensor,
+               seen: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states of tokens, (rows, tokens, hidden).
 
-        self.lengths = torch.tensor([[len(context.ids)] for context in contexts], device=device)
-        self.starts = torch.tensor([[context.start] for context in contexts], device=device)
-        places = torch.arange(self.width, device=device)[None]
-        seen = (places <= places.T) & (places < self.lengths[:, :, None])  # (contexts, queries, keys)
-        positions = self.starts + places.minimum(self.lengths - 1)
-        states = self._encode(padded([context.ids for context in contexts]),
-                              padded([context.types for context in contexts]), positions, seen, places)
-        self.logits = model.vocabulary_logits(states[torch.arange(len(contexts), device=device),
-                                                     self.lengths[:, 0] - 1])
-        self._select(torch.arange(len(contexts), device=device).repeat_interleave(copies))
-
-    def _encode(self, ids: torch.Tensor, types: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor,
-                keys: torch.Tensor) -> torch.Tensor:
-        mask = self.model.layer_masks(seen[:, None], positions, self.starts + keys)
-        return self.model.encode(ids, token_type_ids=types, position_ids=positions, attention_mask=mask,
+        ``ids``, ``types``, ``places`` (rows, tokens): the tokens, and their places in their sequences. ``starts``
+        (rows, 1): the position of each sequence's first token. ``seen`` (rows, tokens, columns): what a token sees.
+        ``keys`` (rows, columns): the places of keys in their sequences.
+        """
+        mask = self.model.layer_masks(seen[:, None], starts + places, starts + keys)
+        return self.model.encode(ids, token_type_ids=types, position_ids=starts + places, attention_mask=mask,
                                  past_key_values=self, use_cache=True).last_hidden_state
 
-    def step(self, tokens: Sequence[int], kind: int) -> torch.Tensor:
-        device = self.model.device
-        batch = {"ids": torch.tensor(tokens, device=device)[:, None],
-                 "column": torch.full((1,), self.width + self.steps, device=device)}
-        self.steps += 1
-        return self.compute(batch, kind)
-
     def _step(self, batch: dict[str, torch.Tensor], kind: int) -> torch.Tensor:
-        ids, self.column = batch["ids"], batch["column"]
-        of_reply = self.columns >= self.width
-        keys = torch.where(of_reply, self.columns - self.width + self.lengths, self.columns)
-        seen = torch.where(of_reply, self.columns <= self.column, self.columns < self.lengths)
-        positions = self.starts + self.lengths + self.column - self.width
-        states = self._encode(ids, torch.full_like(ids, kind), positions, seen[:, None], keys)
+        """Compute logits, (rows, vocabulary), from tokens ``ids``, of type ``kind``, that are stored in ``column``.
+
+        The batch also has the ``lengths`` and ``starts`` of the contexts. All but ``column`` (1,) are (rows, 1).
+        """
+        ids, self.column, lengths, width = batch["ids"], batch["column"], batch["lengths"], self.shape[1]
+        of_reply = self.columns >= width
+        keys = torch.where(of_reply, self.columns - width + lengths, self.columns)
+        seen = torch.where(of_reply, self.columns <= self.column, self.columns < lengths)
+        states = self.encode(ids, torch.full_like(ids, kind), batch["starts"], lengths + self.column - width,
+                             seen[:, None], keys)
         return self.model.vocabulary_logits(states[:, -1])
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__) -> tuple:
         """Store the keys and values of a pass, (rows, heads, tokens, size) each; the model's layers call this."""
-        if self.column is None:
-            self.states[layer] = tuple(F.pad(states, (0, 0, 0, self.columns.shape[1] - self.width))
-                                       for states in (keys, values))
-            return keys, values
+        if layer not in self.states:
+            self.states[layer] = tuple(
+                states.new_zeros(self.shape[0], states.shape[1], self.shape[2], states.shape[3])
+                for states in (keys, values))
         for states, new in zip(self.states[layer], (keys, values), strict=True):
-            states.index_copy_(2, self.column, new)
-        return self.states[layer]
+            if self.column is None:
+                states[:, :, :new.shape[2]] = new.repeat_interleave(self.copies, 0)
+                states[:, :, new.shape[2]:] = 0  # NaN of an earlier use would spread even from masked columns
+            else:
+                states.index_copy_(2, self.column, new)
+        return (keys, values) if self.column is None else self.states[layer]
 
     def get_seq_length(self, *_) -> int:
+        """Return 0. Some families use this to number positions, but here positions are given."""
         return 0
 
-    def _select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, which moves all that a recorded step knows."""
-        self.starts, self.lengths = self.starts[rows], self.lengths[rows]
-        for layer, pair in self.states.items():
-            self.states[layer] = tuple(states[rows] for states in pair)
-        self.compute: Callable = Recorded(self._step) if self.model.device.type == "cuda" else self._step
+
+class StaticSequences:
+    """The same as `Sequences` for GPUs, which compute padding faster than the CPU starts work for each context."""
+
+    worth_leaving = 0.0  # see `Sequences`; other rows would need another room
+    ROUND = 64  # columns; so that later contexts find a room of their shape
+
+    def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int,
+                 earlier: "StaticSequences | None" = None):
+        self.model, self.copies, self.steps, device = model, copies, 0, model.device
+        longest_context = max(len(context.ids) for context in contexts)
+        self.width = -(-longest_context // self.ROUND) * self.ROUND
+        shape = len(contexts) * copies, self.width, self.width + -(-longest // 8) * 8
+        self.room = earlier.room if earlier and earlier.room.shape == shape else Room(model, *shape)
+        self.room.column, self.room.copies = None, copies
+
+        def padded(rows: list[list[int]]) -> torch.Tensor:
+            return torch.tensor([row + [row[-1]] * (longest_context - len(row)) for row in rows], device=device)
+
+        lengths = torch.tensor([[len(context.ids)] for context in contexts], device=device)
+        starts = torch.tensor([[context.start] for context in contexts], device=device)
+        places = torch.arange(longest_context, device=device)[None]
+        seen = (places <= places.T) & (places < lengths[:, :, None])
+        states = self.room.encode(padded([context.ids for context in contexts]),
+                                  padded([context.types for context in contexts]), starts,
+                                  places.minimum(lengths - 1), seen, places.expand(len(contexts), -1))
+        self.logits = model.vocabulary_logits(states[torch.arange(len(contexts), device=device), lengths[:, 0] - 1])
+        self.lengths, self.starts = (rows.repeat_interleave(copies, 0) for rows in (lengths, starts))
+
+    def step(self, tokens: Sequence[int], kind: int) -> torch.Tensor:
+        column = torch.full((1,), self.width + self.steps, device=self.model.device)
+        ids = torch.tensor(tokens, device=self.model.device)[:, None]
+        self.steps += 1
+        return self.room.step({"ids": ids, "column": column, "lengths": self.lengths, "starts": self.starts}, kind)
 
     def keep(self, contexts: list[int]) -> None:
-        self._select(torch.tensor([context * self.copies + copy for context in contexts
-                                   for copy in range(self.copies)], device=self.model.device))
+        rows = [context * self.copies + copy for context in contexts for copy in range(self.copies)]
+        room = Room(self.model, len(rows), *self.room.shape[1:])
+        room.states = {layer: tuple(states[rows] for states in pair) for layer, pair in self.room.states.items()}
+        self.room, self.lengths, self.starts = room, self.lengths[rows], self.starts[rows]
 
     def follow(self, parents: list[int]) -> None:
         if parents == list(range(len(parents))):
             return
         rows, end = torch.tensor(parents, device=self.model.device), self.width + self.steps
-        for pair in self.states.values():
+        for pair in self.room.states.values():
             for states in pair:
                 states[:, :, self.width:end] = states[rows, :, self.width:end]
 
@@ -414,5 +437,6 @@ def sequences_for(model: DoubleHeadsModel, contexts: Sequence[Segment], copies: 
     if not extend_attention_(model, IN_STEP, decoding_attention):
         return PaddedSequences(model, contexts, copies, longest)
     if model.device.type != "cpu":
-        return StaticSequences(model, contexts, copies, longest)
+        return StaticSequences(model, contexts, copies, longest,
+                               earlier if isinstance(earlier, StaticSequences) else None)
     return Sequences(model, contexts, copies, longest, earlier if isinstance(earlier, Sequences) else None)

@@ -1,10 +1,12 @@
 """Measure training, choosing, decoding and the web server on a GPU, in at most eight minutes.
 
-    benchmarks/gpu.sh                                                 # all of it, with RESULTS.md
-    benchmarks/gpu.sh --device cpu --model models/tiny --turns 4      # see on a CPU that each part works
+    benchmarks/gpu.sh                                 # all of it, with RESULTS.md
+    benchmarks/gpu.sh --parts decoding,serving        # some of it
+    benchmarks/gpu.sh --device cpu --model models/tiny --turns 4 --warm_up 1 --repeats 1     # on a CPU, to see it work
 
 A part that fails prints why and the others go on; after every part the results so far are saved. The sides are
-openai-gpt's size with random weights, for the recipe of 2019, and ``--model``, by default SmolLM2-135M.
+openai-gpt's size with random weights, for the recipe of 2019, and ``--model``, by default SmolLM2-135M. Most shapes of
+batches must have come twice before training has its later speed, so that the warm-up has hundreds of batches.
 """
 
 import asyncio
@@ -14,6 +16,7 @@ import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,13 +26,14 @@ from serving import measure as converse
 from textbook import Bench, parse_args, report
 
 import utils
-from decoding import Decoding, generate_replies
+from decoding import Decoding, Memory, generate_replies
 from inputs import DialogDataset, Specials, TurnDataset, build_context, get_loader
 from model import DoubleHeadsModel, autocast
 from tokenization import get_tokenizer, save_tokenizer
 from weights import add_special_tokens_, load_model, save_model
 
 LENGTH = 20  # tokens of a reply
+TIMES = 5  # for the mean of other work than training
 
 
 class Parts:
@@ -38,6 +42,7 @@ class Parts:
     def __init__(self, args: Namespace):
         self.args, self.tokenizer = args, get_tokenizer(args.model)
         self.special = Specials.of(self.tokenizer)
+        self.compiled = (False,) if args.device == "cpu" else (False, True)
         cache = Path(tempfile.gettempdir(), "transfertransfo_gpu")
         self.table = utils.get_dataset(self.tokenizer, args.data, str(cache))
 
@@ -54,25 +59,27 @@ class Parts:
         work()
         synchronize(self.args.device)
         start = time.perf_counter()
-        for _ in range(self.args.repeats):
+        for _ in range(TIMES):
             work()
         synchronize(self.args.device)
-        return (time.perf_counter() - start) / self.args.repeats
+        return (time.perf_counter() - start) / TIMES
 
     def recipe(self) -> Iterator[dict]:
-        for compiled in (False, True)[:1 + (self.args.device != "cpu")]:
+        for compiled in self.compiled:
             bench = Bench(self.args)
             yield {"work": f"full recipe, openai-gpt's size, 4 candidates{', compiled' * compiled}", "unit": "turns/s",
                    **measure(bench.ours, bench.dataset("train", 4), self.args, compiled)}
 
     def fine_tuning(self) -> Iterator[dict]:
         name = Path(self.args.model).name
-        for label, kind, turns in (("a row per turn", TurnDataset, self.args.turns),
-                                   ("--pack_dialogs", DialogDataset, max(1, self.args.turns // 8))):
+        for label, kind, turns, compiled in (
+                *(("a row per turn", TurnDataset, self.args.turns, compiled) for compiled in self.compiled),
+                ("--pack_dialogs", DialogDataset, max(1, self.args.turns // 8), False)):
             args = Namespace(**vars(self.args) | {"turns": turns})
-            figures = measure(self.model(), self.dataset("train", 4, kind), args)
+            figures = measure(self.model(), self.dataset("train", 4, kind), args, compiled)
             del figures["hours for 3 epochs of 2 permutations"]
-            yield {"work": f"training {name}, 4 candidates, {label}", "unit": "turns/s", **figures}
+            yield {"work": f"training {name}, 4 candidates, {label}{', compiled' * compiled}", "unit": "turns/s",
+                   **figures}
 
     @torch.inference_mode()
     def choosing(self) -> Iterator[dict]:
@@ -91,8 +98,8 @@ class Parts:
         contexts = [build_context(*dataset.context(turn), self.special) for turn in range(64)]
         for count, sampled in itertools.product((1, 64), (False, True)):
             how = Decoding(max_length=LENGTH, min_length=LENGTH, no_sample=not sampled)
-            with torch.inference_mode():
-                took = self.seconds(lambda: generate_replies(model, contexts[:count], self.special, how))  # noqa: B023
+            reply = partial(generate_replies, model, contexts[:count], self.special, how, memory=Memory())
+            took = self.seconds(reply)
             yield {"work": f"{count} repl{'ies' if count > 1 else 'y'} of {LENGTH} tokens, "
                            f"{'nucleus' if sampled else 'greedy'}", "unit": "replies/s", "ours": count / took}
 
@@ -107,12 +114,12 @@ class Parts:
 
 
 def main() -> None:
-    args = parse_args(__doc__.splitlines()[0], device="cuda", model="smollm2", turns=64, workers=2, warm_up=8,
-                      repeats=20, seconds=480)
+    args = parse_args(__doc__.splitlines()[0], device="cuda", model="smollm2", turns=64, workers=2, warm_up=300,
+                      repeats=100, seconds=480, parts="recipe,fine_tuning,choosing,decoding,serving")
     start, parts, rows = time.perf_counter(), Parts(args), []
-    for part in (parts.recipe, parts.fine_tuning, parts.choosing, parts.decoding, parts.serving):
+    for part in args.parts.split(","):
         try:
-            for row in part():
+            for row in getattr(parts, part)():
                 rows.append(row | {"work": f"{row['work']}, bfloat16 on {args.device}"})
                 if time.perf_counter() - start > args.seconds:
                     break
