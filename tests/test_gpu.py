@@ -14,6 +14,7 @@ from decoding import Decoding, generate_replies
 from graphs import Recorded
 from inputs import DialogDataset, TurnDataset, build_context, collate
 from schedule import AdamW
+from sequences import sequences_for
 from tokenization import get_tokenizer
 from utils import get_dataset
 from weights import add_special_tokens_, load_model
@@ -78,6 +79,13 @@ def test_a_training_step_reads_nothing(rows, tmp_path):
     trainer.run(batches, max_epochs=1)
     assert trainer.state.step == 3 and not torch.equal(before, model.lm_head.weight)
     assert torch.stack(outputs).isfinite().all()
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Multiply float32 exactly; `devices.prepare` chooses TF32."""
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -160,6 +168,23 @@ def test_replayed_steps_draw_new_dropout(tiny):
                               lambda engine: losses.append(float(engine.state.output["loss"])))
     trainer.run(6 * [collate([dataset[0], dataset[1]], dataset.special.pad, multiple=8)], max_epochs=1)
     assert len(set(losses)) == 6
+
+
+@needs_gpu
+def test_decoding_steps_equal_those_of_the_cpu(tiny):
+    """Compare logits of eight steps, in a new room and in one that is used again; most steps are replayed."""
+    model, dataset = tiny
+    own, earlier = copy.deepcopy(model).to("cuda"), None
+    for first in (0, 20):
+        contexts = [build_context(*dataset.context(turn), dataset.special) for turn in range(first, first + 5)]
+        with torch.inference_mode():
+            usual = sequences_for(model, contexts, 1, 10)
+            earlier = ours = sequences_for(own, contexts, 1, 10, earlier)
+            torch.testing.assert_close(ours.logits.cpu(), usual.logits, atol=2e-3, rtol=1e-3)
+            for step in range(8):
+                tokens = [30 + 7 * step + row for row in range(5)]
+                logits = [one.step(tokens, dataset.special.speaker1) for one in (ours, usual)]
+                torch.testing.assert_close(logits[0].cpu(), logits[1], atol=2e-3, rtol=1e-3)
 
 
 @needs_gpu
