@@ -89,7 +89,8 @@ def measure(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace, comp
                "hours for 3 epochs of 2 permutations": (to_start + TURNS * seconds / found["turns"]) / 3600}
     if on_gpu:
         figures["seconds to start"] = to_start
-        figures["waits for the GPU per step"] = sum("called a synchronizing" in str(one.message) for one in waits) / args.repeats
+        waited = sum("called a synchronizing" in str(one.message) for one in waits)
+        figures["waits for the GPU per step"] = waited / args.repeats
         figures["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
     return figures
 

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import torch
@@ -24,7 +26,10 @@ from textbook import ROOT, alternate, parse_args, report
 
 from decoding import Decoding, fitted_context, generate_replies, load_checkpoint
 from inputs import Specials, begin_reply
+from model import DoubleHeadsModel
 from readers import read_any
+from sequences import Sequences
+from weights import linear_layers
 
 LENGTH = 20
 numbers = itertools.count(1)
@@ -110,6 +115,25 @@ def beside_llama_cpp(args, folder: Path, dialogs: list, threads: int) -> list[di
             measured(args.conversations, dialogs, f"{args.conversations} conversations at once")]
 
 
+def operations(model: DoubleHeadsModel, weights: int, work: Callable[[], object]) -> float:
+    """Count the operations of ``work()`` in products with the weights: 2 per weight and token or logits' row."""
+    done, states, logits = [0], Sequences._states, model.vocabulary_logits
+    head = model.get_input_embeddings().weight.numel()
+
+    def count_states(self, ids, *rest):
+        done[0] += 2 * weights * ids.numel()
+        return states(self, ids, *rest)
+
+    def count_logits(hidden):
+        done[0] += 2 * head * hidden[..., 0].numel()
+        return logits(hidden)
+
+    with mock.patch.object(Sequences, "_states", count_states), \
+            mock.patch.object(model, "vocabulary_logits", count_logits):
+        work()
+    return done[0]
+
+
 def beside_generate(args, folder: Path, turns: list[tuple[list[str], list[str]]], threads: int) -> dict:
     """Measure greedy replies in batches, as evaluation of F1 decodes them; in float32 both sides must agree."""
     own = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -131,6 +155,7 @@ def beside_generate(args, folder: Path, turns: list[tuple[list[str], list[str]]]
 
     if generate_replies(model, batches[0], special, greedy) != textbook(batches[0]):
         raise SystemExit("greedy replies in float32 differ; nothing was timed")
+    weights = sum(layer.weight.numel() for layer in linear_layers(model))
     model, tokenizer = load_checkpoint("persona", fp16="bf16")
     own.bfloat16()
     seconds = alternate({"ours": lambda: [generate_replies(model, batch, special, greedy) for batch in batches],
@@ -140,7 +165,9 @@ def beside_generate(args, folder: Path, turns: list[tuple[list[str], list[str]]]
     return {"work": f"default bot against transformers' generate(): F1, batches of 32, bfloat16, {threads} thread(s)",
             "unit": "replies/s", "ours": len(contexts) / seconds["ours"],
             "reference": len(contexts) / seconds["theirs"], "ratio": seconds["theirs"] / seconds["ours"],
-            "replies that are the same, %": 100 * same / len(contexts)}
+            "replies that are the same, %": 100 * same / len(contexts),
+            "GFLOP per reply": operations(model, weights, lambda: [
+                generate_replies(model, batch, special, greedy) for batch in batches]) / len(contexts) / 1e9}
 
 
 def main() -> None:
@@ -158,6 +185,7 @@ def main() -> None:
         rows = beside_llama_cpp(args, Path(name), dialogs, threads)
         rows.append(beside_generate(args, Path(name), turns[:32 * args.batches], threads))
     peak = peaks()
+    rows[-1]["replies/s at the peak"] = 1e3 * peak["peak, TFLOP/s"] / rows[-1]["GFLOP per reply"]
     report("llama_cpp", args, [row | peak for row in rows])
     print(f"{time.perf_counter() - start:.0f} s")
 

@@ -52,9 +52,9 @@ that reached 0.43 in bfloat16. None has AMX.
 GPU = """
 ## On a GPU
 
-`benchmarks/gpu.sh` measures this in eight minutes. Here it ran in parts on one H200, with libraries of that machine: Python
-3.12, torch 2.11 and transformers 5.23. In training, "seconds to start" are for compiling and recording CUDA graphs; the
-projected hours of the recipe include them. docs/lab-log.md says where the rest of a training step goes.
+`benchmarks/gpu.sh` measures this in eight minutes. Here it ran in parts on one H200, with libraries of that machine:
+Python 3.12, torch 2.11 and transformers 5.23. In training, "seconds to start" are for compiling and recording CUDA
+graphs; the projected hours of the recipe include them. docs/lab-log.md says where the rest of a training step goes.
 
 """
 
