@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 
 import ignite.distributed as idist
 import torch
@@ -301,9 +302,7 @@ def recorded(network: nn.Module, device: str) -> Callable:
     if not device.startswith("cuda") or idist.get_world_size() > 1 or checkpointed or any(
             weight.dtype != torch.float32 for weight in weights):
         return lambda gradients: gradients
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    return Recorded
+    return partial(partial, Recorded())
 
 
 def mean_over_turns(value: Callable[[DoubleHeadsOutput], torch.Tensor]) -> Metric:

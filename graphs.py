@@ -15,45 +15,47 @@ logger = logging.getLogger(__name__)
 
 
 class Recorded:
-    """``function(batch, constant)`` on a GPU, recorded once per shape of batches and replayed from then on.
+    """Calls of a ``function(batch, constant)`` on a GPU, recorded once per shape of batches and replayed from then on.
 
     ``batch`` is a dictionary of tensors, ``constant`` anything else on which the computation depends. The function must
     not read a number from the GPU; what it changes, such as gradients, must stay at the same place in memory. It
     returns a tensor. A shape is computed as usual when it occurs for the first time, which also prepares its kernels,
     and recorded when it occurs again. If recording fails, everything is computed as usual from then on.
 
-    All graphs share their memory, because none needs what another has left there.
+    All graphs share their memory, because none needs what another has left there. The function is an argument of each
+    call, so that an object that records its own method has no reference to itself, and its memory is free at once.
     """
 
-    def __init__(self, function: Callable[[dict[str, torch.Tensor], Any], torch.Tensor]):
-        self.function, self.pool, self.failed = function, None, False
+    def __init__(self):
+        self.pool, self.failed = None, False
         self.seen: set[Hashable] = set()
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
 
-    def __call__(self, batch: dict[str, torch.Tensor], constant: Any) -> torch.Tensor:
+    def __call__(self, function: Callable[[dict[str, torch.Tensor], Any], torch.Tensor],
+                 batch: dict[str, torch.Tensor], constant: Any) -> torch.Tensor:
         shape = constant, *((name, tensor.shape) for name, tensor in batch.items())
         if shape not in self.graphs:
             if self.failed or shape not in self.seen or len(self.graphs) == MOST_GRAPHS:
                 self.seen.add(shape)
-                return self.function(batch, constant)
+                return function(batch, constant)
             try:
-                self.graphs[shape] = self._record(batch, constant)
+                self.graphs[shape] = self._record(function, batch, constant)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 self.failed = True
                 logger.warning("Steps cannot be recorded as CUDA graphs: %s", str(error).split("\n")[0])
-                return self.function(batch, constant)
+                return function(batch, constant)
         graph, inputs, result = self.graphs[shape]
         torch._foreach_copy_(inputs, list(batch.values()), non_blocking=True)
         graph.replay()
         return result.clone()
 
-    def _record(self, batch: dict[str, torch.Tensor], constant: Any
-                ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
-        """Record the function; this computes nothing yet."""
+    def _record(self, function: Callable[[dict[str, torch.Tensor], Any], torch.Tensor], batch: dict[str, torch.Tensor],
+                constant: Any) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
+        """Record a call; this computes nothing yet."""
         graph, inputs = torch.cuda.CUDAGraph(), {name: tensor.clone() for name, tensor in batch.items()}
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # another thread pins memory
-            result = self.function(inputs, constant)
+            result = function(inputs, constant)
         return graph, list(inputs.values()), result

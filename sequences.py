@@ -294,7 +294,7 @@ class Room:
         self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer → keys, values
         self.column: torch.Tensor | None = None  # where a step stores its keys and values; None: a pass of contexts
         self.copies = 1  # the number of sequences that get each context of a pass
-        self.step: Callable = Recorded(self._step) if model.device.type == "cuda" else self._step
+        self.recorded = Recorded()
 
     def encode(self, ids: torch.Tensor, types: torch.Tensor, starts: torch.Tensor, places: torch.Tensor,
                seen: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -308,11 +308,17 @@ class Room:
         return self.model.encode(ids, token_type_ids=types, position_ids=starts + places, attention_mask=mask,
                                  past_key_values=self, use_cache=True).last_hidden_state
 
-    def _step(self, batch: dict[str, torch.Tensor], kind: int) -> torch.Tensor:
-        """Compute logits, (rows, vocabulary), from tokens ``ids``, of type ``kind``, that are stored in ``column``.
+    def step(self, batch: dict[str, torch.Tensor], kind: int) -> torch.Tensor:
+        """Extend each sequence by a token and return the logits of the next tokens, (rows, vocabulary).
 
-        The batch also has the ``lengths`` and ``starts`` of the contexts. All but ``column`` (1,) are (rows, 1).
+        The batch has the tokens ``ids``, which are of type ``kind``, the ``column`` where they are stored, and the
+        ``lengths`` and ``starts`` of the contexts. All but ``column`` (1,) are (rows, 1).
         """
+        if self.model.device.type == "cuda":
+            return self.recorded(self._step, batch, kind)
+        return self._step(batch, kind)
+
+    def _step(self, batch: dict[str, torch.Tensor], kind: int) -> torch.Tensor:
         ids, self.column, lengths, width = batch["ids"], batch["column"], batch["lengths"], self.shape[1]
         of_reply = self.columns >= width
         keys = torch.where(of_reply, self.columns - width + lengths, self.columns)

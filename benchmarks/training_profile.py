@@ -13,7 +13,8 @@ from inputs import IGNORED
 from model import autocast
 
 KINDS = {  # by the names of torch's operations
-    "matrix products": ("mm", "addmm", "linear", "mkldnn_linear"),
+    "matrix products": ("mm", "addmm", "linear", "mkldnn_linear", "mkldnn::_linear_pointwise", "_Linear",
+                        "_LinearBackward"),
     "attention": ("bmm", "baddbmm", "_softmax", "_softmax_backward_data", "_safe_softmax", "isneginf", "all",
                   "_Attention", "_AttentionBackward"),
     "dropout masks": ("bernoulli_", "_Dropout", "_DropoutBackward", "ge"),
