@@ -4,6 +4,8 @@ Each side runs in its own process. The peak is the largest resident memory durin
 before it, which includes the weights (470 MB). Gradients and the optimizer's moments are allocated in the first step.
 """
 
+import ctypes
+import gc
 import subprocess
 import sys
 from argparse import Namespace
@@ -39,6 +41,8 @@ def measure(args: Namespace) -> float:
         del bench.own
         batch = collate([dataset[turn] for turn in turns], bench.special.pad)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6.25e-5, fused=precision != "textbook")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the work would find room that loading has left
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     with autocast("cpu", "bf16" if precision == "bfloat16" else ""), torch.set_grad_enabled(training):

@@ -22,7 +22,7 @@ guesses tokens of a reply on its own (`drafts.py`), theirs does not by default.
 
 In the rows "fine-tuning SmolLM2-135M" the other side is TRL's `SFTTrainer`, with the same weights, turns and precision.
 After so few steps the perplexities differ because train.py has the optimizer of 2019, whose first steps are shorter;
-the lab log has the perplexity with torch's. These rows are of processor time, one thread beside busy neighbours.
+the lab log has the perplexity with torch's. These rows are of wall time, with all threads.
 
 """
 
@@ -43,10 +43,9 @@ same speed whatever its size.
 
 Most of it goes into matrix products, which run near the highest speed that this machine reaches for them: see the
 rows "where a training step goes" above. bfloat16 can be faster than float32 at most by the factor by which the
-machine multiplies faster in it. Machines of the same name differ in this factor. The rows of training and of the
-training step were measured on a machine whose large products run at 0.94 TFLOP/s in bfloat16 and 0.22 in float32,
-before float32 used oneDNN; those of the web server on one of 0.87 and 0.21. Rows that name no peak come from a machine
-that reached 0.43 in bfloat16. None has AMX.
+machine multiplies faster in it. Machines of the same name differ in this factor. The rows of CPUs come from one run of
+`make bench` (26 minutes; memory and the profile of a step were run again after it) on a machine whose large products
+run at 0.75 to 0.86 TFLOP/s in bfloat16 and about 0.45 in float32. It has no AMX.
 """
 
 GPU = """
