@@ -225,11 +225,9 @@ def allowed_scores(logits: torch.Tensor, options: Sequence[Decoding], said: Sequ
         if not decoding.no_sample and decoding.num_beams == 1:
             sampled.setdefault((decoding.temperature, decoding.top_k, decoding.top_p), []).append(row)
     if changes:  # one operation for all rows, because each takes a GPU some time to start
-        rows, tokens = zip(*changes, strict=True)
-        scores[rows, tokens] += torch.tensor([*changes.values()], device=scores.device)
+        scores[tuple(zip(*changes, strict=True))] += torch.tensor([*changes.values()], device=scores.device)
     if forbidden:
-        rows, tokens = zip(*forbidden, strict=True)
-        scores[rows, tokens] = -math.inf
+        scores[tuple(zip(*forbidden, strict=True))] = -math.inf
     for (temperature, top_k, top_p), rows in sampled.items():
         scores[rows] = top_filtering(scores[rows] / temperature, top_k, top_p)
     return scores

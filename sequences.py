@@ -358,7 +358,7 @@ class StaticSequences:
         longest_context = max(len(context.ids) for context in contexts)
         self.width = -(-longest_context // self.ROUND) * self.ROUND
         shape = len(contexts) * copies, self.width, self.width + -(-longest // 8) * 8
-        self.room = earlier.room if earlier and earlier.room.shape == shape else Room(model, *shape)
+        self.room: Room = earlier.room if earlier and earlier.room.shape == shape else Room(model, *shape)
         self.room.column, self.room.copies = None, copies
 
         def padded(rows: list[list[int]]) -> torch.Tensor:
