@@ -133,6 +133,7 @@ def test_canonical_words(text, words):
     assert " ".join(canonical_words(text)) == words
 
 
+@pytest.mark.slow
 def test_personas_answer_their_questions():
     questions = read_questions(QUESTIONS)
     assert len(questions) >= 500 and len({tuple(one.persona) for one in questions}) >= 100

@@ -145,6 +145,8 @@ def test_an_aligned_product_is_the_plain_one(out):
 def test_the_compiled_network_computes_the_same(pair, table):
     """Compare losses, scores and a gradient with --compile on two batches of different shape."""
     model, _ = pair
+    if not model.renamed:
+        pytest.skip("compiling takes half a minute, so one family is enough")
     compiled = copy.deepcopy(model)
     devices.compile_(compiled)
     dataset = TurnDataset(table["valid"], get_tokenizer(str(TINY)), 256, num_candidates=3)

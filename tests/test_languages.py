@@ -18,7 +18,8 @@ SAMPLES = {"chinese": ROOT / "data" / "sample_chinese.jsonl", "finnish": ROOT / 
            "korean": ROOT / "data" / "sample_korean.jsonl"}
 
 
-@pytest.fixture(scope="module", params=SAMPLES)
+@pytest.fixture(scope="module", params=["korean", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("chinese", "finnish"))])
 def language(request, tmp_path_factory) -> Namespace:
     """Convert a sample, and make a small random GPT-2 with a byte-level BPE learnt from it."""
     folder = tmp_path_factory.mktemp(request.param)
