@@ -51,8 +51,8 @@ run at 0.75 to 0.86 TFLOP/s in bfloat16 and about 0.45 in float32. It has no AMX
 GPU = """
 ## On a GPU
 
-`benchmarks/gpu.sh` measures this in eight minutes. Here it ran in parts on one H200, with libraries of that machine:
-Python 3.12, torch 2.11 and transformers 5.23. In training, "seconds to start" are for compiling and recording CUDA
+`benchmarks/gpu.sh` measures this in eight minutes. Here its benchmark ran in two parts on one H200, with torch 2.11 of
+that machine, whose texts were split at spaces because it has no spaCy. In training, "seconds to start" are for compiling and recording CUDA
 graphs; the projected hours of the recipe include them. docs/lab-log.md says where the rest of a training step goes.
 
 """
