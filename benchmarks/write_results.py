@@ -52,9 +52,9 @@ GPU = """
 ## On a GPU
 
 `benchmarks/gpu.sh` measures this in eight minutes. Here its benchmark ran in two parts on one H200, with torch 2.11 of
-that machine. Texts were split at spaces there, because it has no spaCy. In training, "seconds to start" are for compiling
-and recording CUDA graphs; the projected hours of the recipe include them. docs/lab-log.md says where the rest of a
-training step goes.
+that machine. Texts were split at spaces there, because it has no spaCy. In training, "seconds to start" are for
+compiling and recording CUDA graphs; the projected hours of the recipe include them. docs/lab-log.md says where the
+rest of a training step goes.
 
 """
 
