@@ -347,8 +347,7 @@ def _sampled(model: DoubleHeadsModel, prompts: list[Segment], special: Specials,
             going.remove(rows[row])
         staying = [context for context in range(len(rows) // samples)
                    if going.intersection(rows[context * samples:(context + 1) * samples])]
-        if 0 < len(staying) < len(rows) // samples and \
-                len(staying) <= sequences.worth_leaving * len(rows) // samples:
+        if sequences.may_leave and 0 < len(staying) < len(rows) // samples:
             staying = _close_ranks(staying)
             sequences.keep(staying)
             rows = [rows[context * samples + sample] for context in staying for sample in range(samples)]

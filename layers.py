@@ -247,7 +247,7 @@ def _with_onednn(layer: nn.Module, states: torch.Tensor) -> bool:
 def aligned_product(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Compute ``F.linear`` of (…, in) and (out, in) with rows of zeros that make ``out`` a multiple of 8.
 
-    Otherwise GPUs need two to three times as long. GPT's vocabulary of 40,483 tokens is odd.
+    Without them, GPUs use slower kernels. GPT-1 has 40,483 tokens with the control tokens, which is an odd number.
     """
     if torch.is_autocast_enabled(states.device.type):
         weight = weight.to(torch.get_autocast_dtype(states.device.type))  # before the copy

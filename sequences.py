@@ -45,10 +45,10 @@ class Sequences:
     tokens without padding; tokens that several contexts begin with are computed once. The reply ``copy`` of a context
     has the row number context · copies + copy; all copies share the keys and values of their context.
 
-    Contexts whose replies have ended may leave (`keep`) when at most the share ``worth_leaving`` of them remains.
+    Contexts whose replies have ended leave the batch (`keep`) if ``may_leave`` is true.
     """
 
-    worth_leaving = 1.0
+    may_leave = True
 
     def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int,
                  earlier: "Sequences | None" = None):
@@ -293,7 +293,7 @@ class Room:
         self.columns = torch.arange(columns, device=model.device)[None]
         self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer → keys, values
         self.column: torch.Tensor | None = None  # where a step stores its keys and values; None: a pass of contexts
-        self.copies = 1  # the number of sequences that get each context of a pass
+        self.copies = 1  # each context of a pass is stored for so many sequences
         self.recorded = Recorded()
 
     def encode(self, ids: torch.Tensor, types: torch.Tensor, starts: torch.Tensor, places: torch.Tensor,
@@ -349,7 +349,7 @@ class Room:
 class StaticSequences:
     """The same as `Sequences` for GPUs, which compute padding faster than the CPU starts work for each context."""
 
-    worth_leaving = 0.0  # see `Sequences`; other rows would need another room
+    may_leave = False  # because the other rows would need another room
     ROUND = 64  # columns; so that later contexts find a room of their shape
 
     def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int,
@@ -398,7 +398,7 @@ class StaticSequences:
 class PaddedSequences:
     """The same as `Sequences` for other model families, with the cache of transformers and padding on the left."""
 
-    worth_leaving = 1.0
+    may_leave = True
 
     def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int):
         self.model, self.copies, self.steps, self.cache = model, copies, 0, DynamicCache()

@@ -43,8 +43,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace, compiled: bool = False,
-            fp16: str = "bf16") -> dict[str, float]:
+def measure(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace, compiled: bool = False) -> dict[str, float]:
     """Time steps of train.py's trainer over consecutive batches, including building and moving them.
 
     Of ``args``, ``device``, ``turns`` per batch, ``workers``, ``warm_up`` and ``repeats`` (batches), and ``seed`` are
@@ -53,9 +52,9 @@ def measure(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace, comp
     """
     if compiled:
         devices.compile_(model)
-    network = devices.prepare(model, args.device, fp16)
+    network = devices.prepare(model, args.device, "bf16")
     optimizer, on_gpu = AdamW(model.parameters(), 6.25e-5), args.device != "cpu"
-    trainer = create_trainer(network, optimizer, devices.loss_scaler(args.device, fp16), Namespace(
+    trainer = create_trainer(network, optimizer, devices.loss_scaler(args.device, "bf16"), Namespace(
         device=args.device, gradient_accumulation_steps=1, lm_coef=1.0, mc_coef=1.0, max_norm=1.0))
     loader = get_loader(dataset, dataset.lengths()[0], args.turns, seed=args.seed, num_workers=args.workers,
                         pin_memory=on_gpu)

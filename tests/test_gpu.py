@@ -93,7 +93,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Return the tiny model, without dropout and with weights far from zero, and a data set for it."""
+    """Return the tiny model, in evaluation mode and with weights far from zero, and a data set for it."""
     tokenizer, model = get_tokenizer(str(TINY)), load_model(str(TINY))
     add_special_tokens_(model, tokenizer)
     torch.manual_seed(3)
@@ -141,9 +141,6 @@ def test_recorded_steps_train_like_others(tiny, fp16, group, monkeypatch):
         for layer in own.modules():
             if isinstance(layer, torch.nn.Dropout):
                 layer.p = 0.0
-        own.config.attn_pdrop = 0.0
-        for block in own.transformer.h:
-            block.attn.attn_dropout.p = 0.0
         network = devices.prepare(own, "cuda", fp16)
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         trainer = train.create_trainer(network, AdamW(own.parameters(), 1e-3), devices.loss_scaler("cuda", fp16), args)
