@@ -34,6 +34,7 @@ from weights import add_special_tokens_, load_model, save_model
 
 LENGTH = 20  # tokens of a reply
 TIMES = 5  # for the mean of other work than training
+PARTS = "recipe,fine_tuning,choosing,decoding,serving"  # methods of `Parts`
 
 
 class Parts:
@@ -115,7 +116,9 @@ class Parts:
 
 def main() -> None:
     args = parse_args(__doc__.splitlines()[0], device="cuda", model="smollm2", turns=64, workers=2, warm_up=300,
-                      repeats=100, seconds=480, parts="recipe,fine_tuning,choosing,decoding,serving")
+                      repeats=100, seconds=480, parts=PARTS)
+    if unknown := set(args.parts.split(",")) - set(PARTS.split(",")):
+        raise SystemExit(f"--parts: no {', '.join(sorted(unknown))}; choose from {PARTS}")
     start, parts, rows = time.perf_counter(), Parts(args), []
     for part in args.parts.split(","):
         try:
