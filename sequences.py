@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from drafts import Ahead
-from graphs import Recorded
 from inputs import Segment
 from layers import extend_attention_, grouped_attention, usual_attention
 from llama import llama_body
 from model import DoubleHeadsModel
+from rooms import Piece, Room, columns_for
 
 PASS = 512  # new tokens of contexts in one forward pass: activations stay in the processor's cache
 IN_STEP = "_in_step"  # the suffix of the attention's name, see `layers.extend_attention_`
@@ -281,118 +281,53 @@ def decoding_attention(attention: str, module: nn.Module, query: torch.Tensor, k
     return sequences.attend(key.layer, query, attention_mask, of_context, scale, softcap).to(query.dtype), None
 
 
-class Room:
-    """Memory for the keys and values of ``rows`` sequences on a GPU, and the step that extends each by a token.
+class StaticSequences:
+    """The same as `Sequences` for GPUs, which compute padding faster than the CPU starts work for each context.
 
-    The context of a sequence lies in the first ``width`` columns, its reply behind them. The step is recorded as a CUDA
-    graph, which knows these places, so a room is used again for later sequences of the same shape.
+    ``earlier``: sequences whose `Room` is used again if it is large enough.
     """
 
-    def __init__(self, model: DoubleHeadsModel, rows: int, width: int, columns: int):
-        self.model, self.shape = model, (rows, width, columns)
-        self.columns = torch.arange(columns, device=model.device)[None]
-        self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer → keys, values
-        self.column: torch.Tensor | None = None  # where a step stores its keys and values; None: a pass of contexts
-        self.copies = 1  # each context of a pass is stored for so many sequences
-        self.recorded = Recorded()
-
-    def encode(self, ids: torch.Tensor, types: torch.Tensor, starts: torch.Tensor, places: torch.Tensor,
-               seen: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states of tokens, (rows, tokens, hidden).
-
-        ``ids``, ``types``, ``places`` (rows, tokens): the tokens, and their places in their sequences. ``starts``
-        (rows, 1): the position of each sequence's first token. ``seen`` (rows, tokens, columns): what a token sees.
-        ``keys`` (rows, columns): the places of keys in their sequences.
-        """
-        mask = self.model.layer_masks(seen[:, None], starts + places, starts + keys)
-        return self.model.encode(ids, token_type_ids=types, position_ids=starts + places, attention_mask=mask,
-                                 past_key_values=self, use_cache=True).last_hidden_state
-
-    def step(self, batch: dict[str, torch.Tensor], kind: int) -> torch.Tensor:
-        """Extend each sequence by a token and return the logits of the next tokens, (rows, vocabulary).
-
-        The batch has the tokens ``ids``, which are of type ``kind``, the ``column`` where they are stored, and the
-        ``lengths`` and ``starts`` of the contexts. All but ``column`` (1,) are (rows, 1).
-        """
-        if self.model.device.type == "cuda":
-            return self.recorded(self._step, batch, kind)
-        return self._step(batch, kind)
-
-    def _step(self, batch: dict[str, torch.Tensor], kind: int) -> torch.Tensor:
-        ids, self.column, lengths, width = batch["ids"], batch["column"], batch["lengths"], self.shape[1]
-        of_reply = self.columns >= width
-        keys = torch.where(of_reply, self.columns - width + lengths, self.columns)
-        seen = torch.where(of_reply, self.columns <= self.column, self.columns < lengths)
-        states = self.encode(ids, torch.full_like(ids, kind), batch["starts"], lengths + self.column - width,
-                             seen[:, None], keys)
-        return self.model.vocabulary_logits(states[:, -1])
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__) -> tuple:
-        """Store the keys and values of a pass, (rows, heads, tokens, size) each; the model's layers call this."""
-        if layer not in self.states:
-            self.states[layer] = tuple(
-                states.new_zeros(self.shape[0], states.shape[1], self.shape[2], states.shape[3])
-                for states in (keys, values))
-        for states, new in zip(self.states[layer], (keys, values), strict=True):
-            if self.column is None:
-                states[:, :, :new.shape[2]] = new.repeat_interleave(self.copies, 0)
-                states[:, :, new.shape[2]:] = 0  # NaN of an earlier use would spread even from masked columns
-            else:
-                states.index_copy_(2, self.column, new)
-        return (keys, values) if self.column is None else self.states[layer]
-
-    def get_seq_length(self, *_) -> int:
-        """Return 0. Some families use this to number positions, but here positions are given."""
-        return 0
-
-
-class StaticSequences:
-    """The same as `Sequences` for GPUs, which compute padding faster than the CPU starts work for each context."""
-
-    may_leave = False  # because the other rows would need another room
-    ROUND = 64  # columns; so that later contexts find a room of their shape
+    may_leave = False  # because passes over fewer rows would have to be recorded as well
 
     def __init__(self, model: DoubleHeadsModel, contexts: Sequence[Segment], copies: int, longest: int,
                  earlier: "StaticSequences | None" = None):
-        self.model, self.copies, self.steps, device = model, copies, 0, model.device
-        longest_context = max(len(context.ids) for context in contexts)
-        self.width = -(-longest_context // self.ROUND) * self.ROUND
-        shape = len(contexts) * copies, self.width, self.width + -(-longest // 8) * 8
-        self.room: Room = earlier.room if earlier and earlier.room.shape == shape else Room(model, *shape)
-        self.room.column, self.room.copies = None, copies
-
-        def padded(rows: list[list[int]]) -> torch.Tensor:
-            return torch.tensor([row + [row[-1]] * (longest_context - len(row)) for row in rows], device=device)
-
-        lengths = torch.tensor([[len(context.ids)] for context in contexts], device=device)
-        starts = torch.tensor([[context.start] for context in contexts], device=device)
-        places = torch.arange(longest_context, device=device)[None]
-        seen = (places <= places.T) & (places < lengths[:, :, None])
-        states = self.room.encode(padded([context.ids for context in contexts]),
-                                  padded([context.types for context in contexts]), starts,
-                                  places.minimum(lengths - 1), seen, places.expand(len(contexts), -1))
-        self.logits = model.vocabulary_logits(states[torch.arange(len(contexts), device=device), lengths[:, 0] - 1])
-        self.lengths, self.starts = (rows.repeat_interleave(copies, 0) for rows in (lengths, starts))
+        self.model, self.copies, self.steps = model, copies, 0
+        self.slots = list(range(len(contexts) * copies))
+        columns = max(len(context.ids) for context in contexts) + longest
+        if earlier and earlier.room.rows >= len(self.slots) and earlier.room.columns >= columns:
+            self.room: Room = earlier.room
+            self.room.clear()
+        else:
+            self.room = Room(model, len(self.slots), columns_for(columns))
+        self.logits = self.room.extend([Piece(number * copies, context.start, 0, context.ids, context.types)
+                                        for number, context in enumerate(contexts)])
+        self.starts = [context.start for context in contexts for _ in range(copies)]
+        self.lengths = [len(context.ids) for context in contexts for _ in range(copies)]
+        if copies > 1:
+            self._copy([slot // copies * copies for slot in self.slots], 0)
 
     def step(self, tokens: Sequence[int], kind: int) -> torch.Tensor:
-        column = torch.full((1,), self.width + self.steps, device=self.model.device)
-        ids = torch.tensor(tokens, device=self.model.device)[:, None]
+        rows = zip(self.slots, self.starts, self.lengths, tokens, strict=True)
+        logits = self.room.extend([Piece(slot, start, length + self.steps, [token], [kind])
+                                   for slot, start, length, token in rows])
         self.steps += 1
-        return self.room.step({"ids": ids, "column": column, "lengths": self.lengths, "starts": self.starts}, kind)
+        return logits
 
     def keep(self, contexts: list[int]) -> None:
         rows = [context * self.copies + copy for context in contexts for copy in range(self.copies)]
-        room = Room(self.model, len(rows), *self.room.shape[1:])
-        room.states = {layer: tuple(states[rows] for states in pair) for layer, pair in self.room.states.items()}
-        self.room, self.lengths, self.starts = room, self.lengths[rows], self.starts[rows]
+        self.slots, self.starts, self.lengths = ([values[row] for row in rows]
+                                                 for values in (self.slots, self.starts, self.lengths))
 
     def follow(self, parents: list[int]) -> None:
-        if parents == list(range(len(parents))):
-            return
-        rows, end = torch.tensor(parents, device=self.model.device), self.width + self.steps
-        for pair in self.room.states.values():
-            for states in pair:
-                states[:, :, self.width:end] = states[rows, :, self.width:end]
+        if parents != list(range(len(parents))):
+            self._copy([self.slots[parent] for parent in parents], min(self.lengths))
+
+    def _copy(self, sources: list[int], first: int) -> None:
+        """Copy keys and values from the column ``first`` on into each of ``slots`` from one of ``sources``."""
+        columns = slice(first, max(self.lengths) + self.steps)
+        new, old = (torch.tensor(slots, device=self.model.device) for slots in (self.slots, sources))
+        for states in self.room.states.values():
+            states[new, :, columns] = states[old, :, columns]
 
 
 class PaddedSequences:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import time
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from schedule import AdamW
 from sequences import sequences_for
 from tokenization import get_tokenizer
 from utils import get_dataset
+from web.batching import Decoder
+from web.clients import Client
 from weights import add_special_tokens_, load_model
 
 # The operations for which the CPU waits for a GPU, because their result, or its shape, depends on values.
@@ -192,3 +195,22 @@ def test_replies_equal_those_of_the_cpu(tiny, how):
     replies = [generate_replies(copy.deepcopy(model).to(device), contexts, dataset.special, how)
                for device in ("cpu", "cuda")]
     assert replies[0] == replies[1] and any(replies[0])
+
+
+@needs_gpu
+def test_the_server_answers_like_the_chat(tiny, monkeypatch):
+    """Decode 40 replies in the server's batch, most of them in replayed passes; compare each with a reply alone."""
+    model, dataset = tiny
+    own, recorded, record = copy.deepcopy(model).to("cuda"), [], Recorded._record
+    contexts = [build_context(*dataset.context(turn), dataset.special) for turn in range(40)]
+    ways = [Decoding(no_sample=True), Decoding(num_beams=3), Decoding(top_k=1, max_length=9)]
+    expected = [generate_replies(own, [context], dataset.special, ways[turn % 3])[0]
+                for turn, context in enumerate(contexts)]
+    monkeypatch.setattr(Recorded, "_record", lambda self, *batch: recorded.append(1) or record(self, *batch))
+    decoder = Decoder(own, dataset.special)
+    replies = [decoder.submit(context, ways[turn % 3], Client("a", str(turn))) for turn, context in enumerate(contexts)]
+    while not all(reply.finish for reply in replies):
+        time.sleep(0.01)
+    decoder.close()
+    assert [reply.tokens for reply in replies] == expected and any(expected)
+    assert 1 < len(recorded) < 30

@@ -75,9 +75,13 @@ OTHERS = ["llama", "qwen2", "mistral", "opt", "gpt_neox", "stablelm",  # stablel
           "gemma2"]  # gemma2 does not use torch's attention
 
 
-@pytest.mark.parametrize("history_start, family", [*((start, family) for start in (0, 80) for family in FAMILIES),
-                                                    *((0, family) for family in OTHERS)])
-def test_batched_replies_equal_single_replies(family, history_start):
+@pytest.mark.parametrize("in_rooms, history_start, family", [
+    *((False, start, family) for start in (0, 80) for family in FAMILIES),
+    *((False, 0, family) for family in OTHERS), *((True, 0, family) for family in ("openai-gpt", "qwen2", "gemma2"))])
+def test_batched_replies_equal_single_replies(family, history_start, in_rooms, monkeypatch):
+    """Compare replies of all kinds; ``in_rooms``: computed as on GPUs, but not recorded."""
+    if in_rooms:
+        monkeypatch.setattr("web.keyvalues.belongs_in_rooms", lambda model: True)
     rng, model = random.Random(7), small_model(family, 3, history_start)
     decoder = Decoder(model, SPECIAL, max_batch=10, max_waiting=100)
     requests, replies = [], []

@@ -24,12 +24,11 @@ from drafts import Ahead, NGrams
 from inputs import Segment, Specials, begin_reply
 from model import DoubleHeadsModel
 from web.clients import NOBODY, Client
-from web.keyvalues import BatchRow, KeyValues, Place, Work, let_attend_by_row_
+from web.keyvalues import MEMORY, BatchRow, KeyValues, Place, Work, let_attend_by_row_
 
-MOST_READ = 256  # context tokens computed in one step
-LEAST_READ = 8
+LEAST_READ, MOST_READ = 8, 256  # context tokens computed in one step
+LEAST_ON_GPU, MOST_ON_GPU = 512, 4096  # a GPU takes hardly longer for so many than for one
 SHARE = 4  # with other clients present, a client gets 1 / SHARE of the batch
-MEMORY = 2048  # MiB of keys and values
 LARGEST = 2  # a request may take 1 / LARGEST of the memory, so that others find some beside it
 KEPT = 4  # 1 / KEPT of the memory may hold what conversations have computed, until their next message
 KEPT_FOR = 600.0  # s
@@ -143,9 +142,9 @@ class Reply:
         """Whether more of the context is left to compute than its last token."""
         return len(self.rows) == 1 and len(self.rows[0].ids) > 1
 
-    def bytes(self, token_bytes: int) -> int:
+    def bytes(self, cache: KeyValues) -> int:
         """Return the largest size of the keys and values of all rows."""
-        return KeyValues.columns_for(self.longest) * self.width * token_bytes
+        return cache.columns_for(self.longest) * self.width * cache.token_bytes
 
     @property
     def sequence(self) -> list[tuple[int, int]]:
@@ -211,15 +210,19 @@ class Reply:
 
 
 class Pace:
-    """The number of context tokens per step, such that a step takes little longer than one that only decodes."""
+    """The number of context tokens per step, such that a step takes little longer than one that only decodes.
 
-    def __init__(self):
-        self.tokens = 32.0  # of a step that takes at most `LONGER` times as long
+    It stays between ``least`` and ``largest``, whatever a step takes.
+    """
+
+    def __init__(self, least: int = LEAST_READ, largest: int = MOST_READ):
+        self.least, self.largest = least, largest
+        self.tokens = max(32.0, least)  # of a step that takes at most `LONGER` times as long
         self.usual: float | None = None  # seconds of a step that only decodes
 
     def most(self, longer: float) -> int:
         """Return the number for a step that may take ``longer`` times as long."""
-        return min(MOST_READ, int(self.tokens * (longer - 1) / (LONGER - 1)))
+        return min(self.largest, int(self.tokens * (longer - 1) / (LONGER - 1)))
 
     def took(self, seconds: float, read: int, decoded: int, longer: float = LONGER) -> None:
         """Adapt to the seconds of a step that computed ``read`` context tokens and continued ``decoded`` replies."""
@@ -229,9 +232,9 @@ class Pace:
             self.usual = seconds if self.usual is None else 0.7 * self.usual + 0.3 * seconds
         elif self.usual is not None:
             if seconds > longer * self.usual:
-                self.tokens = max(LEAST_READ, self.tokens * min(1, read / self.most(longer)) / 2)
+                self.tokens = max(self.least, self.tokens * min(1, read / self.most(longer)) / 2)
             elif read >= self.most(longer):
-                self.tokens = min(MOST_READ, 1.2 * self.tokens)
+                self.tokens = min(self.largest, 1.2 * self.tokens)
 
 
 class Decoder:
@@ -256,8 +259,9 @@ class Decoder:
         self.waiting: list[Reply] = []
         self.decoding: list[Reply] = []
         let_attend_by_row_(model)
-        self.cache = KeyValues.of(model)
-        self.pace, self.longer, self.steps, self.stepped = Pace(), LONGER, 0, time.monotonic()
+        self.cache = KeyValues.of(model, self.memory)
+        self.pace = Pace(LEAST_ON_GPU, MOST_ON_GPU) if self.cache.in_rooms else Pace()
+        self.longer, self.steps, self.stepped = LONGER, 0, time.monotonic()
         self.wake, self.closed, self.draining = threading.Condition(), False, False
         self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self.thread.start()
@@ -292,7 +296,7 @@ class Decoder:
         if unknown := [token for token, _ in args.logit_bias if token >= vocabulary]:
             raise InputError(f"logit_bias: there is no token {unknown[0]}; use ids from 0 to {vocabulary - 1:,}")
         reply = Reply(context, args, self.special, self.model.device, client, notify, extra)
-        needed = KeyValues.bytes_for(self.cache.token_bytes, reply.longest, reply.width)
+        needed = self.cache.bytes_for(reply.longest, reply.width)
         if needed > self.memory // LARGEST:
             raise InputError(f"a reply of up to {args.max_length:,} tokens to these messages needs {needed >> 20:,} "
                              "MiB of memory, and one reply may take half of --memory, "
@@ -427,7 +431,7 @@ class Decoder:
                 for reply in self.decoding:
                     for owner in (reply.client, reply.client.address):
                         rows[owner] += reply.width
-                        memory[owner] += reply.bytes(self.cache.token_bytes)
+                        memory[owner] += reply.bytes(self.cache)
                 order = sorted(self.waiting, key=lambda reply: (rows[reply.client.address], rows[reply.client]))
                 total = sum(reply.width for reply in self.decoding)
                 reply = next((reply for reply in order if self._fits(reply, total, rows, memory)), None)
@@ -462,7 +466,7 @@ class Decoder:
         if total + reply.width > most:
             return False
         left = self.memory - self.cache.bytes_with(reply.longest, reply.width)
-        needed = reply.bytes(self.cache.token_bytes)
+        needed = reply.bytes(self.cache)
         return left >= 0 and (not memory[address] or memory[address] + needed <= 2 * left) and (
             not memory[client] or memory[client] + needed <= left)
 
@@ -500,13 +504,13 @@ class Decoder:
         if not readers or not alone and self.steps % 8 == 0:  # `Pace` must also time steps that only decode
             return []
         self.longer = self._allowed(readers)
-        usual, crowded = (MOST_READ, MOST_READ) if alone else map(self.pace.most, (LONGER, self.longer))
+        usual, crowded = (self.pace.largest, self.pace.largest) if alone else map(self.pace.most, (LONGER, self.longer))
         crowd = Counter(reply.client.address for reply in readers)
         order = sorted(readers[1:], key=lambda reply: (crowd[reply.client.address], len(reply.rows[0].ids)))
         reading, done = [], 0
         for reply in (readers[0], *order):
             left = len(reply.rows[0].ids)
-            most = crowded if left <= MOST_READ else usual
+            most = crowded if left <= self.pace.largest else usual
             if reply is readers[0] and order:
                 most = max(1, most // 4)
             if (tokens := min(most - done, left)) > 0:
@@ -521,7 +525,7 @@ class Decoder:
         soon as there are several addresses, they count as the clients, so that none becomes a crowd on its own. A
         client that is alone delays only itself.
         """
-        short = [reply for reply in readers if len(reply.rows[0].ids) <= MOST_READ]
+        short = [reply for reply in readers if len(reply.rows[0].ids) <= self.pace.largest]
         if not short:
             return LONGER
         if len({reply.client for reply in self.decoding}) == 1:
@@ -570,17 +574,18 @@ class Decoder:
         options = [reply.args for reply, rows in computed for _ in rows]
         said = [tokens for reply, _ in computed
                 for tokens in (reply.beams.hypotheses if reply.beams else [reply.tokens])]
-        beams = torch.tensor([bool(reply.beams) for reply, rows in computed for _ in rows], device=logits.device)
-        wanted = torch.where(beams[:, None], logits.float().log_softmax(-1), logits.float()) if beams.any() else logits
+        beams = [bool(reply.beams) for reply, rows in computed for _ in rows]
+        wanted = torch.where(torch.tensor(beams, device=logits.device)[:, None], logits.float().log_softmax(-1),
+                             logits.float()) if any(beams) else logits
         scores = allowed_scores(wanted, options, said, self.special)
-        usable = scores.amax(-1).isfinite() & ~logits.isnan().any(-1)
+        usable = (scores.amax(-1).isfinite() & ~logits.isnan().any(-1)).tolist()  # a GPU is read once, not per reply
         tokens = choose_tokens(scores, options, [reply.random for reply, rows in computed for _ in rows])
         place = 0
         for reply, rows in computed:
             own = slice(place, place + len(rows))
             place += len(rows)
             try:
-                if not usable[own].all():
+                if not all(usable[own]):
                     logger.error("A reply ends at token %d: the model's logits are NaN, or all tokens are forbidden",
                                  len(said[own.start]) + 1)
                     reply.end("error")

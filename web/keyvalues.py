@@ -1,8 +1,9 @@
 """A cache of keys and values for many sequences at once, and the attention that reads it.
 
-All new tokens of a step form one row without padding, so that the linear layers, most of the work, get one matrix.
-Keys and values lie on shelves: a shelf has room for a few sequences of similar length, and its memory is freed when the
-last of them is released. This file knows neither requests nor texts.
+On CPUs, all new tokens of a step form one row without padding, so that the linear layers, most of the work, get one
+matrix. On GPUs, each shelf computes a pass of its own, see `rooms.Room`. Keys and values lie on shelves: a shelf has
+room for a few sequences of similar length, and its memory is freed when the last of them is released, or on GPUs when
+it is needed. This file knows neither requests nor texts.
 """
 
 import mmap
@@ -20,15 +21,26 @@ from drafts import Ahead
 from layers import additive, extend_attention_, grouped_attention, usual_attention
 from llama import LlamaBody, llama_body
 from model import DoubleHeadsModel
+from rooms import Piece, Room
+from rooms import columns_for as room_columns
 from sequences import common_length
 
 BY_ROW = "_by_row"  # suffix of the attention's name
+MEMORY = 2048  # MiB of keys and values
 TOGETHER = 8  # sequences on one shelf
 SHORT = 512  # columns of the longest sequences that share a shelf; each longer sequence has its own
+IN_A_ROOM = 32  # sequences on one shelf of a GPU, if 1 / ROOMS of the memory is enough for so many
+ROOMS = 8
+LONG_PIECE = 256  # more new tokens than this are computed in a pass of their own
 LEAST_KNOWN = 16  # tokens that are worth copying
 MOST_KNOWN = 1024  # tokens that are kept: copying more would delay all replies
 MOST_KEPT = 256  # sequences that are kept: each step looks at all of them
 STEP = 256  # the columns of a longer sequence are a multiple of this
+
+
+def belongs_in_rooms(model: DoubleHeadsModel) -> bool:
+    """Return whether each shelf should be a `Room`: on GPUs, where starting work takes longer than doing it."""
+    return model.device.type != "cpu"
 
 
 class Place:
@@ -94,13 +106,16 @@ class Shelf:
 
     On a CPU each shelf is a mapping of its own: its pages cost nothing until they are written, and freeing it returns
     them to the system, while the heap would keep them. ``states``: by layer and 0 the keys, (slots, heads, size,
-    columns), as their product with queries reads them; by layer and 1 the values, (slots, heads, columns, size).
+    columns), as their product with queries reads them, but in a room (slots, heads, columns, size); by layer and 1 the
+    values, (slots, heads, columns, size).
     """
 
-    def __init__(self, shapes: dict[tuple[int, int], tuple[int, int]], slots: int, columns: int, like: torch.Tensor):
-        self.columns = columns
+    def __init__(self, shapes: dict[tuple[int, int], tuple[int, int]], slots: int, columns: int, like: torch.Tensor,
+                 in_room: bool):
+        self.columns, self.in_room = columns, in_room
+        self.room: Room | None = None
         self.places: list[Place | None] = [None] * slots
-        sizes = {which: (slots, heads, *((columns, size) if which[1] else (size, columns)))
+        sizes = {which: (slots, heads, *((columns, size) if which[1] or in_room else (size, columns)))
                  for which, (heads, size) in shapes.items()}
         numbers = {which: torch.Size(shape).numel() for which, shape in sizes.items()}
         if like.device.type == "cpu":
@@ -114,15 +129,22 @@ class Shelf:
     def taken(self) -> int:
         return sum(place is not None for place in self.places)
 
+    def part(self, which: tuple[int, int], slot: int, columns: slice) -> torch.Tensor:
+        """Return the keys or values of some columns of one sequence."""
+        states = self.states[which][slot]
+        return states[:, columns] if which[1] or self.in_room else states[:, :, columns]
+
 
 class KeyValues:
     """Keys and values of all sequences. This replaces transformers' caches, which pad all rows to one length.
 
-    ``shapes``: (heads, size) by layer and 0 for keys, 1 for values; `of` asks the model for them.
+    ``shapes``: (heads, size) by layer and 0 for keys, 1 for values; `of` asks the model for them. ``memory``: bytes
+    that the caller allows. On GPUs it limits the sequences per shelf, and what empty shelves may hold. ``in_rooms``:
+    whether each shelf is a `Room`.
     """
 
-    def __init__(self, shapes: dict[tuple[int, int], tuple[int, int]], like: torch.Tensor):
-        self.shapes, self.like = shapes, like
+    def __init__(self, shapes: dict[tuple[int, int], tuple[int, int]], like: torch.Tensor, memory: int, in_rooms: bool):
+        self.shapes, self.like, self.memory, self.in_rooms = shapes, like, memory, in_rooms
         self.llama: LlamaBody | None = None
         self.shelves: list[Shelf] = []
         self.kept: list[Kept] = []  # the last used comes last
@@ -133,7 +155,7 @@ class KeyValues:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, model: DoubleHeadsModel) -> "KeyValues":
+    def of(cls, model: DoubleHeadsModel, memory: int = MEMORY << 20) -> "KeyValues":
         """Create an empty cache for a model, whose shapes of keys and values a pass over one token shows."""
         shapes: dict[tuple[int, int], tuple[int, int]] = {}
         like = []
@@ -152,45 +174,65 @@ class KeyValues:
         seen = model.layer_masks(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device), one, one)
         model.encode(one, token_type_ids=one, position_ids=one, attention_mask=seen, past_key_values=ShapeRecorder(),
                      use_cache=True)
-        cache = cls(shapes, like[0])
+        cache = cls(shapes, like[0], memory, belongs_in_rooms(model))
         cache.llama = llama_body(model)
         return cache
 
     # --------------------------------------------------------------------------------------------------- room
 
-    @staticmethod
-    def columns_for(tokens: int) -> int:
+    def columns_for(self, tokens: int) -> int:
         """Return the columns to allocate for a sequence of at most ``tokens`` tokens."""
+        if self.in_rooms:
+            return room_columns(tokens)
         if tokens <= SHORT:
             return max(64, 1 << (tokens - 1).bit_length())
         return -(-tokens // STEP) * STEP
 
-    @classmethod
-    def bytes_for(cls, token_bytes: int, tokens: int, rows: int) -> int:
+    def slots_for(self, columns: int) -> int:
+        """Return the number of sequences that share a shelf with so many columns."""
+        if self.in_rooms:
+            most = self.memory // ROOMS // (columns * self.token_bytes)
+            return min(IN_A_ROOM, 1 << most.bit_length() - 1) if most else 1
+        return TOGETHER if columns <= SHORT else 1
+
+    def bytes_for(self, tokens: int, rows: int) -> int:
         """Return the bytes to allocate in an empty cache for ``rows`` sequences of at most ``tokens`` tokens."""
-        columns = cls.columns_for(tokens)
-        return (-(-rows // TOGETHER) * TOGETHER if columns <= SHORT else rows) * columns * token_bytes
+        columns = self.columns_for(tokens)
+        slots = self.slots_for(columns)
+        return -(-rows // slots) * slots * columns * self.token_bytes
 
     @property
     def bytes(self) -> int:
-        """Number of bytes allocated now."""
-        return sum(len(shelf.places) * shelf.columns for shelf in self.shelves) * self.token_bytes
+        """Number of bytes of the shelves that are not empty."""
+        return self._bytes_of(shelf for shelf in self.shelves if shelf.taken)
+
+    def _bytes_of(self, shelves: Iterable[Shelf]) -> int:
+        return sum(len(shelf.places) * shelf.columns for shelf in shelves) * self.token_bytes
 
     def bytes_with(self, tokens: int, rows: int) -> int:
-        """Return the bytes that would be allocated with ``rows`` more sequences of at most ``tokens`` tokens."""
+        """Return the `bytes` with ``rows`` more sequences of at most ``tokens`` tokens."""
         columns = self.columns_for(tokens)
-        free = sum(len(shelf.places) - shelf.taken for shelf in self.shelves if shelf.columns == columns)
-        return self.bytes + self.bytes_for(self.token_bytes, tokens, max(rows - free, 0))
+        free = sum(len(shelf.places) - shelf.taken for shelf in self.shelves
+                   if shelf.taken and shelf.columns == columns)
+        return self.bytes + self.bytes_for(tokens, max(rows - free, 0))
+
+    def _make_room(self, needed: int) -> None:
+        """Drop the empty shelves if so many bytes are not free beside them."""
+        if self._bytes_of(self.shelves) + self.kept_bytes + needed > self.memory:
+            self.shelves = [shelf for shelf in self.shelves if shelf.taken]
 
     def allocate(self, tokens: int, rows: int) -> list[Place]:
         """Return places for ``rows`` sequences of at most ``tokens`` tokens."""
         columns = self.columns_for(tokens)
         places = []
         while len(places) < rows:
-            shelf = next((shelf for shelf in self.shelves if shelf.columns == columns and None in shelf.places), None)
-            if shelf is None:
-                slots = TOGETHER if columns <= SHORT else 1
-                self.shelves.append(shelf := Shelf(self.shapes, slots, columns, self.like))
+            free = [shelf for shelf in self.shelves if shelf.columns == columns and None in shelf.places]
+            if free:
+                shelf = max(free, key=lambda shelf: shelf.taken > 0)  # the first that is not empty
+            else:
+                slots = self.slots_for(columns)
+                self._make_room(slots * columns * self.token_bytes)
+                self.shelves.append(shelf := Shelf(self.shapes, slots, columns, self.like, self.in_rooms))
             place = Place(shelf, shelf.places.index(None))
             shelf.places[place.slot] = place
             places.append(place)
@@ -203,13 +245,15 @@ class KeyValues:
                 for states in place.shelf.states.values():
                     states[place.slot] = 0
             place.shelf.places[place.slot] = None
-        self.shelves = [shelf for shelf in self.shelves if shelf.taken]
+        if not self.in_rooms:  # a room keeps its recorded passes as long as it can
+            self.shelves = [shelf for shelf in self.shelves if shelf.taken]
 
     def compact(self) -> None:
         """Move one sequence if this helps to empty a shelf. Only one per call, so that replies are not delayed."""
-        for columns in {shelf.columns for shelf in self.shelves if shelf.columns <= SHORT}:
-            shelves = sorted((shelf for shelf in self.shelves if shelf.columns == columns), key=lambda one: one.taken)
-            if sum(shelf.taken for shelf in shelves) <= (len(shelves) - 1) * TOGETHER:
+        for columns in {shelf.columns for shelf in self.shelves if shelf.taken and len(shelf.places) > 1}:
+            shelves = sorted((shelf for shelf in self.shelves if shelf.columns == columns and shelf.taken),
+                             key=lambda one: one.taken)
+            if sum(shelf.taken for shelf in shelves) <= (len(shelves) - 1) * self.slots_for(columns):
                 place = next(place for place in shelves[0].places if place)
                 goal = next(shelf for shelf in reversed(shelves) if None in shelf.places)
                 free = Place(goal, goal.places.index(None))
@@ -219,9 +263,8 @@ class KeyValues:
                 return
 
     def copy(self, source: Place, target: Place, columns: slice) -> None:
-        for which, states in target.shelf.states.items():
-            part = (slice(None), columns) if which[1] else (slice(None), slice(None), columns)
-            states[target.slot][part] = source.shelf.states[which][source.slot][part]
+        for which in self.shapes:
+            target.shelf.part(which, target.slot, columns).copy_(source.shelf.part(which, source.slot, columns))
 
     # ------------------------------------------------------------------------------------ what later ones begin with
 
@@ -239,7 +282,8 @@ class KeyValues:
             return
         self.kept = [one for one in self.kept if one.owner != owner or one.tokens != tokens[:len(one.tokens)]]
         self.shrink(most - len(tokens) * self.token_bytes)
-        copy = Place(Shelf(self.shapes, 1, len(tokens), self.like), 0)
+        self._make_room(len(tokens) * self.token_bytes)
+        copy = Place(Shelf(self.shapes, 1, len(tokens), self.like, self.in_rooms), 0)
         self.copy(place, copy, slice(0, len(tokens)))
         self.kept.append(Kept(owner, start, tokens, copy, time.monotonic()))
 
@@ -273,17 +317,20 @@ class KeyValues:
         """Compute the next tokens of each row.
 
         Returns the rows whose tokens are all computed, in any order, and the logits after their last tokens, (rows,
-        vocabulary). An error changes nothing except the columns that were to be written. A single token of a single row
-        is computed together with guesses, or was one of them.
+        vocabulary). An error changes nothing except the columns that were to be written. On a CPU, a single token of a
+        single row is computed together with guesses, or was one of them.
         """
         work = self._in_order(work)
-        if len(work) == 1 and work[0].tokens == len(work[0].row.ids) == 1 and (ahead := work[0].row.ahead):
-            ready, logits = [0], ahead.step(lambda ids: self._extend(model, work[0].row, ids))
+        ready = [number for number, (row, new) in enumerate(work) if new == len(row.ids)]
+        if self.in_rooms:
+            self.passes += 1
+            logits = self._in_rooms(model, work)[ready]
+        elif len(work) == 1 and work[0].tokens == len(work[0].row.ids) == 1 and (ahead := work[0].row.ahead):
+            logits = ahead.step(lambda ids: self._extend(model, work[0].row, ids))
         else:
             self.passes += 1
             states = self._states(model, work)
             last = torch.tensor([new for _, new in work], device=model.device).cumsum(0) - 1
-            ready = [number for number, (row, new) in enumerate(work) if new == len(row.ids)]
             logits = model.vocabulary_logits(states[0, last[ready]])
             for row, _ in work:
                 if row.ahead:
@@ -292,6 +339,23 @@ class KeyValues:
             row.length += new
             row.ids, row.types = row.ids[new:], row.types[new:]
         return [work[number].row for number in ready], logits
+
+    def _in_rooms(self, model: DoubleHeadsModel, work: list[Work]) -> torch.Tensor:
+        """Compute the next tokens of rows in order and return the logits after the last of each, (rows, vocabulary).
+
+        Each shelf needs a pass for its single tokens, one for its pieces of contexts, and one for each long piece.
+        """
+        def with_others(one: Work) -> tuple:
+            return id(one.row.place.shelf), one.tokens == 1, id(one) if one.tokens > LONG_PIECE else None
+
+        logits = []
+        for _, group in groupby(work, with_others):
+            together = list(group)
+            shelf = together[0].row.place.shelf
+            shelf.room = shelf.room or Room(model, len(shelf.places), shelf.columns, shelf.states)
+            logits.append(shelf.room.extend([Piece(row.place.slot, row.start, row.length, row.ids[:new],
+                                                   row.types[:new]) for row, new in together]))
+        return torch.cat(logits)
 
     def _extend(self, model: DoubleHeadsModel, row: BatchRow, ids: list[int]) -> torch.Tensor:
         """Compute the next tokens of the only row and return the logits after each, (tokens, vocabulary)."""
