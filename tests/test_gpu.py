@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import time
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import devices
 import train
 from decoding import Decoding, generate_replies
-from graphs import Recorded
+from graphs import Graph, Recorded
 from inputs import DialogDataset, TurnDataset, build_context, collate
 from schedule import AdamW
 from sequences import sequences_for
@@ -104,6 +105,45 @@ def tiny(tmp_path_factory):
         weight.data += 0.05 * torch.randn_like(weight)
     split = get_dataset(tokenizer, str(SAMPLE), str(tmp_path_factory.mktemp("cache") / "c"))["valid"]
     return model.eval(), TurnDataset.for_model(model, split, tokenizer, num_candidates=4)
+
+
+def test_graphs_that_are_not_needed_give_way(monkeypatch):
+    """Record shapes in two places, with a stand-in for the GPU: four graphs at most, the unused ones go first."""
+    monkeypatch.setattr("graphs.MOST_GRAPHS", 4)
+    monkeypatch.setattr("graphs.UNUSED", 8)
+    monkeypatch.setattr(Recorded, "everyone", weakref.WeakSet())
+
+    class Again:
+        def __init__(self, function, inputs):
+            self.function, self.inputs, self.result = function, inputs, function(inputs, 2)
+
+        def replay(self):
+            self.result.copy_(self.function(self.inputs, 2))
+
+    def record(self, function, batch, constant):
+        again = Again(function, {name: tensor.clone() for name, tensor in batch.items()})
+        return Graph(again, list(again.inputs.values()), again.result)
+
+    monkeypatch.setattr(Recorded, "_record", record)
+    one, other = Recorded(), Recorded()
+
+    def call(recorded: Recorded, size: int) -> None:
+        batch = {"numbers": torch.rand(size)}
+        assert torch.equal(recorded(lambda batch, factor: factor * batch["numbers"], batch, 2), 2 * batch["numbers"])
+
+    for size in (1, 1, 2, 2, 3, 3):
+        call(one, size)
+    for size in (1, 1, 2, 2):
+        call(other, size)
+    assert (len(one.graphs), len(other.graphs)) == (3, 1)  # the limit; the oldest was used eight calls ago
+    for _ in range(3):
+        call(one, 2)
+    call(other, 2)
+    assert [size for _, (_, (size,)) in one.graphs] == [2, 3] and len(other.graphs) == 2
+    del other
+    call(one, 4)
+    call(one, 4)
+    assert len(one.graphs) == 3
 
 
 @needs_gpu
