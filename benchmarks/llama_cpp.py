@@ -84,15 +84,17 @@ def peaks() -> dict[str, float]:
 def beside_llama_cpp(args, folder: Path, dialogs: list, threads: int) -> list[dict]:
     """Measure conversations on both servers, which must read the same tokens.
 
-    bfloat16 and F16 decide near ties differently; `llama_cpp_replies.py` compares replies in float32.
+    bfloat16, F16 and Q8_0 decide near ties differently; `llama_cpp_replies.py` compares replies in float32. Q8_0 has
+    half of the bytes of the other two.
     """
     model, tokenizer = load_checkpoint("persona")
     special = Specials.of(tokenizer)
-    subprocess.run([sys.executable, ROOT / "export.py", "persona", folder, "--gguf", "f16"], check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    file, theirs = next(folder.glob("*.gguf")), {"ignore_eos": True}
+    subprocess.run([sys.executable, ROOT / "export.py", "persona", folder, "--gguf", "f16", "q8_0"],
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    theirs = {"ignore_eos": True}
 
-    def measured(slots: int, chosen: list, work: str) -> dict:
+    def measured(kind: str, slots: int, chosen: list, work: str) -> dict:
+        file = next(folder.glob(f"*-{kind}.gguf"))
         with our_server(str(ROOT / "models" / "persona"), "bfloat16") as ours, \
                 llama_server(file, slots, threads) as other:
             for persona, lines in dialogs[:args.alone]:
@@ -106,13 +108,14 @@ def beside_llama_cpp(args, folder: Path, dialogs: list, threads: int) -> list[di
             seconds = alternate({"ours": lambda: hold(ours, chosen, {}, slots > 1),
                                  "theirs": lambda: hold(other, chosen, theirs, slots > 1)}, args.repeats)
         count = len(chosen) * args.turns
-        return {"work": f"default bot against llama.cpp (F16): {work}, bfloat16, {threads} thread(s)",
+        return {"work": f"default bot against llama.cpp ({kind.upper()}): {work}, bfloat16, {threads} thread(s)",
                 "unit": "replies/s", "ours": count / seconds["ours"], "reference": count / seconds["theirs"],
                 "ratio": seconds["theirs"] / seconds["ours"],
                 "first replies that are the same, %": 100 * sum(map(str.__eq__, *first)) / len(dialogs)}
 
-    return [measured(1, dialogs[:args.alone], "chat, one conversation at a time"),
-            measured(args.conversations, dialogs, f"{args.conversations} conversations at once")]
+    return [measured(kind, *how) for kind in ("f16", "q8_0") for how in (
+        (1, dialogs[:args.alone], "chat, one conversation at a time"),
+        (args.conversations, dialogs, f"{args.conversations} conversations at once"))]
 
 
 def operations(model: DoubleHeadsModel, weights: int, work: Callable[[], object]) -> float:
