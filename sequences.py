@@ -265,8 +265,8 @@ def _additive(mask: torch.Tensor) -> torch.Tensor:
 
 
 def decoding_attention(attention: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-           attention_mask: torch.Tensor | None, scaling: float | None = None, softcap: float | None = None,
-           **how) -> tuple[torch.Tensor, torch.Tensor | None]:
+                       attention_mask: torch.Tensor | None, scaling: float | None = None, softcap: float | None = None,
+                       **how) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute attention behind the interface of transformers: `Sequences.attend` in its passes, else ``attention``."""
     usual = usual_attention(attention, module)
     options = how | {name: value for name, value in (("scaling", scaling), ("softcap", softcap)) if value is not None}
