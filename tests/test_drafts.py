@@ -1,13 +1,10 @@
 """Test guessed tokens: replies are the same with and without them, and passes are fewer."""
 
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, error_line, script
 from safetensors.torch import save_file
 from test_decoders import FAMILIES, byte_level, write_checkpoint
 
@@ -18,7 +15,6 @@ from drafts import FILE, Ahead, count_ngrams, read_drafts, write_drafts
 from inputs import Specials
 from web.batching import Decoder
 
-ROOT = Path(__file__).parents[1]
 WAYS = {"greedy": Decoding(no_sample=True, max_length=24), "nucleus": Decoding(max_length=24, seed=5),
         "penalties": Decoding(max_length=24, no_repeat_ngram_size=2, frequency_penalty=0.5, min_length=9, seed=6)}
 
@@ -184,14 +180,10 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
 @pytest.mark.slow
 def test_the_recipe_counts_a_models_replies(tmp_path, small_corpus):
     folder = write_checkpoint(tmp_path / "bot", FAMILIES["llama"], byte_level())
-    done = subprocess.run([sys.executable, ROOT / "recipes" / "drafts.py", folder, small_corpus, "8"], cwd=tmp_path,
-                          capture_output=True, text=True, check=True)
-    assert "of 8 replies" in done.stdout
+    assert "of 8 replies" in script("recipes/drafts.py", folder, small_corpus, "8", cwd=tmp_path)
     model, tokenizer = load_checkpoint(str(folder), fp16="")
     special = Specials.of(tokenizer)
     assert (special.speaker1,) in model.drafts and all(after < len(tokenizer) for after in model.drafts.values())
     for mistyped, complaint in ((["none", small_corpus], "name the folder of a model"),
                                 ([folder, small_corpus, "many"], "drafts.py: error: TURNS:")):
-        wrong = subprocess.run([sys.executable, ROOT / "recipes" / "drafts.py", *mistyped], cwd=tmp_path,
-                               capture_output=True, text=True)
-        assert wrong.returncode and complaint in wrong.stderr and "Traceback" not in wrong.stderr
+        assert complaint in error_line("recipes/drafts.py", *mistyped, cwd=tmp_path)
