@@ -36,9 +36,10 @@ class Recorded:
     returns a tensor. A shape is computed as usual when it occurs for the first time, which also prepares its kernels,
     and recorded when it occurs again. If recording fails, everything is computed as usual from then on.
 
-    All graphs share their memory, because none needs what another has left there. The process has at most `MOST_GRAPHS`
-    graphs; one that the last `UNUSED` calls have not needed gives way to a new one. The function is an argument of each
-    call, so that an object that records its own method has no reference to itself, and its memory is free at once.
+    All graphs of this object share their memory, because none needs what another has left there. The whole process has
+    at most `MOST_GRAPHS` graphs; one that the last `UNUSED` calls have not needed gives way to a new one. The function
+    is an argument of each call, so that an object that records its own method has no reference to itself, and its
+    memory is free at once.
     """
 
     calls = itertools.count(1)
@@ -81,6 +82,8 @@ class Recorded:
         if call - last_use <= UNUSED:
             return False
         del owner.graphs[shape]
+        if not owner.graphs:
+            owner.pool = None  # torch gives a pool up with its last graph
         return True
 
     def _record(self, function: Callable[[dict[str, torch.Tensor], Any], torch.Tensor], batch: dict[str, torch.Tensor],

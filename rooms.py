@@ -27,16 +27,16 @@ class Piece(NamedTuple):
 
 
 def rounded(tokens: int) -> int:
-    """Round the number of new tokens up, by less than a half from 32 on, so that few different numbers remain."""
+    """Round the number of a pass's tokens up, so that few numbers remain; from 32 on, it grows by less than a half."""
     if tokens == 1:
         return 1
     step = max(16, (1 << (tokens - 1).bit_length()) // 4)
     return -(-tokens // step) * step
 
 
-def columns_for(tokens: int) -> int:
-    """Return the columns of a room for sequences of at most ``tokens`` tokens: a power of two, so that few differ."""
-    return max(LEAST_COLUMNS, 1 << (tokens - 1).bit_length())
+def columns_for(tokens: int, least: int = LEAST_COLUMNS) -> int:
+    """Return the columns to allocate for sequences of at most ``tokens`` tokens: a power of two, ``least`` or more."""
+    return max(least, 1 << (tokens - 1).bit_length())
 
 
 class Room:
@@ -47,18 +47,22 @@ class Room:
     there is some already; else the first pass allocates it.
     """
 
+    # What `update` needs to know of the current pass, see `_pass`:
+    slots: torch.Tensor
+    new_columns: torch.Tensor
+    whole: bool
+
     def __init__(self, model: DoubleHeadsModel, rows: int, columns: int, states: States | None = None):
         self.model, self.rows, self.columns = model, rows, columns
         self.states: States = {} if states is None else states
         self.places = torch.arange(columns, device=model.device)[None]
         self.recorded = Recorded()
-        self.slots, self.new_columns, self.whole = self.places, self.places, False  # of the current pass
 
     def extend(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Compute the tokens of ``pieces``; return the logits after the last token of each, (pieces, vocabulary).
 
-        Numbers of pieces and tokens are rounded up by repeating the last piece and the last token of each piece, which
-        stores the same keys and values at the same places once more.
+        The last token of each piece, and the last piece, are repeated until the numbers of tokens and pieces are round.
+        This stores the same keys and values at the same places once more.
         """
         count, tokens = len(pieces), rounded(max(len(piece.ids) for piece in pieces))
         pieces = [*pieces, *[pieces[-1]] * (min(1 << (count - 1).bit_length(), self.rows) - count)]

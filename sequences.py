@@ -323,7 +323,7 @@ class StaticSequences:
             self._copy([self.slots[parent] for parent in parents], min(self.lengths))
 
     def _copy(self, sources: list[int], first: int) -> None:
-        """Copy keys and values from the column ``first`` on into each of ``slots`` from one of ``sources``."""
+        """Copy the keys and values of each of ``sources``, from column ``first`` on, to the same item of ``slots``."""
         columns = slice(first, max(self.lengths) + self.steps)
         new, old = (torch.tensor(slots, device=self.model.device) for slots in (self.slots, sources))
         for states in self.room.states.values():

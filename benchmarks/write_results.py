@@ -18,9 +18,10 @@ typical lengths of an epoch.
 
 In the rows "default bot against …" the other side is llama.cpp's server, or transformers' `generate()`, with the
 weights of the default bot. The conversations are greedy; both servers keep what they computed in earlier turns. Ours
-guesses tokens of a reply on its own (`drafts.py`), theirs does not by default. Machines of one name differ here.
-These rows are of one with large products at 0.41 TFLOP/s in bfloat16. On the machine of the other rows, chat was 1.16
-times and 32 conversations 1.55 times as fast as F16 in llama.cpp, and F1 3.6 times as fast as `generate()`.
+guesses tokens of a reply on its own (`drafts.py`), theirs does not by default. These rows were measured on a machine
+whose large products run at 0.41 TFLOP/s in bfloat16. On the machine of the other rows, which is twice as fast, chat
+was 1.16 times and 32 conversations were 1.55 times as fast as F16 in llama.cpp, and F1 was 3.6 times as fast as with
+`generate()`.
 
 In the rows "fine-tuning SmolLM2-135M" the other side is TRL's `SFTTrainer`, with the same weights, turns and precision.
 After so few steps the perplexities differ because train.py has the optimizer of 2019, whose first steps are shorter;
@@ -45,9 +46,9 @@ same speed whatever its size.
 
 Most of it goes into matrix products, which run near the highest speed that this machine reaches for them: see the
 rows "where a training step goes" above. bfloat16 can be faster than float32 at most by the factor by which the
-machine multiplies faster in it. Machines of the same name differ in this factor. The rows of CPUs come from one run of
-`make bench` (26 minutes; memory and the profile of a step were run again after it) on a machine whose large products
-run at 0.75 to 0.86 TFLOP/s in bfloat16 and about 0.45 in float32. It has no AMX.
+machine multiplies faster in it. Machines of the same name differ in this factor. The rows of CPUs, except those of the
+default bot, come from one run of `make bench` (26 minutes; memory and the profile of a step were run again after it).
+Its machine's large products run at 0.75 to 0.86 TFLOP/s in bfloat16 and about 0.45 in float32. It has no AMX.
 """
 
 GPU = """
@@ -56,8 +57,8 @@ GPU = """
 `benchmarks/gpu.sh` measures this in eight minutes. Here its benchmark ran in two parts on one H200, with torch 2.11 of
 that machine. Texts were split at spaces there, because it has no spaCy. In training, "seconds to start" are for
 compiling and recording CUDA graphs; the projected hours of the recipe include them. The rows of replies and of the web
-server are older than the code that decodes them now, in which the server's passes are recorded too. docs/lab-log.md
-says where the rest of a training step goes.
+server are of earlier code, which did not record the server's passes. docs/lab-log.md tells how a training step spends
+its time.
 
 """
 

@@ -239,7 +239,7 @@ def test_replies_equal_those_of_the_cpu(tiny, how):
 
 @needs_gpu
 def test_the_server_answers_like_the_chat(tiny, monkeypatch):
-    """Decode 40 replies in the server's batch, most of them in replayed passes; compare each with a reply alone."""
+    """Decode 40 replies in the server's batch, mostly in replayed passes; compare each with the same reply alone."""
     model, dataset = tiny
     own, recorded, record = copy.deepcopy(model).to("cuda"), [], Recorded._record
     contexts = [build_context(*dataset.context(turn), dataset.special) for turn in range(40)]

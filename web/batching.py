@@ -578,7 +578,7 @@ class Decoder:
         wanted = torch.where(torch.tensor(beams, device=logits.device)[:, None], logits.float().log_softmax(-1),
                              logits.float()) if any(beams) else logits
         scores = allowed_scores(wanted, options, said, self.special)
-        usable = (scores.amax(-1).isfinite() & ~logits.isnan().any(-1)).tolist()  # a GPU is read once, not per reply
+        usable = (scores.amax(-1).isfinite() & ~logits.isnan().any(-1)).tolist()  # read once, not once per reply
         tokens = choose_tokens(scores, options, [reply.random for reply, rows in computed for _ in rows])
         place = 0
         for reply, rows in computed:

@@ -27,6 +27,7 @@ from sequences import common_length
 
 BY_ROW = "_by_row"  # suffix of the attention's name
 MEMORY = 2048  # MiB of keys and values
+LEAST_COLUMNS = 64
 TOGETHER = 8  # sequences on one shelf
 SHORT = 512  # columns of the longest sequences that share a shelf; each longer sequence has its own
 IN_A_ROOM = 32  # sequences on one shelf of a GPU, if 1 / ROOMS of the memory is enough for so many
@@ -185,7 +186,7 @@ class KeyValues:
         if self.in_rooms:
             return room_columns(tokens)
         if tokens <= SHORT:
-            return max(64, 1 << (tokens - 1).bit_length())
+            return room_columns(tokens, LEAST_COLUMNS)
         return -(-tokens // STEP) * STEP
 
     def slots_for(self, columns: int) -> int:
