@@ -152,26 +152,57 @@ def end_all(message: str) -> None:
 # ------------------------------------------------------------------------------------------------------ weights
 
 
+class _Rounded(torch.autograd.Function):
+    """Round weights to half precision, all in one operation; the gradients are cast back in the same way."""
+
+    @staticmethod
+    def forward(ctx, half, *weights):
+        copies = [torch.empty_like(weight, dtype=half) for weight in weights]
+        torch._foreach_copy_(copies, weights)
+        ctx.exact = weights[0].dtype
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        exact = [torch.empty_like(gradient, dtype=ctx.exact) for gradient in gradients]
+        torch._foreach_copy_(exact, gradients)
+        return None, *exact
+
+
 class HalfPrecision(nn.Module):
     """A wrapper that runs a model in the precision of ``--fp16``, as apex defines it; losses and scores are in float32.
 
     O1 and bf16: float32 weights with autocast. O2: float32 master weights (the model's) and a half-precision copy for
     each batch; gradients reach the masters through the cast. O3: weights in half precision. The choice head always
     stays in float32, see docs/architecture.md.
+
+    On a GPU, O1 and bf16 also copy the weights of all linear layers at once, since autocast would start work for each
+    of them; the result is the same. Raises `InputError` for O2 with checkpointed activations, which are computed again
+    when the copies are gone.
     """
 
     def __init__(self, model: DoubleHeadsModel, device: str, fp16: str):
         super().__init__()
         self.model, self.device, self.fp16 = model, device, fp16
-        self.copies = fp16 == "O2" and not is_sharded(model)  # FSDP makes the copies of sharded weights
+        self.copied: list[str] = []  # names of the weights that are copied
+        checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+        if fp16 == "O2" and not is_sharded(model):  # FSDP makes the copies of sharded weights
+            if checkpointed:
+                raise InputError("--fp16 O2 cannot compute checkpointed activations; give --fp16 bf16 or O1 with "
+                                 "--gradient_checkpointing, or leave that out")
+            self.copied = [name for name, _ in model.named_parameters() if not _of_choice(name)]
+        elif fp16 in ("O1", "bf16") and device.startswith("cuda") and idist.get_world_size() == 1 and not checkpointed:
+            linear = {id(weight) for layer in linear_layers(model) for weight in layer.parameters()}
+            self.copied = [name for name, weight in model.named_parameters()
+                           if id(weight) in linear and weight.requires_grad and weight.dtype == torch.float32]
 
     def forward(self, **batch) -> DoubleHeadsOutput:
-        if self.copies:
-            half = half_dtype(self.device, self.fp16)
-            copies = {name: weight.to(half) for name, weight in self.model.named_parameters() if not _of_choice(name)}
-            return functional_call(self.model, copies, (), batch)
         with autocast(self.device, self.fp16 if self.fp16 in ("O1", "bf16") else ""):
-            return self.model(**batch)
+            if not self.copied:
+                return self.model(**batch)
+            weights = dict(self.model.named_parameters())
+            copies = _Rounded.apply(half_dtype(self.device, self.fp16), *(weights[name] for name in self.copied))
+            return functional_call(self.model, dict(zip(self.copied, copies, strict=True)), (), batch)
 
 
 def prepare(model: DoubleHeadsModel, device: str, fp16: str = "", shard: bool = False, seed: int = 0) -> nn.Module:
@@ -294,15 +325,47 @@ def recorded(network: nn.Module, device: str) -> Callable:
     """Return a decorator for ``gradients(batch, group)``, which adds to the gradients of the network's weights.
 
     It makes CUDA graphs of the function (`Recorded`) if there is a single process, with a GPU, and all weights are
-    float32, because then the gradients keep their place (`AdamW.zero_grad`); otherwise it does nothing. Checkpointed
-    activations cannot be recorded, since they read the state of the random numbers.
+    float32; otherwise it does nothing. Checkpointed activations cannot be recorded, since they read the state of the
+    random numbers.
     """
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in network.modules())
     if not device.startswith("cuda") or idist.get_world_size() > 1 or checkpointed or any(
             weight.dtype != torch.float32 for weight in weights):
         return lambda gradients: gradients
-    return partial(partial, Recorded())
+    return partial(partial, _RecordedGradients(weights))
+
+
+class _RecordedGradients:
+    """Calls of ``gradients(batch, group)`` as CUDA graphs, which keep the gradients of ``weights`` in one place.
+
+    The backward pass writes each gradient to new memory of the graph, and then all of them are moved at once. Adding
+    each to its place would start work for every weight, and read and write twice as much.
+    """
+
+    def __init__(self, weights: list[nn.Parameter]):
+        self.weights, self.recorded = weights, Recorded()
+        self.places: dict[nn.Parameter, torch.Tensor] = {}  # without weights that get no gradient
+
+    def __call__(self, gradients: Callable, batch: dict[str, torch.Tensor], group: int) -> torch.Tensor:
+        first_of_step = all(weight.grad is None for weight in self.weights)
+        result = self.recorded(partial(self._compute, gradients), batch, (group, first_of_step))
+        for weight, place in self.places.items():
+            weight.grad = place
+        return result
+
+    def _compute(self, gradients: Callable, batch: dict[str, torch.Tensor], constant: tuple[int, bool]) -> torch.Tensor:
+        group, first_of_step = constant
+        for weight in self.weights:
+            weight.grad = None
+        result = gradients(batch, group)
+        new = {weight: weight.grad for weight in self.weights if weight.grad is not None}
+        for weight, gradient in new.items():
+            if weight not in self.places:  # in the first batch, which is not recorded
+                self.places[weight] = torch.empty_like(gradient)
+        move = torch._foreach_copy_ if first_of_step else torch._foreach_add_
+        move([self.places[weight] for weight in new], [*new.values()])
+        return result
 
 
 def mean_over_turns(value: Callable[[DoubleHeadsOutput], torch.Tensor]) -> Metric:

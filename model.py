@@ -170,8 +170,12 @@ class DoubleHeadsModel(_Network):
         window, masks = getattr(config, "sliding_window", None), {"full_attention": mask}
         if window:
             masks["sliding_attention"] = mask & (queries[:, None, :, None] - keys[:, None, None] < window)
-        if config._attn_implementation.startswith("eager"):  # it adds its mask to the scores
-            masks = {kind: additive(mask, self.dtype) for kind, mask in masks.items()}
+        device = mask.device.type
+        if device != "cpu" or config._attn_implementation.startswith("eager"):
+            # Attention adds numbers to the scores; on GPUs, every layer would convert the mask again.
+            half = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if half else self.dtype
+            masks = {kind: additive(mask, dtype) for kind, mask in masks.items()}
         kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
         masks = {kind: masks[kind] for kind in set(kinds)}
         return masks if len(masks) > 1 else masks.popitem()[1]

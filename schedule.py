@@ -26,11 +26,6 @@ class AdamW(torch.optim.AdamW):
         self.counter: torch.Tensor | None = None  # one of the state's, which counts the steps on the weights' device
         self.taken = 0  # what it says
 
-    def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Delete the gradients; on a GPU, set them to 0 instead, because CUDA graphs know their place."""
-        on_gpu = any(weight.is_cuda for group in self.param_groups for weight in group["params"])
-        super().zero_grad(not on_gpu if set_to_none is None else set_to_none)
-
     @torch.no_grad()
     def step(self, closure=None):
         counter = next((state["step"] for state in self.state.values() if state), None)  # all weights have the same

@@ -4,9 +4,11 @@ import contextlib
 import copy
 import time
 import weakref
+from functools import partial
 
 import pytest
 import torch
+import transformers
 from conftest import SAMPLE, TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +17,8 @@ import train
 from decoding import Decoding, generate_replies
 from graphs import Graph, Recorded
 from inputs import DialogDataset, TurnDataset, build_context, collate
+from model import decoder_class
+from packing import prepare_to_decode_
 from schedule import AdamW
 from sequences import sequences_for
 from tokenization import get_tokenizer
@@ -191,9 +195,40 @@ def test_recorded_steps_train_like_others(tiny, fp16, group, monkeypatch):
                                   lambda engine, losses=losses: losses.append(engine.state.output["loss"].clone()))
         trainer.run(batches, max_epochs=1)
         results.append((torch.stack(losses).cpu(), own.transformer.h[0].mlp.c_fc.weight.detach().cpu()))
-    assert len(recorded) == 3
+    assert len(recorded) == 3 * group  # the first batch of a step replaces the gradients, others add to them
     for ours, usual in zip(*results, strict=True):
         torch.testing.assert_close(ours, usual, rtol=0.02 if fp16 else 1e-4, atol=0.02 if fp16 else 1e-4)
+
+
+@pytest.mark.parametrize("fp16, mc_coef", [("", 1.0), ("bf16", 1.0), ("bf16", 0.0), ("O2", 1.0)])
+def test_gradients_in_fixed_places_train_like_others(tiny, fp16, mc_coef, monkeypatch):
+    """Train as on GPUs, but without recording, and as on CPUs; compare losses and weights, which must be the same."""
+    model, dataset = tiny
+    args = train.parse_args(["--device", "cpu", "--fp16", fp16, "--lr", "1e-3", "--mc_coef", str(mc_coef)])
+    args.gradient_accumulation_steps, results = 3, []
+    batches = [collate([dataset[row] for row in rows], dataset.special.pad, multiple=8)
+               for rows in ((0, 1), (40, 70, 99), (5, 12), (0,), (3, 4))]  # the second step has two batches
+    monkeypatch.setattr(Recorded, "__call__", lambda self, function, batch, constant: function(batch, constant))
+    for as_on_gpus in (False, True):
+        own, losses = copy.deepcopy(model), []
+        for layer in own.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        network = devices.prepare(own, "cpu", fp16)
+        if as_on_gpus:
+            places = devices._RecordedGradients([*own.parameters()])
+            monkeypatch.setattr(devices, "recorded", lambda network, device, places=places: partial(partial, places))
+            if fp16 == "bf16":
+                network.copied = [name for name, _ in own.named_parameters() if ".c_" in name]
+        trainer = train.create_trainer(network, AdamW(own.parameters(), 1e-3), devices.loss_scaler("cpu", fp16), args)
+        trainer.add_event_handler(train.Events.ITERATION_COMPLETED,
+                                  lambda engine, losses=losses: losses.append(engine.state.output["loss"]))
+        trainer.run(batches, max_epochs=2)
+        assert trainer.state.step == 4
+        results.append((torch.stack(losses), *own.parameters()))
+    for ours, usual in zip(*results, strict=True):
+        assert torch.equal(ours, usual)
+    assert not torch.equal(results[0][1], model.transformer.wte.weight)
 
 
 @needs_gpu
@@ -233,6 +268,23 @@ def test_replies_equal_those_of_the_cpu(tiny, how):
     model, dataset = tiny
     contexts = [build_context(*dataset.context(turn), dataset.special) for turn in range(8)]
     replies = [generate_replies(copy.deepcopy(model).to(device), contexts, dataset.special, how)
+               for device in ("cpu", "cuda")]
+    assert replies[0] == replies[1] and any(replies[0])
+
+
+@needs_gpu
+@pytest.mark.parametrize("how", [Decoding(no_sample=True), Decoding(num_beams=3)])
+def test_joined_layers_give_the_replies_of_the_cpu(tiny, how):
+    """Decode with a model of Llama's kind, whose layers are computed in few operations."""
+    _, dataset = tiny
+    special, words = dataset.special, max(dataset.special) + 1
+    config = transformers.LlamaConfig(
+        vocab_size=words, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, speaker_ids=[special.speaker1, special.speaker2])
+    torch.manual_seed(5)
+    model = decoder_class(type(config))(config).eval()
+    contexts = [build_context(*dataset.context(turn), special) for turn in range(8)]
+    replies = [generate_replies(prepare_to_decode_(copy.deepcopy(model), device), contexts, special, how)
                for device in ("cpu", "cuda")]
     assert replies[0] == replies[1] and any(replies[0])
 
