@@ -40,10 +40,10 @@ class LlamaLayer:
         own = layer.self_attn
         self.number, self.kind, self.size, self.scaling = number, kind, own.head_dim, own.scaling
         self.query, self.key, self.value, self.out, self.gate, self.up, self.down = map(layer.get_submodule, LINEAR)
-        self.packed = isinstance(self.query, Part)
+        self.packed, self.joined = isinstance(self.out, PackedLinear), isinstance(self.query, Part)
         self.heads, self.key_heads = own.config.num_attention_heads, own.config.num_key_value_heads
-        self.norms = [(norm.weight.shape, None if self.packed else norm.weight, norm.variance_epsilon)
-                      for norm in (layer.input_layernorm, layer.post_attention_layernorm)]  # packed: all weights are 1
+        self.norms = [(norm.weight.shape, None if self.joined else norm.weight, norm.variance_epsilon)
+                      for norm in (layer.input_layernorm, layer.post_attention_layernorm)]  # joined: all weights are 1
         self.activation = layer.mlp.act_fn
         self.silu = own.config.hidden_act in ("silu", "swish")
         self.of_context = partial(attention, own, scaling=self.scaling)
@@ -60,7 +60,7 @@ class LlamaLayer:
 
     def project(self, normal: torch.Tensor) -> torch.Tensor:
         """Compute queries, keys and values, (tokens, heads of all three, size)."""
-        every = self.query.whole(normal) if self.packed else torch.cat(
+        every = self.query.whole(normal) if self.joined else torch.cat(
             [self.query(normal), self.key(normal), self.value(normal)], -1)
         return every.view(-1, self.heads + 2 * self.key_heads, self.size)
 
@@ -69,7 +69,9 @@ class LlamaLayer:
 
     def add_mlp(self, states: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
         if not self.packed:
-            return states + self.down(self.activation(self.gate(normal)) * self.up(normal))
+            gate, up = self.gate.whole(normal).chunk(2, -1) if isinstance(self.gate, Part) else (
+                self.gate(normal), self.up(normal))
+            return states + self.down(self.activation(gate) * up)
         gate = self.gate(normal, "swish") if self.silu else self.activation(self.gate(normal))
         return self.down.combine(self.up.combine(normal, gate, "mul"), states, "add")
 

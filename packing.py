@@ -1,7 +1,10 @@
-"""Keep the weights of linear layers in the form in which a CPU multiplies them fastest, for decoding.
+"""Keep the weights of linear layers in the form in which decoding multiplies them fastest.
 
-Decoding reads all weights for each token, so their size and order decide its speed.
+Decoding reads all weights for each token. On CPUs, their size and order decide its speed; on GPUs, the number of
+operations does, so layers that read the same states are joined.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -36,9 +39,9 @@ class PackedLinear(nn.Module):
 
 
 class Part(nn.Module):
-    """One of several layers that read the same states and are packed as a whole; alone, it computes all of them."""
+    """One of several layers that read the same states and are joined to a whole; alone, it computes all of them."""
 
-    def __init__(self, whole: PackedLinear, rows: slice):
+    def __init__(self, whole: nn.Module, rows: slice):
         super().__init__()
         self.whole, self.rows = whole, rows
 
@@ -48,9 +51,31 @@ class Part(nn.Module):
 
 def packed(layers: list[nn.Module]) -> PackedLinear:
     """Pack layers that read the same states into one."""
-    weights = [layer.weight.T if isinstance(layer, Conv1D) else layer.weight for layer in layers]
+    return PackedLinear(*_weights(layers))
+
+
+def joined(layers: list[nn.Module]) -> nn.Linear:
+    """Join layers that read the same states into one, without gradients."""
+    weight, bias = _weights(layers)
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    whole.weight = nn.Parameter(weight, requires_grad=False)
+    whole.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return whole
+
+
+def _weights(layers: list[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weights = [layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach() for layer in layers]
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-    return PackedLinear(torch.cat(weights), bias)
+    return torch.cat(weights), bias
+
+
+def _join_(parent: nn.Module, names: tuple[str, ...], how: Callable) -> None:
+    """Replace layers that read the same states, in place, by parts of the layer that ``how`` makes of them."""
+    several, done = [getattr(parent, name) for name in names], 0
+    whole = how(several)
+    for name, layer in zip(names, several, strict=True):
+        setattr(parent, name, Part(whole, slice(done, done + layer.out_features)))
+        done += layer.out_features
 
 
 def can_pack(model: DoubleHeadsModel) -> bool:
@@ -61,33 +86,43 @@ def can_pack(model: DoubleHeadsModel) -> bool:
 
 @torch.no_grad()
 def prepare_to_decode_(model: DoubleHeadsModel, device: str, fp16: str = "") -> DoubleHeadsModel:
-    """Move a model to its device, in the precision of ``fp16``, and pack its linear layers on CPUs.
+    """Move a model to its device, in the precision of ``fp16``, and pack or join its linear layers.
 
     The model cannot be trained or saved afterwards.
     """
-    layers = [layer for layer in getattr(model.base_model, "layers", []) if type(layer).__name__ in LLAMA_LAYERS]
-    half = half_dtype(device, fp16)
-    if half in (None, torch.bfloat16) and torch.device(device).type == "cpu":
-        for layer in layers:
-            own, mlp = layer.self_attn, layer.mlp
-            _move_scale(layer.input_layernorm, [own.q_proj, own.k_proj, own.v_proj])
-            _move_scale(layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
-    model.to(device, half)
-    if not can_pack(model):
-        return model
-    for own in (layer.self_attn for layer in layers):
-        several, done = [own.q_proj, own.k_proj, own.v_proj], 0
-        whole = packed(several)
-        for name, linear in zip(("q_proj", "k_proj", "v_proj"), several, strict=True):
-            setattr(own, name, Part(whole, slice(done, done + linear.out_features)))
-            done += linear.out_features
+    for layer in _llama_layers(model):
+        own, mlp = layer.self_attn, layer.mlp
+        _move_scale(layer.input_layernorm, [own.q_proj, own.k_proj, own.v_proj])
+        _move_scale(layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
+    model.to(device, half_dtype(device, fp16))
+    if model.device.type != "cpu":
+        join_(model)
+    elif can_pack(model):
+        pack_(model)
+    return model
+
+
+def join_(model: DoubleHeadsModel) -> None:
+    """Join the layers of Llama's kind that read the same states, in place."""
+    for layer in _llama_layers(model):
+        _join_(layer.self_attn, ("q_proj", "k_proj", "v_proj"), joined)
+        _join_(layer.mlp, ("gate_proj", "up_proj"), joined)
+
+
+def pack_(model: DoubleHeadsModel) -> None:
+    """Pack all linear layers in place, those of Llama's queries, keys and values as a whole."""
+    for layer in _llama_layers(model):
+        _join_(layer.self_attn, ("q_proj", "k_proj", "v_proj"), packed)
     for parent in list(model.base_model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in (nn.Linear, Conv1D, Linear, Transposed):
                 setattr(parent, name, packed([child]))
     if type(head := model.get_output_embeddings()) in (nn.Linear, Linear):
         model.set_output_embeddings(packed([head]))
-    return model
+
+
+def _llama_layers(model: DoubleHeadsModel) -> list[nn.Module]:
+    return [layer for layer in getattr(model.base_model, "layers", []) if type(layer).__name__ in LLAMA_LAYERS]
 
 
 def _move_scale(norm: nn.Module, linear: list[nn.Module]) -> None:

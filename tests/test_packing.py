@@ -9,7 +9,7 @@ from test_serving import SPECIAL, VOCABULARY, asked, sentence, small_model
 
 from decoding import Decoding, Memory, generate_replies
 from inputs import begin_reply, build_context
-from packing import PackedLinear, can_pack, prepare_to_decode_
+from packing import PackedLinear, Part, can_pack, join_, prepare_to_decode_
 from sequences import StaticSequences, sequences_for
 
 FAMILIES = ["llama", "qwen2", "mistral", "gpt2", "openai-gpt", "gemma2"]
@@ -96,8 +96,12 @@ ENDING = {"llama": 1, "qwen2": 2, "mistral": 1, "gpt2": 6, "openai-gpt": 4, "gem
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("samples", [1, 2])
 def test_sequences_for_gpus_give_the_same_replies(family, samples, monkeypatch):
-    """Decode with the sequences of GPUs, here without recording, and with those of CPUs."""
+    """Decode with the sequences and joined layers of GPUs, here without recording, and with those of CPUs."""
     model, prompts, lengths = small_model(family, 4), contexts(random.Random(7), 8), set()
+    monkeypatch.setattr("packing.can_pack", lambda model: False)
+    joined = prepare_to_decode_(copy.deepcopy(model), "cpu")
+    join_(joined)
+    assert any(isinstance(module, Part) for module in joined.modules()) == (family in FAMILIES[:3])
     for how in ({"no_sample": True}, {"num_beams": 3}, {"num_beams": 2, "no_repeat_ngram_size": 1}):
         way = Decoding(max_length=9, logit_bias=((SPECIAL.eos, ENDING[family]),), **how)
         with monkeypatch.context() as patch:
@@ -105,6 +109,6 @@ def test_sequences_for_gpus_give_the_same_replies(family, samples, monkeypatch):
             patch.setattr("decoding.sequences_for", StaticSequences)
             memory = Memory()
             for _ in range(2):  # the second time in the same room, if that has not changed
-                assert generate_replies(model, prompts, SPECIAL, way, samples=samples, memory=memory) == expected
+                assert generate_replies(joined, prompts, SPECIAL, way, samples=samples, memory=memory) == expected
         lengths.update(map(len, expected))
     assert len(lengths) > 1
