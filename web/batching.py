@@ -538,10 +538,11 @@ class Decoder:
         crowd = clients(short) / max(1, clients(reply for reply in self.decoding if not reply.reading))
         return min(CROWDED, max(LONGER, 1 + crowd / 2))
 
-    def _compute(self, work: list[Work], replies: list[Reply]) -> list[tuple[Reply, torch.Tensor]]:
+    def _compute(self, work: list[Work], replies: list[Reply]) -> list[tuple[Reply, list[torch.Tensor]]]:
         """Compute ``work``, which belongs to ``replies``; return the replies whose rows are all computed, with logits.
 
-        If this fails, the work of each reply is computed alone, so that only the replies end for which it fails again.
+        The logits are (vocabulary,) for each row. If this fails, the work of each reply is computed alone, so that only
+        the replies end for which it fails again.
         """
         try:
             rows, logits = self.cache.compute(self.model, work)
@@ -562,15 +563,15 @@ class Decoder:
         for reply in replies:
             reply.logits |= {row: new[row] for row in reply.rows if row in new}
             if len(reply.logits) == len(reply.rows):
-                done.append((reply, torch.stack([reply.logits[row] for row in reply.rows])))
+                done.append((reply, [reply.logits[row] for row in reply.rows]))
                 reply.logits = {}
         return done
 
-    def _choose(self, computed: list[tuple[Reply, torch.Tensor]]) -> None:
-        """Extend each reply by a token, or end it, from the logits of its rows, (rows, vocabulary)."""
+    def _choose(self, computed: list[tuple[Reply, list[torch.Tensor]]]) -> None:
+        """Extend each reply by a token, or end it, from the logits of its rows."""
         if not computed:
             return
-        logits = torch.cat([rows for _, rows in computed])
+        logits = torch.stack([row for _, rows in computed for row in rows])  # (rows, vocabulary)
         options = [reply.args for reply, rows in computed for _ in rows]
         said = [tokens for reply, _ in computed
                 for tokens in (reply.beams.hypotheses if reply.beams else [reply.tokens])]

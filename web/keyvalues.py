@@ -264,8 +264,8 @@ class KeyValues:
                 return
 
     def copy(self, source: Place, target: Place, columns: slice) -> None:
-        for which in self.shapes:
-            target.shelf.part(which, target.slot, columns).copy_(source.shelf.part(which, source.slot, columns))
+        parts = [[place.shelf.part(which, place.slot, columns) for which in self.shapes] for place in (target, source)]
+        torch._foreach_copy_(*parts)
 
     # ------------------------------------------------------------------------------------ what later ones begin with
 
