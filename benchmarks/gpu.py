@@ -29,6 +29,7 @@ import utils
 from decoding import Decoding, Memory, generate_replies
 from inputs import DialogDataset, Specials, TurnDataset, build_context, get_loader
 from model import DoubleHeadsModel, autocast
+from packing import prepare_to_decode_
 from tokenization import get_tokenizer, save_tokenizer
 from weights import add_special_tokens_, load_model, save_model
 
@@ -95,7 +96,7 @@ class Parts:
         yield {"work": "hits@1, 20 candidates", "unit": "turns/s", "ours": self.args.turns / self.seconds(score)}
 
     def decoding(self) -> Iterator[dict]:
-        model, dataset = self.model().to(torch.bfloat16), self.dataset("valid", 1)
+        model, dataset = prepare_to_decode_(self.model(), self.args.device, "bf16"), self.dataset("valid", 1)
         contexts = [build_context(*dataset.context(turn), self.special) for turn in range(64)]
         for count, sampled in itertools.product((1, 64), (False, True)):
             how = Decoding(max_length=LENGTH, min_length=LENGTH, no_sample=not sampled)
@@ -109,7 +110,7 @@ class Parts:
             save_tokenizer(self.tokenizer, folder)
             save_model(self.model(), folder)
             with server(folder, "bfloat16", self.args.device) as address:
-                figures = asyncio.run(converse(address, conversations(self.table["valid"], 32, 4), 4))
+                figures = asyncio.run(converse(address, conversations(self.table["valid"], 32, 4), 4, crowds=3))
         yield {"work": "web server, 32 conversations at once against one at a time", "unit": "replies/s",
                "ratio": figures["ours"] / figures["reference"], **figures}
 

@@ -62,9 +62,20 @@ async def converse(client: httpx.AsyncClient, number: int, persona: list[str], l
     return [message["content"] for message in messages[2::2]]
 
 
-async def measure(address: str, dialogs: list[tuple[list[str], list[str]]], alone: int) -> dict[str, float]:
+async def measure(address: str, dialogs: list[tuple[list[str], list[str]]], alone: int, crowds: int = 0
+                  ) -> dict[str, float]:
+    """Time the conversations, the first ``alone`` of them also one at a time.
+
+    ``crowds``: how often all are held before as a warm-up. A GPU records a pass of each shape when it comes again.
+    """
     async with httpx.AsyncClient(base_url=address, timeout=600) as client:
+        async def crowd_of(waits: list[float]) -> list[list[str]]:
+            return await asyncio.gather(*(converse(client, number, *dialog, waits)
+                                          for number, dialog in enumerate(dialogs)))
+
         await converse(client, 0, *dialogs[0], [])  # warm-up
+        for _ in range(crowds):
+            await crowd_of([])
         single, start = [], time.perf_counter()
         waits_alone: list[float] = []
         for number, dialog in enumerate(dialogs[:alone]):
@@ -72,8 +83,7 @@ async def measure(address: str, dialogs: list[tuple[list[str], list[str]]], alon
         seconds_alone = time.perf_counter() - start
         waits: list[float] = []
         start = time.perf_counter()
-        crowd = await asyncio.gather(*(converse(client, number, *dialog, waits)
-                                       for number, dialog in enumerate(dialogs)))
+        crowd = await crowd_of(waits)
         seconds = time.perf_counter() - start
     for number, (first, *_) in enumerate(single):  # compare first replies; a near tie may change later ones
         likest = max(range(len(crowd)), key=lambda other: len(os.path.commonprefix([first, crowd[other][0]])))
