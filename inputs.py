@@ -234,6 +234,7 @@ def pack_dialog(persona, history, turns, special: Specials, max_positions: int, 
 
 
 GOLD_MULTIPLE = 256  # gold tokens of a batch on a GPU; 64 turns have about 800
+ROUND = 32  # a long row on a GPU is a multiple of a power of two / ROUND, so that at most 1 / 16 of it is padding
 
 
 def find_gold_places(labels: torch.Tensor) -> torch.Tensor:
@@ -248,8 +249,9 @@ def find_gold_places(labels: torch.Tensor) -> torch.Tensor:
 def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> dict[str, torch.Tensor]:
     """Pad rows to the longest one and stack them to a batch of int64 tensors.
 
-    ``multiple``: the number of positions becomes a multiple of it, because GPUs compute fastest with multiples of 8.
-    ``gold_places`` is then filled up with 0, a place that predicts no gold token, so that few shapes occur.
+    ``multiple``: the number of positions becomes a multiple of it, because GPUs compute fastest with multiples of 8. So
+    that few shapes occur, long rows are then filled up to a round length, ``gold_places`` with 0, a place that predicts
+    no gold token, and the turns, if rows have several, with turns whose ``mc_labels`` are `IGNORED`.
     ``input_ids``, ``token_type_ids``, ``position_ids``, ``segment_ids`` (-1: padding), ``labels`` and ``visible`` are
     (rows, positions). ``mc_token_ids`` (-1: no candidate) is (turns, candidates); ``mc_labels``, the index of the gold
     candidate, and ``mc_rows``, the row of a turn, are (turns,). ``gold_places``: see `find_gold_places`. The batch has
@@ -260,7 +262,10 @@ def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> dict[str, torch
     rows = rows or [Row([pad], [pad], [0], [0], [IGNORED], [[0]], [1])]
 
     def padded(values: Sequence[Sequence[int]], fill: int, multiple: int = 1) -> torch.Tensor:
-        length = -(-max(map(len, values)) // multiple) * multiple
+        length = max(map(len, values))
+        if multiple > 1:
+            multiple = max(multiple, (1 << (length - 1).bit_length()) // ROUND)
+        length = -(-length // multiple) * multiple
         out = np.full((len(values), length), fill, np.int64)
         for index, value in enumerate(values):
             out[index, :len(value)] = value
@@ -270,12 +275,13 @@ def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> dict[str, torch
              "visible": 1}
     batch = {field: padded([getattr(row, field) for row in rows], fill, multiple) for field, fill in fills.items()}
     turns = [candidates for row in rows for candidates in row.mc_token_ids]
-    places = find_gold_places(batch["labels"])
+    places, more = find_gold_places(batch["labels"]), -len(turns) % multiple if len(turns) > len(rows) else 0
+    of_rows = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.mc_token_ids) for row in rows]))
     return batch | {
         "gold_places": F.pad(places, (0, -len(places) % (GOLD_MULTIPLE if multiple > 1 else 1))),
-        "mc_token_ids": padded(turns, NO_CANDIDATE),
-        "mc_labels": torch.tensor([len(candidates) - 1 for candidates in turns]),
-        "mc_rows": torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.mc_token_ids) for row in rows])),
+        "mc_token_ids": padded(turns + [[0]] * more, NO_CANDIDATE),  # without a candidate, the loss would be NaN
+        "mc_labels": torch.tensor([len(candidates) - 1 for candidates in turns] + [IGNORED] * more),
+        "mc_rows": F.pad(of_rows, (0, more)),
     }
 
 

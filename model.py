@@ -33,7 +33,7 @@ class DoubleHeadsOutput(ModelOutput):
 
     - ``lm_loss``: negative log-likelihood per gold token, in nats, averaged over the batch
     - ``mc_loss``: cross-entropy of the gold candidate, averaged over the turns
-    - ``turns``: the number of turns; rows of padding do not count
+    - ``turns``: the number of turns; padding does not count
     - ``nll``, ``tokens`` (rows,): the negative log-likelihood of a row's gold tokens, and the number of these tokens
     - ``mc_logits`` (turns, candidates): the candidates' scores; -inf if a turn has fewer candidates
     - ``gold_rank`` (turns,): the rank of the gold candidate, from 1 (`metrics.rank_of_right`); a candidate with the
@@ -147,7 +147,7 @@ class DoubleHeadsModel(_Network):
             rows = torch.arange(len(mc_token_ids), device=mc_token_ids.device) if mc_rows is None else mc_rows
             last_states = states[rows[:, None], mc_token_ids.clamp(min=0)]  # (turns, candidates, hidden)
             if labels is not None:
-                out.turns = (out.tokens[rows] > 0).sum()
+                out.turns = ((out.tokens[rows] > 0) & (mc_labels != IGNORED)).sum()
             with torch.autocast(states.device.type, enabled=False):  # half precision would turn near scores into ties
                 head = self.multiple_choice_head
                 scores = head(last_states.to(head.summary.weight.dtype)[:, :, None]).squeeze(-1).float()
@@ -155,8 +155,9 @@ class DoubleHeadsModel(_Network):
             first = (mc_token_ids[:, :, None] == mc_token_ids[:, None, :]).int().argmax(-1)
             scores = scores.gather(1, first)
             out.mc_logits = scores.masked_fill(mc_token_ids == NO_CANDIDATE, float("-inf"))
-            out.gold_rank = rank_of_right(out.mc_logits, mc_token_ids == mc_token_ids.gather(1, mc_labels[:, None]))
-            out.mc_loss = F.cross_entropy(out.mc_logits, mc_labels)
+            gold = mc_token_ids.gather(1, mc_labels.clamp(min=0)[:, None])
+            out.gold_rank = rank_of_right(out.mc_logits, mc_token_ids == gold)
+            out.mc_loss = F.cross_entropy(out.mc_logits, mc_labels, ignore_index=IGNORED)
         return out
 
     def layer_masks(self, mask: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | dict:

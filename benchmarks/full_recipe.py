@@ -72,7 +72,7 @@ def measure(model: DoubleHeadsModel, dataset: TurnDataset, args: Namespace, comp
         batch = engine.state.batch
         gold = int((batch["labels"] != IGNORED).sum())
         found["work"] += 6 * (body * batch["input_ids"].numel() + vocabulary * gold)
-        found["turns"] += len(batch["mc_rows"])
+        found["turns"] += int((batch["mc_labels"] != IGNORED).sum())
 
     begun = time.perf_counter()
     with warnings.catch_warnings(record=True) as waits:

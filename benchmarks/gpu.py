@@ -53,8 +53,11 @@ class Parts:
         add_special_tokens_(model, self.tokenizer)
         return model.to(self.args.device)
 
-    def dataset(self, split: str, candidates: int, kind: type[TurnDataset] = TurnDataset) -> TurnDataset:
-        return kind.for_model(self.model(), self.table[split], self.tokenizer, num_candidates=candidates)
+    def dataset(self, split: str, candidates: int, kind: type[TurnDataset] = TurnDataset, max_history: int = 2
+                ) -> TurnDataset:
+        model = self.model()
+        model.config.max_history = max_history
+        return kind.for_model(model, self.table[split], self.tokenizer, num_candidates=candidates)
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Return the mean seconds of ``work()`` after a warm-up."""
@@ -74,11 +77,11 @@ class Parts:
 
     def fine_tuning(self) -> Iterator[dict]:
         name = Path(self.args.model).name
-        for label, kind, turns, compiled in (
-                *(("a row per turn", TurnDataset, self.args.turns, compiled) for compiled in self.compiled),
-                ("--pack_dialogs", DialogDataset, max(1, self.args.turns // 8), False)):
+        ways = (("a row per turn", TurnDataset, self.args.turns, 2),
+                ("whole histories, --pack_dialogs", DialogDataset, max(1, self.args.turns // 8), 20))
+        for (label, kind, turns, max_history), compiled in itertools.product(ways, self.compiled):
             args = Namespace(**vars(self.args) | {"turns": turns})
-            figures = measure(self.model(), self.dataset("train", 4, kind), args, compiled)
+            figures = measure(self.model(), self.dataset("train", 4, kind, max_history), args, compiled)
             del figures["hours for 3 epochs of 2 permutations"]
             yield {"work": f"training {name}, 4 candidates, {label}{', compiled' * compiled}", "unit": "turns/s",
                    **figures}

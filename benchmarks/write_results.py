@@ -58,7 +58,7 @@ GPU = """
 that machine. Texts were split at spaces and punctuation there, because it has no spaCy. In training, "seconds to start"
 are for compiling and recording CUDA graphs; the projected hours of the recipe include them. The compiled recipe found
 the code of a run before in torch's cache; without it, the start took 18.9 s, and the projection was 0.0766 hours. The
-peak was measured anew after each row, and was between 742 and 775 TFLOP/s on that day. The web server had held all
+peak was measured anew after each row, and was between 748 and 774 TFLOP/s on that day. The web server had held all
 conversations three times before. docs/lab-log.md tells how a training step spends its time.
 
 """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SAMPLE, TINY, TINY_TOKENS, make_checkpoint
 
-from inputs import DialogDataset, Specials, TurnDataset, collate, pack_dialog, pack_turn
+from inputs import DialogDataset, Row, Specials, TurnDataset, collate, pack_dialog, pack_turn
 from tokenization import get_tokenizer
 from utils import get_dataset
 from weights import add_special_tokens_, load_model
@@ -118,13 +118,24 @@ def test_gold_places_and_padding_change_nothing(setting):
     model, tokenizer, split = setting
     rows = [DialogDataset(split, tokenizer, model.max_positions, max_history=20)[index] for index in range(3)]
     batch, wide = (collate(rows, tokenizer.pad_token_id, multiple) for multiple in (1, 64))
-    assert wide["input_ids"].shape[1] % 64 == 0
-    with torch.no_grad():
-        out, other = model(**batch), model(**wide)
-        sought = model(**{name: tensor for name, tensor in batch.items() if name != "gold_places"})
-    assert torch.equal(out.nll, sought.nll)
-    torch.testing.assert_close(other.nll, out.nll)
-    torch.testing.assert_close(other.mc_logits, out.mc_logits)
+    assert wide["input_ids"].shape[1] % 64 == 0 and len(wide["mc_rows"]) == 64
+    results = []
+    for one in (batch, wide, {name: tensor for name, tensor in batch.items() if name != "gold_places"}):
+        model.zero_grad()
+        out = model(**one)
+        (out.lm_loss + out.mc_loss).backward()
+        results.append([out.nll, out.lm_loss, out.mc_loss, out.turns, out.mc_logits[:len(batch["mc_rows"])],
+                        *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+    for plain, padded, sought in zip(*results, strict=True):
+        torch.testing.assert_close(padded, plain, atol=1e-6, rtol=1e-4)
+        assert torch.equal(plain, sought)
+
+
+@pytest.mark.parametrize("length, padded", [(9, 16), (250, 256), (513, 544), (1000, 1024), (1985, 2048)])
+def test_long_rows_on_gpus_have_few_lengths(length, padded):
+    row = Row([5] * length, [5] * length, [*range(length)], [0] * length, [-100] * length, [[0]], [1] * length)
+    assert collate([row], 0, 8)["input_ids"].shape == (1, padded)
+    assert collate([row], 0)["input_ids"].shape == (1, length)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
