@@ -4,7 +4,7 @@
 #                    minutes (in Korean: make tutorial TUTORIALS=docs/tutorial.ko.md)
 # make install       only install, into .venv
 # make test          run the test suite, without the test of the next line
-# make test-long     train the tiny model of the demo on a copy of the repository: some minutes
+# make test-long     train the tiny model of the demo on a copy of the repository, and in eight processes: some minutes
 # make test-fast     run the fast tests, which take about two minutes together
 # make lint          check style and types
 # make faults        kill a training run 40 times, resume it each time and compare the weights: some minutes; can be

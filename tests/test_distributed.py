@@ -111,6 +111,7 @@ def assert_same_weights(run: Path, expected: Path, within: float = 1e-5) -> None
         assert (weights[name] - theirs[name]).abs().max() < within, name
 
 
+@pytest.mark.long
 def test_the_published_command_with_eight_processes(still, tmp_path):
     """Run the published command on our data and model: two steps of four global batches of sixteen turns."""
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import devices
 import layers
+from cli import InputError
 from inputs import TurnDataset, collate
 from layers import attention_blocks, blocked, candidate_mask, packed_attention
 from tokenization import get_tokenizer
@@ -48,6 +49,18 @@ def test_weights_and_losses_of_each_level(model_and_batch, fp16, weights):
         assert getattr(out, name).item() == pytest.approx(getattr(exact, name).item(), rel=0.05)
         assert (getattr(out, name) == getattr(exact, name)) == (fp16 == "O0")
     assert [gradient.dtype for gradient in gradients] == [parameter.dtype for parameter in model.parameters()]
+
+
+def test_o2_refuses_checkpointed_activations(model_and_batch):
+    """They would be computed again without the copies; all other levels train with them as without."""
+    model, batch = model_and_batch
+    plain = losses_and_gradients(devices.HalfPrecision(model, "cpu", "bf16"), batch, model.parameters())[1]
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    with pytest.raises(InputError, match="--fp16 O2 cannot compute checkpointed activations"):
+        devices.prepare(model, "cpu", "O2")
+    again = losses_and_gradients(devices.HalfPrecision(model, "cpu", "bf16"), batch, model.parameters())[1]
+    assert all(torch.equal(one, other) for one, other in zip(again, plain, strict=True))
 
 
 def test_o2_computes_with_rounded_weights(model_and_batch):
