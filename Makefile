@@ -3,7 +3,7 @@
 # make tutorial      install Jupyter and run docs/tutorial.py to make docs/tutorial.ipynb and docs/tutorial.html: some
 #                    minutes (in Korean: make tutorial TUTORIALS=docs/tutorial.ko.md)
 # make install       only install, into .venv
-# make test          run the test suite, without the test of the next line
+# make test          run the test suite, without the tests of the next line
 # make test-long     train the tiny model of the demo on a copy of the repository, and in eight processes: some minutes
 # make test-fast     run the fast tests, which take about two minutes together
 # make lint          check style and types
