@@ -169,40 +169,36 @@ def top_filtering(logits: torch.Tensor, top_k: float = 0.0, top_p: float = 0.9, 
         smallest_kept = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < smallest_kept, filter_value)
     if top_p > 0.0:
-        probabilities = F.softmax(logits, dim=-1)
-        if logits.is_cuda:
-            return _above(logits.masked_fill(~nucleus(probabilities, top_p), filter_value), threshold, filter_value)
-        # Tokens below this probability have less than 1 - top_p together, so the set is complete without them.
-        least = 0.99 * (1 - top_p) / logits.shape[-1]
-        largest = _descending(probabilities)[..., :int((probabilities >= least).sum(-1).max())]
-        # One less than the number kept: the token that crosses top_p stays, so the set is never empty.
-        size = (largest.cumsum(-1) <= top_p).sum(-1, keepdim=True).clamp(max=max(largest.shape[-1] - 1, 0))
-        smallest_kept = largest.gather(-1, size) if largest.shape[-1] else probabilities.new_tensor(0.0)
-        kept = probabilities >= smallest_kept
-        if bool((kept.sum(-1, keepdim=True) > size + 1).any()):
-            ties = probabilities == smallest_kept
-            kept &= ~ties | (ties.cumsum(-1) <= size + 1 - (probabilities > smallest_kept).sum(-1, keepdim=True))
-        logits = logits.masked_fill(~kept, filter_value)
-    return _above(logits, threshold, filter_value)
-
-
-def _above(logits: torch.Tensor, threshold: float, filter_value: float) -> torch.Tensor:
+        find = _nucleus if logits.device.type == "cpu" else nucleus_at_once
+        logits = logits.masked_fill(~find(F.softmax(logits, dim=-1), top_p), filter_value)
     return logits.masked_fill(logits < threshold, filter_value) if threshold > -math.inf else logits
 
 
-def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return which tokens ``top_p`` keeps, (…, vocabulary), as `top_filtering` does, but without reading a number.
+def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return which tokens ``top_p`` keeps, (…, vocabulary), and sort only those that may be among them."""
+    # Tokens below this probability have less than 1 - top_p together, so the set is complete without them.
+    least = 0.99 * (1 - top_p) / probabilities.shape[-1]
+    largest = _descending(probabilities)[..., :int((probabilities >= least).sum(-1).max())]
+    # One less than the number kept: the token that crosses top_p stays, so the set is never empty.
+    size = (largest.cumsum(-1) <= top_p).sum(-1, keepdim=True).clamp(max=max(largest.shape[-1] - 1, 0))
+    smallest_kept = largest.gather(-1, size) if largest.shape[-1] else probabilities.new_tensor(0.0)
+    kept = probabilities >= smallest_kept
+    if bool((kept.sum(-1, keepdim=True) > size + 1).any()):
+        ties = probabilities == smallest_kept
+        kept &= ~ties | (ties.cumsum(-1) <= size + 1 - (probabilities > smallest_kept).sum(-1, keepdim=True))
+    return kept
 
-    The CPU would wait for a GPU to read one.
-    """
+
+def nucleus_at_once(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Do the same as `_nucleus` without reading a number: the CPU waits for a GPU each time it reads from it."""
     largest, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     before = F.pad(largest.cumsum(-1)[..., :-1], (1, 0))  # the total of all likelier tokens
     return torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, tokens, before <= top_p)
 
 
 def _descending(rows: torch.Tensor) -> torch.Tensor:
-    """Sort each row, the largest value first; numpy does it in a thirtieth of torch's time."""
-    if rows.device.type == "cpu" and rows.dtype.itemsize >= 4:  # numpy has no bfloat16
+    """Sort each row on a CPU, the largest value first; numpy does it in a thirtieth of torch's time."""
+    if rows.dtype.itemsize >= 4:  # numpy has no bfloat16
         return torch.from_numpy(np.sort(rows.detach().numpy())).flip(-1)
     return rows.sort(descending=True).values
 

@@ -185,13 +185,12 @@ class HalfPrecision(nn.Module):
         super().__init__()
         self.model, self.device, self.fp16 = model, device, fp16
         self.copied: list[str] = []  # names of the weights that are copied
-        checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
         if fp16 == "O2" and not is_sharded(model):  # FSDP makes the copies of sharded weights
-            if checkpointed:
+            if _is_checkpointed(model):
                 raise InputError("--fp16 O2 cannot compute checkpointed activations; give --fp16 bf16 or O1 with "
                                  "--gradient_checkpointing, or leave that out")
             self.copied = [name for name, _ in model.named_parameters() if not _of_choice(name)]
-        elif fp16 in ("O1", "bf16") and device.startswith("cuda") and idist.get_world_size() == 1 and not checkpointed:
+        elif fp16 in ("O1", "bf16") and _can_record(model, device):
             linear = {id(weight) for layer in linear_layers(model) for weight in layer.parameters()}
             self.copied = [name for name, weight in model.named_parameters()
                            if id(weight) in linear and weight.requires_grad and weight.dtype == torch.float32]
@@ -324,16 +323,24 @@ def exchanging(network: nn.Module, now: bool) -> AbstractContextManager:
 def recorded(network: nn.Module, device: str) -> Callable:
     """Return a decorator for ``gradients(batch, group)``, which adds to the gradients of the network's weights.
 
-    It makes CUDA graphs of the function (`Recorded`) if there is a single process, with a GPU, and all weights are
-    float32; otherwise it does nothing. Checkpointed activations cannot be recorded, since they read the state of the
-    random numbers.
+    It makes CUDA graphs of the function (`Recorded`) if it can and all weights are float32; otherwise it does nothing.
     """
     weights = [weight for weight in network.parameters() if weight.requires_grad]
-    checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in network.modules())
-    if not device.startswith("cuda") or idist.get_world_size() > 1 or checkpointed or any(
-            weight.dtype != torch.float32 for weight in weights):
+    if not _can_record(network, device) or any(weight.dtype != torch.float32 for weight in weights):
         return lambda gradients: gradients
     return partial(partial, _RecordedGradients(weights))
+
+
+def _can_record(network: nn.Module, device: str) -> bool:
+    """Return whether a single process trains on a GPU, without checkpointed activations.
+
+    These cannot be recorded, since they read the state of the random numbers.
+    """
+    return device.startswith("cuda") and idist.get_world_size() == 1 and not _is_checkpointed(network)
+
+
+def _is_checkpointed(network: nn.Module) -> bool:
+    return any(getattr(part, "gradient_checkpointing", False) for part in network.modules())
 
 
 class _RecordedGradients:

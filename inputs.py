@@ -234,7 +234,16 @@ def pack_dialog(persona, history, turns, special: Specials, max_positions: int, 
 
 
 GOLD_MULTIPLE = 256  # gold tokens of a batch on a GPU; 64 turns have about 800
-ROUND = 32  # a long row on a GPU is a multiple of a power of two / ROUND, so that at most 1 / 16 of it is padding
+PARTS = 32  # for `rounded`: a sixteenth of a long row on a GPU is added at most
+
+
+def rounded(number: int, least: int, parts: int) -> int:
+    """Round up to a multiple of ``least``, or of the next power of two / ``parts`` if that is larger.
+
+    Few numbers remain, and a large one grows by 2 / ``parts`` of itself at most.
+    """
+    step = max(least, (1 << (number - 1).bit_length()) // parts)
+    return -(-number // step) * step
 
 
 def find_gold_places(labels: torch.Tensor) -> torch.Tensor:
@@ -264,8 +273,7 @@ def collate(rows: Sequence[Row], pad: int, multiple: int = 1) -> dict[str, torch
     def padded(values: Sequence[Sequence[int]], fill: int, multiple: int = 1) -> torch.Tensor:
         length = max(map(len, values))
         if multiple > 1:
-            multiple = max(multiple, (1 << (length - 1).bit_length()) // ROUND)
-        length = -(-length // multiple) * multiple
+            length = rounded(length, multiple, PARTS)
         out = np.full((len(values), length), fill, np.int64)
         for index, value in enumerate(values):
             out[index, :len(value)] = value

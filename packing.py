@@ -69,8 +69,8 @@ def _weights(layers: list[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None
     return torch.cat(weights), bias
 
 
-def _join_(parent: nn.Module, names: tuple[str, ...], how: Callable) -> None:
-    """Replace layers that read the same states, in place, by parts of the layer that ``how`` makes of them."""
+def _replace_(parent: nn.Module, names: tuple[str, ...], how: Callable) -> None:
+    """Put a `Part` in the place of each layer called ``names``; ``how`` makes a single layer of all of them."""
     several, done = [getattr(parent, name) for name in names], 0
     whole = how(several)
     for name, layer in zip(names, several, strict=True):
@@ -105,14 +105,14 @@ def prepare_to_decode_(model: DoubleHeadsModel, device: str, fp16: str = "") -> 
 def join_(model: DoubleHeadsModel) -> None:
     """Join the layers of Llama's kind that read the same states, in place."""
     for layer in _llama_layers(model):
-        _join_(layer.self_attn, ("q_proj", "k_proj", "v_proj"), joined)
-        _join_(layer.mlp, ("gate_proj", "up_proj"), joined)
+        _replace_(layer.self_attn, ("q_proj", "k_proj", "v_proj"), joined)
+        _replace_(layer.mlp, ("gate_proj", "up_proj"), joined)
 
 
 def pack_(model: DoubleHeadsModel) -> None:
     """Pack all linear layers in place, those of Llama's queries, keys and values as a whole."""
     for layer in _llama_layers(model):
-        _join_(layer.self_attn, ("q_proj", "k_proj", "v_proj"), packed)
+        _replace_(layer.self_attn, ("q_proj", "k_proj", "v_proj"), packed)
     for parent in list(model.base_model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in (nn.Linear, Conv1D, Linear, Transposed):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from graphs import Recorded
+from inputs import rounded
 from llama import llama_body
 from model import DoubleHeadsModel
 
@@ -27,14 +28,6 @@ class Piece(NamedTuple):
     length: int  # number of tokens computed before
     ids: Sequence[int]
     types: Sequence[int]
-
-
-def rounded(tokens: int) -> int:
-    """Round the number of a pass's tokens up, so that few numbers remain; from 32 on, it grows by less than a half."""
-    if tokens == 1:
-        return 1
-    step = max(16, (1 << (tokens - 1).bit_length()) // 4)
-    return -(-tokens // step) * step
 
 
 def columns_for(tokens: int, least: int = LEAST_COLUMNS) -> int:
@@ -67,7 +60,9 @@ class Room:
         The last token of each piece, and the last piece, are repeated until the numbers of tokens and pieces are round.
         This stores the same keys and values at the same places once more.
         """
-        count, tokens = len(pieces), rounded(max(len(piece.ids) for piece in pieces))
+        count, tokens = len(pieces), max(len(piece.ids) for piece in pieces)
+        if tokens > 1:
+            tokens = rounded(tokens, 16, 4)
         pieces = [*pieces, *[pieces[-1]] * (min(1 << (count - 1).bit_length(), self.rows) - count)]
 
         def filled(values: Iterable[int]) -> list[int]:

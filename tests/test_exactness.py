@@ -16,7 +16,7 @@ import devices
 import layers
 import utils
 from cli import InputError
-from decoding import nucleus as kept_at_once
+from decoding import nucleus_at_once
 from inputs import Specials, TurnDataset, build_input_from_segments, collate, get_loader, pack_turn
 from interact import top_filtering
 from layers import candidate_mask
@@ -169,7 +169,7 @@ def test_the_nucleus_by_definition(spread, top_p):
     torch.manual_seed(int(10 * spread))
     logits = (spread * torch.randn(3, 5000)).double()
     filtered = top_filtering(logits, top_p=top_p)
-    assert torch.equal(kept_at_once(logits.softmax(-1), top_p), filtered.isfinite())  # as on GPUs
+    assert torch.equal(nucleus_at_once(logits.softmax(-1), top_p), filtered.isfinite())  # as on GPUs
     for row, out in zip(logits, filtered, strict=True):
         total, nucleus, probabilities = 0.0, set(), row.softmax(-1)
         for token in row.argsort(descending=True).tolist():
@@ -184,7 +184,7 @@ def test_the_nucleus_by_definition(spread, top_p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ties_keep_the_earliest_tokens(dtype):
     logits = torch.tensor([[0.0] * 8, [2.0, -1.0, 2.0, 2.0, -1.0, 2.0, -9.0, 2.0]], dtype=dtype)
-    for kept in (top_filtering(logits, top_p=0.55).isfinite(), kept_at_once(logits.softmax(-1), 0.55)):
+    for kept in (top_filtering(logits, top_p=0.55).isfinite(), nucleus_at_once(logits.softmax(-1), 0.55)):
         assert [row.nonzero().flatten().tolist() for row in kept] == [[0, 1, 2, 3, 4], [0, 2, 3]]
 
 

@@ -96,7 +96,7 @@ ENDING = {"llama": 1, "qwen2": 2, "mistral": 1, "gpt2": 6, "openai-gpt": 4, "gem
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("samples", [1, 2])
 def test_sequences_for_gpus_give_the_same_replies(family, samples, monkeypatch):
-    """Decode with the sequences and joined layers of GPUs, here without recording, and with those of CPUs."""
+    """Decode as on CPUs, and with the sequences and joined layers of GPUs; on a CPU, their passes are not recorded."""
     model, prompts, lengths = small_model(family, 4), contexts(random.Random(7), 8), set()
     monkeypatch.setattr("packing.can_pack", lambda model: False)
     joined = prepare_to_decode_(copy.deepcopy(model), "cpu")
